@@ -1,0 +1,255 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * engine — the data plane as the control plane sees it. Read by gcc and, expanded by the
+ * preprocessor, by cffi: declarations only.
+ *
+ * Glossary, outermost first
+ *   group    processes that share one budget
+ *   client   one managed process (one address space)
+ *   region   one registered range of a client
+ *   page     4 KiB of a client; "page" always means this
+ *   slot     a virtual swap slot: the word that says where a page's bytes are
+ *   backing  ZERO, SAME, POOL, SPILL or the client itself (RESIDENT; a copy may be kept)
+ *   object   a compressed page in the pool; extent: an object's place in a spill segment
+ *   backend  one spill file or block device
+ *   agent    the client's own thread that moves pages out; staging: where it moves them
+ *
+ * Threads    every function may be called from any thread; none calls back into the caller. Calls
+ *            may block for milliseconds (locks, system calls), never on a client. The engine runs
+ *            its own threads: fault threads, evictors, one look thread, one writer.
+ * Errors     0 or a positive result, else -errno; outputs (ret_*) are untouched on failure.
+ * Events     things the control plane should log or act on are queued; engine_event_fd becomes
+ *            readable. The queue drops the newest when full and counts it.
+ */
+#ifndef VSWAP_ENGINE_H
+#define VSWAP_ENGINE_H
+
+#ifndef VSWAP_CFFI
+#include <stdint.h>
+#endif
+
+#include "counters.h"
+
+struct engine;
+
+struct engine_config {
+	uint64_t pool_capacity_bytes; /* address space of the pool memfd; 0: total RAM */
+	uint32_t evictor_count;       /* 0: as many as CPUs, at most 4 */
+	uint32_t io_threads;          /* 1: use pread/pwrite threads even where io_uring works */
+};
+
+/* Make the state and start the threads. Returns 0 or -errno; message (256 bytes) says why and what to do. */
+int engine_create(const struct engine_config *config, struct engine **ret_engine, char *message);
+
+/* Stop all threads, forget all clients (they must have ended), close everything. */
+void engine_destroy(struct engine *engine);
+
+/* /dev/userfaultfd, opened by engine_create; to be passed to agents. Owned by the engine. */
+int engine_userfaultfd_device(struct engine *engine);
+
+/* ---- groups ---- */
+
+/* Flags of a group */
+#define ENGINE_GROUP_TORTURE 1u  /* evict random runs of pages all the time, whatever the limit */
+#define ENGINE_GROUP_NO_SPILL 2u /* never write this group's pages to a backend */
+
+/*
+ * limit_bytes: resident + pool + metadata of the whole group; pool_limit_bytes: 0 for no limit of its
+ * own. Returns the group's number (>= 0). Name: at most 31 characters, unique.
+ */
+int engine_group_create(struct engine *engine, const char *name, uint64_t limit_bytes,
+			uint64_t pool_limit_bytes, uint32_t flags);
+int engine_group_set_limit(struct engine *engine, int group, uint64_t limit_bytes,
+			   uint64_t pool_limit_bytes);
+int engine_group_find(struct engine *engine, const char *name); /* number or -ENOENT */
+int engine_group_destroy(struct engine *engine, int group);     /* -EBUSY while it has clients */
+
+/* Anonymous memory of members that are not clients (too small, static): charged to the budget. */
+int engine_group_set_unmanaged(struct engine *engine, int group, uint64_t bytes);
+
+/* ---- backends ---- */
+
+/*
+ * Use descriptor `fd` (ownership passes on success) as a spill backend. Higher priority first.
+ * Returns the backend's number (>= 0).
+ */
+int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
+		       int32_t priority);
+
+/* ---- clients: the handshake of wire.h, step by step ---- */
+
+/*
+ * A peer said HELLO NEW. Makes a client of `pid` in `group` and its ring. Returns 0, the client's
+ * token and the ring's memfd (owned by the engine).
+ */
+int engine_client_begin(struct engine *engine, int32_t pid, int group, uint64_t *ret_token,
+			int *ret_ring_fd);
+
+/*
+ * A peer said HELLO FORKED: `token` was made when its parent forked. Checks that `pid` is a process
+ * that may be it. Also gives the child's userfaultfd (owned by the engine).
+ */
+int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t token, int *ret_ring_fd,
+			       int *ret_userfaultfd);
+
+/* Where the agent keeps things; same meaning as struct vswap_arm. */
+struct engine_arena {
+	uint64_t arena;
+	uint64_t arena_bytes;
+	uint64_t beacon;
+	uint64_t staging[2];
+	uint64_t trash[2];
+};
+
+/*
+ * The agent sent ARM. Takes over the descriptors in every case (events_fd is -1 for FORKED), does
+ * the UFFDIO_API handshake, registers the arena, and starts serving. Afterwards the client is
+ * managed: its regions are registered when its group comes near its limit.
+ */
+int engine_client_arm(struct engine *engine, uint64_t token, const struct engine_arena *arena,
+		      int events_fd, int trash_fd);
+
+/* The agent's socket closed, or the handshake failed half-way. Frees the client when its address
+ * space is gone; else it is served on without eviction until it ends. */
+int engine_client_lost(struct engine *engine, uint64_t token);
+
+/* Evict all that can be evicted / bring everything back; wait until done or `timeout_ms` passed.
+ * Returns 0, -ESRCH, -ETIMEDOUT, -ENOMEM (pagein: does not fit the group's limit). */
+int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms);
+int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms);
+
+/* ---- statistics ---- */
+
+enum engine_backing {
+	ENGINE_BACKING_ZERO,
+	ENGINE_BACKING_SAME,
+	ENGINE_BACKING_POOL,
+	ENGINE_BACKING_SPILL,
+	ENGINE_BACKING_STAGED,
+	ENGINE_BACKING_COUNT
+};
+
+#define ENGINE_LATENCY_BUCKETS 64 /* bucket b counts faults of less than latency_bucket_us(b) */
+
+struct engine_counters {
+#define COUNTER_FIELD(name, meaning) uint64_t name;
+	ENGINE_COUNTERS(COUNTER_FIELD)
+};
+
+struct engine_statistics {
+	uint64_t virtual_pages;   /* pages that have a slot: swapped, or resident with a kept copy */
+	uint64_t zero_pages;      /* swapped, by backing; pages shared by forked relatives count once per client */
+	uint64_t same_pages;
+	uint64_t pool_pages;
+	uint64_t spill_pages;
+	uint64_t staged_pages;    /* on their way out */
+	uint64_t poisoned_pages;
+	uint64_t kept_pages;      /* resident with a copy kept in pool or spill */
+	uint64_t pool_bytes;      /* RAM of the pools, whole slabs */
+	uint64_t pool_object_bytes;
+	uint64_t spill_bytes;     /* live extents, all backends */
+	uint64_t resident_bytes;  /* anonymous memory of all groups' members */
+	uint64_t metadata_bytes;  /* slot table, indexes, slab and segment tables */
+	uint32_t group_count;
+	uint32_t client_count;
+	uint32_t backend_count;
+	uint32_t events_dropped;
+	struct engine_counters counters;
+	uint64_t latency_ns_sum[ENGINE_BACKING_COUNT];
+	uint64_t latency[ENGINE_BACKING_COUNT][ENGINE_LATENCY_BUCKETS];
+};
+int engine_statistics(struct engine *engine, struct engine_statistics *ret_statistics);
+
+/* Upper bound of a latency bucket in microseconds (a geometric scale from 1 us). */
+double engine_latency_bucket_us(int bucket);
+
+struct engine_group_statistics {
+	int32_t group;
+	uint32_t flags;
+	char name[32];
+	uint64_t limit_bytes;
+	uint64_t pool_limit_bytes;
+	uint64_t usage_bytes;      /* what the limit bounds: resident + unmanaged + pool + metadata */
+	uint64_t usage_bytes_max;  /* highest usage seen */
+	uint64_t resident_bytes;   /* of managed clients */
+	uint64_t unmanaged_bytes;
+	uint64_t pool_bytes;
+	uint64_t metadata_bytes;
+	uint64_t swapped_pages;
+	uint64_t swapped_pages_max;
+	uint32_t client_count;
+	uint32_t managed_count; /* clients whose regions are registered */
+	uint64_t faults;
+};
+/* Fill at most `max` records; returns how many there are. */
+int engine_group_list(struct engine *engine, struct engine_group_statistics *records, int max);
+
+struct engine_client_statistics {
+	uint64_t token;
+	int32_t pid;   /* 0: forked child that has not said hello yet */
+	int32_t group;
+	uint64_t resident_bytes;
+	uint64_t swapped_pages;
+	uint64_t zero_pages;
+	uint64_t same_pages;
+	uint64_t pool_pages;
+	uint64_t spill_pages;
+	uint64_t kept_pages;
+	uint64_t metadata_bytes;
+	uint64_t faults;
+	uint64_t evicted_pages;
+	uint32_t region_count;
+	uint32_t registered; /* 1 when its regions are registered */
+};
+int engine_client_list(struct engine *engine, struct engine_client_statistics *records, int max);
+
+struct engine_backend_statistics {
+	int32_t backend;
+	int32_t priority;
+	uint32_t state; /* 0 active, 1 draining, 2 failed */
+	uint32_t is_device;
+	char path[256];
+	uint64_t size_bytes;
+	uint64_t used_bytes;
+	uint64_t live_bytes;
+	uint64_t extent_count;
+	uint64_t written_bytes;
+	uint64_t read_bytes;
+	uint64_t errors;
+};
+int engine_backend_list(struct engine *engine, struct engine_backend_statistics *records, int max);
+
+/* ---- events ---- */
+
+enum engine_event_kind {
+	ENGINE_EVENT_NONE,
+	ENGINE_EVENT_OUT_OF_MEMORY, /* pid was killed; a = usage_bytes, b = limit_bytes, c = its resident bytes */
+	ENGINE_EVENT_POISONED,      /* a page of pid was poisoned; a = address, b = -errno of the cause */
+	ENGINE_EVENT_CLIENT_GONE,   /* pid ended, all it held is freed; a = token */
+	ENGINE_EVENT_CLIENT_ERROR,  /* pid: eviction stopped; a = -errno */
+	ENGINE_EVENT_BACKEND_ERROR, /* a = backend, b = -errno */
+	ENGINE_EVENT_REGISTERED     /* pid's regions were registered; a = regions, b = bytes */
+};
+
+struct engine_event {
+	uint32_t kind;
+	int32_t pid;
+	int32_t group;
+	uint32_t reserved;
+	uint64_t a, b, c;
+};
+
+int engine_event_fd(struct engine *engine);
+/* 1 and the oldest event, or 0 when there is none. */
+int engine_event_next(struct engine *engine, struct engine_event *ret_event);
+
+/* ---- test support ---- */
+
+/* Check all invariants of all structures (stops the world for as long as it takes). 0 or -EUCLEAN. */
+int engine_is_valid(struct engine *engine);
+
+/* Sleep in C without releasing the GIL (cffi callers hold it when `hold_gil` is wrapped so): used by
+ * the test that no Python runs on the hot path. */
+void engine_sleep_ms(int milliseconds);
+
+#endif
