@@ -29,7 +29,7 @@
 #define QUARANTINE_MAX 1024  /* removed ranges not yet requalified, of one client */
 #define STREAMS_MAX 8        /* fault streams watched in one client */
 #define MESSAGES_MAX 64      /* userfaultfd messages read at once */
-#define DEFERRED_MAX 4096    /* faults of one client waiting for room or for a device */
+#define DEFERRED_MAX 256     /* faults of one client waiting for room or for a device */
 #define FILL_PAGES_MAX 64    /* pages given back by one fault */
 #define BATCH_PAGES_MAX 64   /* pages moved out under one closing of the gate */
 

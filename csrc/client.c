@@ -1,0 +1,383 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "client.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "fill.h"
+#include "sys.h"
+
+#define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
+#define COLD_MIN 256u
+
+/* ---- registry ---- */
+
+static void close_if_open(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static void client_free(struct client *client)
+{
+	VS_CHECK(client->dead && client->references == 0);
+	io_queue_destroy(client->io); /* waits for reads in flight: their buffers are ours */
+	fill_free_reads(client);
+	if (client->ring)
+		munmap(client->ring, VSWAP_RING_BYTES);
+	close_if_open(&client->events_fd);
+	close_if_open(&client->trash_fd);
+	close_if_open(&client->ring_fd);
+	close_if_open(&client->wake_fd);
+	close_if_open(&client->pagemap_fd);
+	close_if_open(&client->maps_fd);
+	close_if_open(&client->statm_fd);
+	close_if_open(&client->pidfd);
+	range_set_clear(&client->regions);
+	range_set_clear(&client->quarantine);
+	free(client->cold);
+	free(client->parked);
+	pthread_cond_destroy(&client->batches_changed);
+	pthread_mutex_destroy(&client->gate);
+	free(client);
+}
+
+static int client_allocate(struct engine *engine, struct client **ret_client)
+{
+	struct client *client = calloc(1, sizeof *client);
+
+	if (!client)
+		return -ENOMEM;
+	client->engine = engine;
+	client->pidfd = client->events_fd = client->trash_fd = client->ring_fd = -1;
+	client->pagemap_fd = client->maps_fd = client->statm_fd = -1;
+	client->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (client->wake_fd < 0) {
+		free(client);
+		return -errno;
+	}
+	pthread_mutex_init(&client->gate, NULL);
+	pthread_cond_init(&client->batches_changed, NULL);
+	*ret_client = client;
+	return 0;
+}
+
+int client_create(struct engine *engine, pid_t pid, struct group *group, struct client **ret_client)
+{
+	struct client *client = NULL;
+	unsigned index = 0;
+	int result = client_allocate(engine, &client);
+
+	if (result < 0)
+		return result;
+	SCOPED_LOCK(&engine->registry);
+	while (index < CLIENTS_MAX && (engine->clients[index] || engine->state->clients[index].used))
+		index++;
+	if (index == CLIENTS_MAX) {
+		close(client->wake_fd);
+		free(client);
+		return -EMFILE;
+	}
+	client->index = index;
+	client->pid = pid;
+	client->group = group;
+	client->references = 2; /* the registry's and the caller's */
+	client->record = &engine->state->clients[index];
+	memset(client->record, 0, sizeof *client->record);
+	client->record->pid = pid;
+	client->record->group = group->number;
+	client->record->events_fd = client->record->trash_fd = client->record->ring_fd = -1;
+	client->record->token = engine->state->token_next++;
+	__atomic_store_n(&client->record->used, 1, __ATOMIC_RELEASE);
+	engine->clients[index] = client;
+	engine->clients_end = max_of(engine->clients_end, index + 1);
+	group->client_count++;
+	counter_add(engine, clients_added, 1);
+	*ret_client = client;
+	return 0;
+}
+
+static struct client *take(struct client *client)
+{
+	if (client)
+		client->references++;
+	return client;
+}
+
+struct client *client_get(struct engine *engine, uint64_t token)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++)
+		if (engine->clients[i] && engine->clients[i]->record->token == token)
+			return take(engine->clients[i]);
+	return NULL;
+}
+
+struct client *client_get_pid(struct engine *engine, pid_t pid)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++)
+		if (engine->clients[i] && engine->clients[i]->pid == pid)
+			return take(engine->clients[i]);
+	return NULL;
+}
+
+struct client *client_get_index(struct engine *engine, unsigned index)
+{
+	SCOPED_LOCK(&engine->registry);
+	return take(engine->clients[index]);
+}
+
+void client_put(struct client *client)
+{
+	struct engine *engine = client->engine;
+	struct client_record *record = client->record;
+	bool last;
+
+	pthread_mutex_lock(&engine->registry);
+	last = --client->references == 0;
+	pthread_mutex_unlock(&engine->registry);
+	if (!last)
+		return;
+	client_free(client);
+	__atomic_store_n(&record->used, 0, __ATOMIC_RELEASE);
+}
+
+/* ---- life ---- */
+
+int client_open_proc(struct client *client)
+{
+	client->pidfd = sys_pidfd(client->pid);
+	if (client->pidfd < 0)
+		return client->pidfd;
+	client->pagemap_fd = sys_open_proc(client->pid, "pagemap");
+	client->maps_fd = sys_open_proc(client->pid, "maps");
+	client->statm_fd = sys_open_proc(client->pid, "statm");
+	if (client->pagemap_fd < 0)
+		return client->pagemap_fd;
+	return client->maps_fd < 0 ? client->maps_fd : min_of(client->statm_fd, 0);
+}
+
+int client_make_ring(struct client *client)
+{
+	int fd = sys_memfd("vswap-ring", VSWAP_RING_BYTES, true);
+	void *map;
+
+	if (fd < 0)
+		return fd;
+	map = mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (map == MAP_FAILED) {
+		close(fd);
+		return -ENOMEM;
+	}
+	client->ring = map;
+	client->ring_fd = client->record->ring_fd = fd;
+	client->ring->magic = VSWAP_MAGIC;
+	client->ring->version = VSWAP_WIRE_VERSION;
+	client->ring->epoch = client->engine->state->epoch;
+	return 0;
+}
+
+void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }
+
+void client_bury(struct client *client)
+{
+	struct engine *engine = client->engine;
+	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_GONE, .pid = client->pid,
+				      .group = client->group->number, .a = client->record->token };
+
+	pthread_mutex_lock(&client->gate);
+	if (client->dead) {
+		pthread_mutex_unlock(&client->gate);
+		return;
+	}
+	__atomic_store_n(&client->stopping, true, __ATOMIC_RELEASE);
+	client->dead = client->agent_gone = true;
+	slot_map_clear(engine->slots, &client->record->map, 0, ADDRESS_PAGES_MAX, client_staged_gone,
+		       client_free_copy, client);
+	range_set_clear(&client->regions);
+	client->deferred_count = 0;
+	if (client->waiting)
+		__atomic_fetch_sub(&client->group->waiting, 1, __ATOMIC_RELAXED);
+	client->waiting = false;
+	if (client->parked)
+		__atomic_fetch_sub(&client->group->parked, 1, __ATOMIC_RELAXED);
+	group_uncharge(client->group, (uint64_t)max_of(client->resident_pages, 0));
+	client->resident_pages = 0;
+	client_metadata_changed(client);
+	group_pool_changed(client->group);
+	pthread_cond_broadcast(&client->batches_changed);
+	pthread_mutex_unlock(&client->gate);
+
+	for (unsigned i = 0; i <= client->worker_count; i++)
+		client_wake(client);
+	pthread_mutex_lock(&engine->registry);
+	engine->clients[client->index] = NULL;
+	client->group->client_count--;
+	pthread_mutex_unlock(&engine->registry);
+	counter_add(engine, clients_gone, 1);
+	engine_event_push(engine, &event);
+	engine_room_made(engine, client->group);
+	client_put(client); /* the registry's reference */
+}
+
+void client_metadata_changed(struct client *client)
+{
+	int64_t bytes = (int64_t)slot_map_metadata_bytes(client->engine->slots, &client->record->map);
+
+	if (bytes == client->metadata_seen)
+		return;
+	__atomic_fetch_add(&client->group->metadata_bytes, bytes - client->metadata_seen,
+			   __ATOMIC_RELAXED);
+	client->metadata_seen = bytes;
+}
+
+void client_free_copy(void *context, struct slot slot)
+{
+	struct client *client = context;
+
+	if (slot.tag == SLOT_POOL || slot.tag == SLOT_KEPT_POOL)
+		pool_free(client->group->pool, slot.location, slot.units);
+	else if (slot.tag == SLOT_SPILL || slot.tag == SLOT_KEPT_SPILL)
+		spill_free(client->engine->backends[slot.backend].spill, slot.location, slot.units);
+}
+
+/* ---- pages on their way out ---- */
+
+void client_staged_gone(void *context, uint64_t page, struct slot slot)
+{
+	struct client *client = context;
+	unsigned window = (unsigned)(slot.location / BATCH_PAGES_MAX);
+	unsigned i = slot.location % BATCH_PAGES_MAX;
+	struct batch_record *record = &client->record->batches[window];
+
+	(void)page;
+	if (slot_is_kept(record->before[i].tag))
+		client_free_copy(client, record->before[i]);
+	record->before[i] = (struct slot){ .tag = SLOT_NONE };
+	record->pages[i] = BATCH_PAGE_GONE;
+	client->batches[window].staged &= ~(1ULL << i);
+}
+
+void client_staged_moved(void *context, uint64_t page, struct slot slot)
+{
+	struct client *client = context;
+
+	client->record->batches[slot.location / BATCH_PAGES_MAX].pages[slot.location % BATCH_PAGES_MAX] =
+		page;
+}
+
+void client_cold_push(struct client *client, uint64_t cluster_number)
+{
+	unsigned last = (client->cold_first + client->cold_count - 1) % max_of(client->cold_capacity, 1u);
+
+	if (client->cold_count && client->cold[last] == cluster_number)
+		return;
+	if (client->cold_count == client->cold_capacity) {
+		unsigned capacity = max_of(client->cold_capacity * 2, COLD_MIN);
+		uint64_t *ring;
+
+		/* Every cluster twice and more: the older half is mostly empty by now. */
+		if (client->cold_count > 2 * client->record->map.cluster_count + COLD_MIN) {
+			client->cold_first = (client->cold_first + client->cold_count / 2) %
+					     client->cold_capacity;
+			client->cold_count -= client->cold_count / 2;
+		} else {
+			ring = malloc(capacity * sizeof *ring);
+			if (!ring)
+				return; /* then this cluster is written back late: slow, not wrong */
+			for (unsigned i = 0; i < client->cold_count; i++)
+				ring[i] = client->cold[(client->cold_first + i) % client->cold_capacity];
+			free(client->cold);
+	free(client->parked);
+			client->cold = ring;
+			client->cold_first = 0;
+			client->cold_capacity = capacity;
+		}
+	}
+	client->cold[(client->cold_first + client->cold_count++) % client->cold_capacity] = cluster_number;
+}
+
+bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number)
+{
+	if (client->cold_count == 0)
+		return false;
+	*ret_cluster_number = client->cold[client->cold_first];
+	client->cold_first = (client->cold_first + 1) % client->cold_capacity;
+	client->cold_count--;
+	return true;
+}
+
+/* ---- the ring ---- */
+
+bool client_is_answered(const struct client *client, uint32_t number)
+{
+	uint32_t done = __atomic_load_n(&client->ring->done, __ATOMIC_ACQUIRE);
+
+	return (int32_t)(done - number) > 0;
+}
+
+uint32_t client_post(struct client *client, const struct vswap_command *command)
+{
+	uint32_t number = client->posted++;
+	struct vswap_command *slot = &client->ring->commands[number % VSWAP_RING_COMMANDS];
+
+	memcpy(slot, command, offsetof(struct vswap_command, runs) +
+				      command->run_count * sizeof command->runs[0]);
+	__atomic_store_n(&client->ring->posted, client->posted, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&client->ring->agent_sleeping, __ATOMIC_SEQ_CST))
+		sys_futex_wake(&client->ring->posted);
+	return number;
+}
+
+int client_wait(struct client *client, uint32_t number, unsigned timeout_ms)
+{
+	uint64_t deadline_ns = sys_now_ns() + timeout_ms * 1000000ULL;
+
+	while (!client_is_answered(client, number)) {
+		uint32_t done;
+
+		__atomic_store_n(&client->ring->daemon_waiting, 1, __ATOMIC_SEQ_CST);
+		done = __atomic_load_n(&client->ring->done, __ATOMIC_SEQ_CST);
+		if ((int32_t)(done - number) > 0)
+			break;
+		if (sys_futex_wait(&client->ring->done, done, AGENT_LOOK_MS) == 0)
+			continue;
+		/* Agent gone: its last store to `done` is visible by now. */
+		if ((__atomic_load_n(&client->agent_gone, __ATOMIC_ACQUIRE) ||
+		     sys_pidfd_is_dead(client->pidfd)) &&
+		    !client_is_answered(client, number))
+			return -EPIPE;
+		if (sys_now_ns() > deadline_ns)
+			return -ETIMEDOUT;
+	}
+	return 0;
+}
+
+void client_reap_releases(struct client *client)
+{
+	uint64_t pages = 0;
+
+	for (unsigned i = 0; i < VSWAP_WINDOWS; i++) {
+		struct batch *batch = &client->batches[i];
+
+		if (!batch->releasing || !client_is_answered(client, batch->release_number))
+			continue;
+		pages += batch->resident_pages;
+		*batch = (struct batch){ 0 };
+		client->record->batches[i].phase = BATCH_FREE;
+	}
+	if (pages == 0)
+		return;
+	group_uncharge(client->group, pages);
+	__atomic_fetch_sub(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&client->group->progress, pages, __ATOMIC_RELAXED);
+}

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * client — one managed address space.
+ *
+ * The gate     One mutex. Whoever holds it may read the client's userfaultfd, fill its pages, have a
+ *              MOVE of them executed, and change its slot map. All four exclude each other, which is
+ *              what keeps three races of the kernel's interface away:
+ *                late MOVE    an UNMAP read while a MOVE is in flight lets the address be reused
+ *                late fill    a REMOVE read between a fill's decision and its COPY
+ *                fill on MOVE ZEROPAGE of a run over a page that is being moved out
+ *              It is held while waiting for the agent to answer a MOVE, never while waiting for
+ *              anything else. An agent that is slow (its process stopped, or starved) does not hold
+ *              an evictor: the batch is parked, the mutex released and the gate stays shut by
+ *              `parked`, until the answer comes or the agent is proven dead. Never by a time-out.
+ * Threads      worker_count fault threads (fault.c); evictors and the writer come from outside.
+ * Life         REGISTRY: made by begin (or by a fork event), armed by arm, dead when its address
+ *              space is gone; freed when dead and no thread holds a reference.
+ * Quarantine   a range that madvise removed may not be evicted until its pages were populated again
+ *              by a fill of ours, or until they are seen missing, or QUARANTINE_NS have passed:
+ *              the event comes before the zap, and a MOVE in between would capture freed bytes.
+ * Invariants   1 regions are a subset of what is registered with events_fd
+ *              2 a slot is STAGED exactly when a batch record names its page
+ */
+#ifndef VSWAP_CLIENT_H
+#define VSWAP_CLIENT_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "engine.h"
+#include "group.h"
+#include "io.h"
+#include "range_set.h"
+#include "state.h"
+#include "wire.h"
+
+#define QUARANTINE_NS 2000000000ULL
+#define WORKERS_MAX 4
+#define RECENT_FILLS 32
+#define READS_MAX 32
+
+struct engine;
+
+struct fault {
+	uint64_t page;
+	uint64_t since_ns;
+	uint32_t thread;
+	bool write;
+	bool synthetic; /* asked by pagein, nobody waits */
+};
+
+struct stream {
+	uint32_t thread;
+	uint32_t window;     /* pages to fill at the next hit, 0: unused entry */
+	uint64_t next_page;
+	uint64_t used;       /* for replacement */
+};
+
+/* Runtime half of a batch record. */
+struct batch {
+	const uint8_t *buffer; /* the evictor's copy of the window; valid once `copied` */
+	uint64_t staged;       /* pages of the window not yet settled */
+	bool copied;
+	bool releasing;        /* RELEASE posted; free when the ring's done passes release_number */
+	uint32_t release_number;
+	uint32_t resident_pages; /* RAM the window holds: uncharged when released */
+};
+
+struct spill_read; /* fill.c: a read from a backend on its way */
+
+struct client {
+	struct engine *engine;
+	struct group *group;
+	struct client_record *record;
+	unsigned index;
+	int references; /* registry lock */
+	pid_t pid;
+	int pidfd;
+
+	pthread_mutex_t gate;
+	pthread_cond_t batches_changed; /* with the gate */
+	bool armed;       /* workers run, ring in use */
+	bool registered;  /* regions are registered with events_fd */
+	bool agent_gone;
+	bool dead;
+	bool stopping;    /* workers end */
+	bool fork_pending; /* no new MOVE, no read, until nothing is staged */
+	struct parked_batch *parked; /* a MOVE its agent has not answered yet: the gate stays shut */
+	bool populating;   /* a POPULATE is in the ring: it may fault, so no MOVE behind it */
+	uint32_t populate_number;
+
+	int events_fd, trash_fd, ring_fd, wake_fd;
+	int pagemap_fd, maps_fd, statm_fd;
+	struct vswap_ring *ring;
+	uint32_t posted;
+	struct batch batches[VSWAP_WINDOWS];
+
+	struct range_set regions;    /* value: protection */
+	struct range_set quarantine; /* value: sys_now_ns() of the event */
+	uint64_t size_pages_seen;    /* VmSize at the last discovery */
+	uint64_t hand;               /* reclaim: next address to look at */
+
+	struct stream streams[STREAMS_MAX];
+	uint64_t stream_clock;
+	struct { uint64_t page, count; } recent[RECENT_FILLS];
+	unsigned recent_next;
+
+	struct fault deferred[DEFERRED_MAX];
+	unsigned deferred_count;
+	bool retry_soon;  /* a fill was told EAGAIN */
+	bool waiting;     /* counted in group->waiting */
+
+	struct io_queue *io;
+	unsigned io_depth;
+	struct spill_read *reads[READS_MAX];
+
+	pthread_t workers[WORKERS_MAX];
+	unsigned worker_count;
+
+	uint64_t *cold;              /* clusters in the order they were stored, coldest first: a ring */
+	unsigned cold_capacity, cold_first, cold_count;
+
+	int64_t resident_pages;
+	bool pss;           /* has forked relatives: resident is Pss */
+	uint64_t pss_next_ns;
+	uint64_t faults, evicted_pages;
+	int64_t metadata_seen;
+	int evict_error; /* errno that ended eviction of this client, 0: none */
+};
+
+/* ---- registry (engine's list of clients) ---- */
+
+int client_create(struct engine *engine, pid_t pid, struct group *group, struct client **ret_client);
+/* With a reference each; release with client_put. NULL when there is none. */
+struct client *client_get(struct engine *engine, uint64_t token);
+struct client *client_get_pid(struct engine *engine, pid_t pid);
+struct client *client_get_index(struct engine *engine, unsigned index);
+void client_put(struct client *client);
+
+/* Open /proc files and pidfd of client->pid. 0 or -errno. */
+int client_open_proc(struct client *client);
+int client_make_ring(struct client *client);
+int client_start(struct client *client); /* fault threads */
+void client_wake(struct client *client); /* its fault threads look at deferred faults */
+
+/* Its address space is gone: free all it held. Idempotent. */
+void client_bury(struct client *client);
+
+/* Memory of the slot map changed: tell the group. Gate held. */
+void client_metadata_changed(struct client *client);
+
+/* Frees pool object or extent of a slot of this client; a slot_free_fn. */
+void client_free_copy(void *client, struct slot slot);
+
+/* The gate is held by the caller in all of the following. */
+
+/* A page of a batch was unmapped, removed (page GONE) or moved by mremap; a slot_visit_fn each. */
+void client_staged_gone(void *client, uint64_t page, struct slot slot);
+void client_staged_moved(void *client, uint64_t page, struct slot slot);
+
+/* Remember that pages of this cluster went to the pool; and take the coldest: false when none. */
+void client_cold_push(struct client *client, uint64_t cluster_number);
+bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number);
+
+/* Post a command. Returns its number. */
+uint32_t client_post(struct client *client, const struct vswap_command *command);
+bool client_is_answered(const struct client *client, uint32_t number);
+/* Wait until the agent has answered `number`: 0, -EPIPE when it is gone, -ETIMEDOUT. */
+int client_wait(struct client *client, uint32_t number, unsigned timeout_ms);
+/* Settle windows whose RELEASE was answered. */
+void client_reap_releases(struct client *client);
+
+#endif

@@ -1,0 +1,803 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * engine — lifecycle and ownership of the data plane, and what the control plane asks of it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "sys.h"
+
+/* ---- small services for the other files ---- */
+
+double engine_latency_bucket_us(int bucket)
+{
+	return exp2((double)(bucket + 1) / 4.0); /* four buckets an octave, from 1.19 us to 65 ms */
+}
+
+void engine_latency_add(struct engine *engine, enum engine_backing backing, uint64_t ns)
+{
+	double us = (double)ns / 1000.0;
+	int bucket = us <= 1.0 ? 0 : (int)(log2(us) * 4.0);
+
+	bucket = min_of(bucket, ENGINE_LATENCY_BUCKETS - 1);
+	__atomic_fetch_add(&engine->latency[backing][bucket], 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&engine->latency_ns_sum[backing], ns, __ATOMIC_RELAXED);
+}
+
+void engine_event_push(struct engine *engine, const struct engine_event *event)
+{
+	pthread_mutex_lock(&engine->event_lock);
+	if (engine->event_count == EVENTS_MAX) {
+		engine->events_dropped++;
+	} else {
+		engine->events[(engine->event_head + engine->event_count++) % EVENTS_MAX] = *event;
+	}
+	pthread_mutex_unlock(&engine->event_lock);
+	sys_eventfd_signal(engine->event_fd);
+}
+
+int engine_event_fd(struct engine *engine) { return engine->event_fd; }
+
+int engine_event_next(struct engine *engine, struct engine_event *ret_event)
+{
+	SCOPED_LOCK(&engine->event_lock);
+	if (engine->event_count == 0) {
+		sys_eventfd_drain(engine->event_fd);
+		return 0;
+	}
+	*ret_event = engine->events[engine->event_head];
+	engine->event_head = (engine->event_head + 1) % EVENTS_MAX;
+	engine->event_count--;
+	return 1;
+}
+
+void engine_kick_evictors(struct engine *engine)
+{
+	SCOPED_LOCK(&engine->work_lock);
+	engine->evict_requests++;
+	pthread_cond_broadcast(&engine->evict_work);
+}
+
+void engine_kick_writer(struct engine *engine)
+{
+	SCOPED_LOCK(&engine->work_lock);
+	engine->write_requests++;
+	pthread_cond_broadcast(&engine->write_work);
+}
+
+void engine_room_made(struct engine *engine, struct group *group)
+{
+	if (__atomic_load_n(&group->waiting, __ATOMIC_RELAXED) == 0 ||
+	    group_room_bytes(group) < (int64_t)PAGE_BYTES)
+		return;
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = engine->clients[i];
+
+		if (client && client->group == group && client->waiting)
+			client_wake(client);
+	}
+}
+
+/* ---- create and destroy ---- */
+
+static int make_state(struct engine *engine)
+{
+	void *base;
+
+	engine->state_fd = sys_memfd("vswap-state", STATE_BYTES, false);
+	if (engine->state_fd < 0)
+		return engine->state_fd;
+	base = mmap(NULL, STATE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+		    engine->state_fd, 0);
+	if (base == MAP_FAILED)
+		return -errno;
+	engine->state = base;
+	engine->state->magic = STATE_MAGIC;
+	engine->state->version = STATE_VERSION;
+	engine->state->epoch = 1;
+	engine->state->token_next = 1;
+	if (getrandom(engine->state->secret, CODEC_SECRET_BYTES, 0) != CODEC_SECRET_BYTES)
+		return -EIO;
+	return slot_space_create((char *)base + STATE_BYTES / 4, STATE_BYTES / 4 * 3, &engine->slots);
+}
+
+static int make_pool(struct engine *engine, uint64_t capacity_bytes)
+{
+	struct sysinfo info;
+
+	if (capacity_bytes == 0 && sysinfo(&info) == 0)
+		capacity_bytes = (uint64_t)info.totalram * info.mem_unit;
+	engine->pool_fd = sys_memfd("vswap-pool", 0, false);
+	if (engine->pool_fd < 0)
+		return engine->pool_fd;
+	return pool_space_create(engine->pool_fd, capacity_bytes, &engine->pool_space);
+}
+
+static int start_threads(struct engine *engine, uint32_t evictor_count)
+{
+	pthread_attr_t attributes;
+	int error;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 256 * 1024);
+	error = pthread_create(&engine->look_thread, &attributes, look_thread_main, engine);
+	if (error == 0)
+		error = pthread_create(&engine->writer_thread, &attributes, writer_main, engine);
+	for (engine->evictor_count = 0; error == 0 && engine->evictor_count < evictor_count;
+	     engine->evictor_count += error == 0)
+		error = pthread_create(&engine->evictors[engine->evictor_count], &attributes,
+				       evictor_main, engine);
+	pthread_attr_destroy(&attributes);
+	return -error;
+}
+
+int engine_create(const struct engine_config *config, struct engine **ret_engine, char *message)
+{
+	struct engine *engine = calloc(1, sizeof *engine);
+	uint32_t evictors = config->evictor_count;
+	int result;
+
+	if (!engine)
+		return -ENOMEM;
+	engine->cpu_count = (uint32_t)max_of(sysconf(_SC_NPROCESSORS_ONLN), 1L);
+	result = sys_probe(&engine->device_fd, message);
+	if (result < 0) {
+		free(engine);
+		return result;
+	}
+	if (evictors == 0)
+		evictors = engine->cpu_count;
+	evictors = min_of(evictors, (uint32_t)EVICTORS_MAX);
+	pthread_mutex_init(&engine->registry, NULL);
+	pthread_mutex_init(&engine->work_lock, NULL);
+	pthread_mutex_init(&engine->event_lock, NULL);
+	pthread_cond_init(&engine->evict_work, NULL);
+	pthread_cond_init(&engine->write_work, NULL);
+	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	result = make_state(engine);
+	if (result == 0)
+		result = make_pool(engine, config->pool_capacity_bytes);
+	if (result == 0)
+		result = start_threads(engine, evictors);
+	if (result < 0) {
+		snprintf(message, 256, "the engine cannot start: %s", strerror(-result));
+		return result; /* the caller ends; nothing is worth undoing piece by piece */
+	}
+	*ret_engine = engine;
+	return 0;
+}
+
+static void destroy_clients(struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = client_get_index(engine, i);
+
+		if (!client)
+			continue;
+		client_bury(client);
+		client_put(client);
+	}
+	/* Fault threads hold the last references. */
+	for (unsigned i = 0; i < CLIENTS_MAX; i++)
+		while (__atomic_load_n(&engine->state->clients[i].used, __ATOMIC_ACQUIRE) && i < engine->clients_end)
+			sys_sleep_ms(1);
+}
+
+void engine_destroy(struct engine *engine)
+{
+	if (!engine)
+		return;
+	__atomic_store_n(&engine->stopping, true, __ATOMIC_RELEASE);
+	engine_kick_evictors(engine);
+	engine_kick_writer(engine);
+	for (unsigned i = 0; i < engine->evictor_count; i++)
+		pthread_join(engine->evictors[i], NULL);
+	pthread_join(engine->writer_thread, NULL);
+	pthread_join(engine->look_thread, NULL);
+	destroy_clients(engine);
+	for (unsigned i = 0; i < GROUPS_MAX; i++)
+		if (engine->groups[i]) {
+			pool_destroy(engine->groups[i]->pool);
+			free(engine->groups[i]);
+		}
+	for (unsigned i = 0; i < engine->backend_count; i++)
+		spill_destroy(engine->backends[i].spill);
+	pool_space_destroy(engine->pool_space);
+	slot_space_destroy(engine->slots);
+	munmap(engine->state, STATE_BYTES);
+	close(engine->state_fd);
+	close(engine->pool_fd);
+	close(engine->device_fd);
+	close(engine->event_fd);
+	free(engine);
+}
+
+int engine_userfaultfd_device(struct engine *engine) { return engine->device_fd; }
+
+/* ---- groups ---- */
+
+static struct group *group_at(struct engine *engine, int group)
+{
+	return group >= 0 && group < GROUPS_MAX ? engine->groups[group] : NULL;
+}
+
+int engine_group_find(struct engine *engine, const char *name)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (int i = 0; i < GROUPS_MAX; i++)
+		if (engine->groups[i] && strcmp(engine->groups[i]->name, name) == 0)
+			return i;
+	return -ENOENT;
+}
+
+int engine_group_create(struct engine *engine, const char *name, uint64_t limit_bytes,
+			uint64_t pool_limit_bytes, uint32_t flags)
+{
+	struct group *group;
+	int number = 0, result;
+
+	if (strlen(name) == 0 || strlen(name) >= sizeof group->name || limit_bytes < (1 << 20))
+		return -EINVAL;
+	if (engine_group_find(engine, name) >= 0)
+		return -EEXIST;
+	group = calloc(1, sizeof *group);
+	if (!group)
+		return -ENOMEM;
+	result = pool_create(engine->pool_space, &group->pool);
+	if (result < 0) {
+		free(group);
+		return result;
+	}
+	strcpy(group->name, name);
+	group->limit_bytes = limit_bytes;
+	group->pool_limit_bytes = pool_limit_bytes;
+	group->flags = flags;
+	group->stream_percent = 50;
+	SCOPED_LOCK(&engine->registry);
+	while (number < GROUPS_MAX && engine->groups[number])
+		number++;
+	if (number == GROUPS_MAX) {
+		pool_destroy(group->pool);
+		free(group);
+		return -EMFILE;
+	}
+	group->number = number;
+	engine->groups[number] = group;
+	return number;
+}
+
+int engine_group_set_limit(struct engine *engine, int number, uint64_t limit_bytes,
+			   uint64_t pool_limit_bytes)
+{
+	SCOPED_LOCK(&engine->registry);
+	struct group *group = group_at(engine, number);
+
+	if (!group || limit_bytes < (1 << 20))
+		return group ? -EINVAL : -ENOENT;
+	group->pool_limit_bytes = pool_limit_bytes;
+	__atomic_store_n(&group->limit_bytes, limit_bytes, __ATOMIC_RELAXED);
+	return 0;
+}
+
+int engine_group_destroy(struct engine *engine, int number)
+{
+	struct group *group;
+
+	pthread_mutex_lock(&engine->registry);
+	group = group_at(engine, number);
+	if (!group || group->client_count || group->users) {
+		pthread_mutex_unlock(&engine->registry);
+		return group ? -EBUSY : -ENOENT;
+	}
+	engine->groups[number] = NULL;
+	pthread_mutex_unlock(&engine->registry);
+	pool_destroy(group->pool);
+	free(group);
+	return 0;
+}
+
+int engine_group_set_unmanaged(struct engine *engine, int number, uint64_t bytes)
+{
+	SCOPED_LOCK(&engine->registry);
+	struct group *group = group_at(engine, number);
+
+	if (!group)
+		return -ENOENT;
+	__atomic_store_n(&group->unmanaged_bytes, bytes, __ATOMIC_RELAXED);
+	return 0;
+}
+
+/* ---- backends ---- */
+
+int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
+		       int32_t priority)
+{
+	struct backend backend = { .priority = priority };
+	struct stat status;
+	int result;
+
+	if (fstat(fd, &status) != 0)
+		return -errno;
+	backend.is_device = S_ISBLK(status.st_mode);
+	snprintf(backend.path, sizeof backend.path, "%s", path);
+	SCOPED_LOCK(&engine->registry);
+	if (engine->backend_count == BACKENDS_MAX)
+		return -EMFILE;
+	result = spill_create(fd, size_bytes, &backend.spill);
+	if (result < 0)
+		return result;
+	engine->backends[engine->backend_count] = backend;
+	__atomic_store_n(&engine->backend_count, engine->backend_count + 1, __ATOMIC_RELEASE);
+	return (int)engine->backend_count - 1;
+}
+
+/* ---- clients ---- */
+
+int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t *ret_token,
+			int *ret_ring_fd)
+{
+	struct client *client;
+	struct group *group;
+	int result;
+
+	pthread_mutex_lock(&engine->registry);
+	group = group_at(engine, number);
+	if (group)
+		group->users++;
+	pthread_mutex_unlock(&engine->registry);
+	if (!group)
+		return -ENOENT;
+	result = client_create(engine, pid, group, &client);
+	pthread_mutex_lock(&engine->registry);
+	group->users--;
+	pthread_mutex_unlock(&engine->registry);
+	if (result < 0)
+		return result;
+	result = client_open_proc(client);
+	if (result == 0)
+		result = client_make_ring(client);
+	if (result < 0) {
+		client_bury(client);
+	} else {
+		*ret_token = client->record->token;
+		*ret_ring_fd = client->ring_fd;
+	}
+	client_put(client);
+	return result;
+}
+
+int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t token, int *ret_ring_fd,
+			       int *ret_userfaultfd)
+{
+	struct client *client = client_get(engine, token);
+	int result = 0;
+
+	if (!client)
+		return -ENOENT;
+	pthread_mutex_lock(&client->gate);
+	/* Made by a fork event and not yet claimed: only the child that read the token off its beacon
+	 * can know it. */
+	if (client->dead || client->pid != 0 || client->events_fd < 0)
+		result = -EPERM;
+	if (result == 0) {
+		client->pid = client->record->pid = pid;
+		result = client_open_proc(client);
+	}
+	if (result == 0)
+		result = client_make_ring(client);
+	if (result == 0) {
+		*ret_ring_fd = client->ring_fd;
+		*ret_userfaultfd = client->events_fd;
+	}
+	pthread_mutex_unlock(&client->gate);
+	client_put(client);
+	return result;
+}
+
+static bool arena_is_sane(const struct engine_arena *arena)
+{
+	uint64_t windows = VSWAP_WINDOWS * BATCH_PAGES_MAX * PAGE_BYTES;
+	uint64_t end = arena->arena + arena->arena_bytes;
+
+	if ((arena->arena | arena->arena_bytes | arena->beacon) % PAGE_BYTES || end < arena->arena ||
+	    end > address_of(ADDRESS_PAGES_MAX) || arena->arena_bytes > (1ULL << 30) ||
+	    arena->beacon < arena->arena || arena->beacon + PAGE_BYTES > end || arena->staging[0] == 0)
+		return false;
+	for (int i = 0; i < VSWAP_PROTECTIONS; i++) {
+		if (arena->staging[i] == 0 && arena->trash[i] == 0)
+			continue;
+		if (arena->staging[i] % PAGE_BYTES || arena->trash[i] % PAGE_BYTES ||
+		    arena->staging[i] < arena->arena || arena->staging[i] + windows > end ||
+		    arena->trash[i] < arena->arena ||
+		    arena->trash[i] + VSWAP_WINDOW_PAGES * PAGE_BYTES > end)
+			return false;
+	}
+	return true;
+}
+
+/* UFFDIO_API on both descriptors, and the arena registered. `events` false: the child's descriptor
+ * came out of its parent's, handshake done. */
+static int arm_descriptors(struct client *client, const struct engine_arena *arena, bool events)
+{
+	uint64_t features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
+			    UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP |
+			    UFFD_FEATURE_THREAD_ID;
+	int result = events ? sys_userfaultfd_api(client->events_fd, features) : 0;
+
+	if (result == 0)
+		result = sys_userfaultfd_api(client->trash_fd, 0);
+	if (result == 0)
+		result = sys_userfaultfd_register(client->events_fd, arena->beacon, PAGE_BYTES);
+	for (int i = 0; result == 0 && i < VSWAP_PROTECTIONS; i++) {
+		if (arena->staging[i] == 0)
+			continue;
+		result = sys_userfaultfd_register(client->events_fd, arena->staging[i],
+						  VSWAP_WINDOWS * BATCH_PAGES_MAX * PAGE_BYTES);
+		if (result == 0)
+			result = sys_userfaultfd_register(client->trash_fd, arena->trash[i],
+							  VSWAP_WINDOW_PAGES * PAGE_BYTES);
+	}
+	return result;
+}
+
+/* Regions that lie in the new arena, or in the old one, are not to be evicted. */
+static void store_arena(struct client *client, const struct engine_arena *arena)
+{
+	struct client_record *record = client->record;
+
+	record->arena = arena->arena;
+	record->arena_bytes = arena->arena_bytes;
+	record->beacon = arena->beacon;
+	for (int i = 0; i < VSWAP_PROTECTIONS; i++) {
+		record->staging[i] = arena->staging[i];
+		record->trash[i] = arena->trash[i];
+	}
+	(void)range_set_remove(&client->regions, arena->arena, arena->arena + arena->arena_bytes,
+			       2 * REGIONS_MAX);
+}
+
+int engine_client_arm(struct engine *engine, uint64_t token, const struct engine_arena *arena,
+		      int events_fd, int trash_fd)
+{
+	struct client *client = client_get(engine, token);
+	bool forked = client && client->events_fd >= 0;
+	int result = 0;
+
+	if (!client || client->dead || client->trash_fd >= 0 || !client->ring ||
+	    !arena_is_sane(arena) || trash_fd < 0 || forked != (events_fd < 0))
+		result = client ? -EINVAL : -ENOENT;
+	if (result < 0) {
+		if (events_fd >= 0)
+			close(events_fd);
+		if (trash_fd >= 0)
+			close(trash_fd);
+		if (client)
+			client_put(client);
+		return result;
+	}
+	pthread_mutex_lock(&client->gate);
+	if (!forked)
+		client->events_fd = client->record->events_fd = events_fd;
+	client->trash_fd = client->record->trash_fd = trash_fd;
+	result = arm_descriptors(client, arena, !forked);
+	if (result == 0) {
+		store_arena(client, arena);
+		client->size_pages_seen = 0; /* look at its mappings again */
+	}
+	pthread_mutex_unlock(&client->gate);
+	if (result == 0 && !client->armed) {
+		result = client_start(client);
+		client->armed = result == 0;
+	}
+	client_put(client);
+	return result;
+}
+
+int engine_client_lost(struct engine *engine, uint64_t token)
+{
+	struct client *client = client_get(engine, token);
+
+	if (!client)
+		return -ENOENT;
+	__atomic_store_n(&client->agent_gone, true, __ATOMIC_RELEASE);
+	if (client->events_fd < 0 || sys_userfaultfd_is_gone(client->events_fd))
+		client_bury(client);
+	client_put(client);
+	return 0;
+}
+
+int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
+{
+	struct client *client = client_get_pid(engine, pid);
+
+	(void)timeout_ms; /* bounded by one walk over the address space */
+	if (!client)
+		return -ESRCH;
+	if (!client->registered && client->ring && client->armed) {
+		pthread_mutex_lock(&client->gate);
+		if (!client->dead && !client->parked)
+			look_discover(client);
+		pthread_mutex_unlock(&client->gate);
+	}
+	(void)reclaim_pageout(client);
+	client_put(client);
+	return 0;
+}
+
+static uint64_t swapped_pages(const struct slot_map *map)
+{
+	uint64_t pages = 0;
+
+	for (int tag = 0; tag < SLOT_TAG_COUNT; tag++)
+		if (slot_is_swapped((enum slot_tag)tag))
+			pages += map->counts[tag];
+	return pages;
+}
+
+/* Hand the fault threads synthetic faults for swapped pages of the next clusters. The gate is held. */
+static void ask_for_pages(struct client *client, uint64_t *cursor)
+{
+	uint64_t first;
+
+	while (client->deferred_count < DEFERRED_MAX / 2 &&
+	       slot_map_next(client->engine->slots, &client->record->map, cursor, &first))
+		for (unsigned i = 0; i < CLUSTER_PAGES && client->deferred_count < DEFERRED_MAX / 2; i++) {
+			struct slot slot;
+
+			if (slot_get(client->engine->slots, &client->record->map, first + i, &slot) < 0 ||
+			    !slot_is_swapped(slot.tag))
+				continue;
+			client->deferred[client->deferred_count++] = (struct fault){
+				.page = first + i, .since_ns = sys_now_ns(), .synthetic = true };
+			break; /* the fill takes the rest of the cluster along */
+		}
+}
+
+int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
+{
+	struct client *client = client_get_pid(engine, pid);
+	uint64_t cursor = 0, pages, deadline_ns = sys_now_ns() + (uint64_t)timeout_ms * 1000000ULL;
+	int result = 0;
+
+	if (!client)
+		return -ESRCH;
+	for (;;) {
+		pthread_mutex_lock(&client->gate);
+		pages = swapped_pages(&client->record->map);
+		if (client->dead)
+			result = -ESRCH;
+		else if (group_room_bytes(client->group) + (int64_t)group_reserve_bytes(client->group) <
+			 (int64_t)(min_of(pages, 64UL) * PAGE_BYTES))
+			result = -ENOMEM;
+		else if (client->deferred_count == 0 && pages > 0) {
+			uint64_t before = cursor;
+
+			ask_for_pages(client, &cursor);
+			if (client->deferred_count == 0 && before > 0)
+				cursor = 0;
+		}
+		pthread_mutex_unlock(&client->gate);
+		if (result < 0 || pages == 0)
+			break;
+		client_wake(client);
+		sys_sleep_ms(1);
+		if (sys_now_ns() > deadline_ns) {
+			result = -ETIMEDOUT;
+			break;
+		}
+	}
+	client_put(client);
+	return result;
+}
+
+/* ---- statistics ---- */
+
+static uint64_t client_pool_pages(const struct slot_map *map)
+{
+	return map->counts[SLOT_POOL] + map->counts[SLOT_INDIRECT];
+}
+
+static void add_client(struct engine_statistics *statistics, const struct client *client)
+{
+	const struct slot_map *map = &client->record->map;
+
+	statistics->zero_pages += map->counts[SLOT_ZERO];
+	statistics->same_pages += map->counts[SLOT_SAME];
+	statistics->pool_pages += client_pool_pages(map);
+	statistics->spill_pages += map->counts[SLOT_SPILL];
+	statistics->staged_pages += map->counts[SLOT_STAGED];
+	statistics->poisoned_pages += map->counts[SLOT_POISONED];
+	statistics->kept_pages += map->counts[SLOT_KEPT_POOL] + map->counts[SLOT_KEPT_SPILL];
+	statistics->resident_bytes += (uint64_t)max_of(client->resident_pages, 0) * PAGE_BYTES;
+}
+
+static void add_storage(struct engine *engine, struct engine_statistics *statistics)
+{
+	for (unsigned i = 0; i < GROUPS_MAX; i++) {
+		struct pool_statistics pool;
+
+		if (!engine->groups[i])
+			continue;
+		pool_statistics(engine->groups[i]->pool, &pool);
+		statistics->group_count++;
+		statistics->pool_bytes += pool.bytes;
+		statistics->pool_object_bytes += pool.object_bytes;
+		statistics->metadata_bytes += pool.metadata_bytes;
+		statistics->resident_bytes += engine->groups[i]->unmanaged_bytes;
+	}
+	for (unsigned i = 0; i < engine->backend_count; i++) {
+		struct spill_statistics spill;
+
+		spill_statistics(engine->backends[i].spill, &spill);
+		statistics->spill_bytes += spill.live_bytes;
+		statistics->metadata_bytes += spill.metadata_bytes;
+	}
+}
+
+int engine_statistics(struct engine *engine, struct engine_statistics *ret_statistics)
+{
+	struct engine_statistics statistics = { 0 };
+	uint64_t shared_spill;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++)
+		if (engine->clients[i]) {
+			add_client(&statistics, engine->clients[i]);
+			statistics.client_count++;
+		}
+	shared_spill = min_of(slot_space_shared_spill_pages(engine->slots), statistics.pool_pages);
+	statistics.pool_pages -= shared_spill;
+	statistics.spill_pages += shared_spill;
+	statistics.virtual_pages = statistics.zero_pages + statistics.same_pages + statistics.pool_pages +
+				   statistics.spill_pages + statistics.staged_pages +
+				   statistics.poisoned_pages + statistics.kept_pages;
+	statistics.metadata_bytes = slot_space_metadata_bytes(engine->slots);
+	add_storage(engine, &statistics);
+	statistics.backend_count = engine->backend_count;
+	statistics.events_dropped = engine->events_dropped;
+	statistics.counters = engine->counters;
+	memcpy(statistics.latency_ns_sum, engine->latency_ns_sum, sizeof statistics.latency_ns_sum);
+	memcpy(statistics.latency, engine->latency, sizeof statistics.latency);
+	*ret_statistics = statistics;
+	return 0;
+}
+
+int engine_group_list(struct engine *engine, struct engine_group_statistics *records, int max)
+{
+	int count = 0;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned g = 0; g < GROUPS_MAX; g++) {
+		const struct group *group = engine->groups[g];
+		struct engine_group_statistics record = { 0 };
+
+		if (!group || count++ >= max)
+			continue;
+		record.group = group->number;
+		record.flags = group->flags;
+		memcpy(record.name, group->name, sizeof record.name);
+		record.limit_bytes = group->limit_bytes;
+		record.pool_limit_bytes = group->pool_limit_bytes;
+		record.usage_bytes = group_usage_bytes(group);
+		record.usage_bytes_max = group->usage_bytes_max;
+		record.resident_bytes = (uint64_t)max_of(group->resident_pages, 0) * PAGE_BYTES;
+		record.unmanaged_bytes = group->unmanaged_bytes;
+		record.pool_bytes = group->pool_bytes;
+		record.metadata_bytes = (uint64_t)max_of(group->metadata_bytes, 0);
+		record.swapped_pages_max = group->swapped_pages_max;
+		record.client_count = group->client_count;
+		record.faults = group->faults;
+		for (unsigned i = 0; i < engine->clients_end; i++)
+			if (engine->clients[i] && engine->clients[i]->group == group) {
+				record.swapped_pages +=
+					swapped_pages(&engine->clients[i]->record->map);
+				record.managed_count += engine->clients[i]->registered;
+			}
+		records[count - 1] = record;
+	}
+	return count;
+}
+
+int engine_client_list(struct engine *engine, struct engine_client_statistics *records, int max)
+{
+	int count = 0;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		const struct client *client = engine->clients[i];
+		const struct slot_map *map;
+
+		if (!client || count++ >= max)
+			continue;
+		map = &client->record->map;
+		records[count - 1] = (struct engine_client_statistics){
+			.token = client->record->token,
+			.pid = client->pid,
+			.group = client->group->number,
+			.resident_bytes = (uint64_t)max_of(client->resident_pages, 0) * PAGE_BYTES,
+			.swapped_pages = swapped_pages(map),
+			.zero_pages = map->counts[SLOT_ZERO],
+			.same_pages = map->counts[SLOT_SAME],
+			.pool_pages = client_pool_pages(map),
+			.spill_pages = map->counts[SLOT_SPILL],
+			.kept_pages = map->counts[SLOT_KEPT_POOL] + map->counts[SLOT_KEPT_SPILL],
+			.metadata_bytes = slot_map_metadata_bytes(engine->slots, map),
+			.faults = client->faults,
+			.evicted_pages = client->evicted_pages,
+			.region_count = (uint32_t)client->regions.count,
+			.registered = client->registered,
+		};
+	}
+	return count;
+}
+
+int engine_backend_list(struct engine *engine, struct engine_backend_statistics *records, int max)
+{
+	int count = 0;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->backend_count; i++) {
+		const struct backend *backend = &engine->backends[i];
+		struct spill_statistics spill;
+
+		if (count++ >= max)
+			continue;
+		spill_statistics(backend->spill, &spill);
+		records[count - 1] = (struct engine_backend_statistics){
+			.backend = (int32_t)i,
+			.priority = backend->priority,
+			.state = backend->state,
+			.is_device = backend->is_device,
+			.size_bytes = spill.size_bytes,
+			.used_bytes = spill.used_bytes,
+			.live_bytes = spill.live_bytes,
+			.extent_count = spill.extent_count,
+			.written_bytes = spill.written_bytes,
+			.read_bytes = spill.read_bytes,
+			.errors = spill.write_errors + spill.read_errors,
+		};
+		memcpy(records[count - 1].path, backend->path, sizeof backend->path);
+	}
+	return count;
+}
+
+/* ---- test support ---- */
+
+int engine_is_valid(struct engine *engine)
+{
+	int result = 0;
+
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = client_get_index(engine, i);
+
+		if (!client)
+			continue;
+		pthread_mutex_lock(&client->gate);
+		if (!slot_map_is_valid(engine->slots, &client->record->map) ||
+		    !range_set_is_valid(&client->regions) || !range_set_is_valid(&client->quarantine) ||
+		    !pool_is_valid(client->group->pool))
+			result = -EUCLEAN;
+		pthread_mutex_unlock(&client->gate);
+		client_put(client);
+	}
+	for (unsigned i = 0; i < engine->backend_count; i++)
+		if (!spill_is_valid(engine->backends[i].spill))
+			result = -EUCLEAN;
+	return result;
+}
+
+void engine_sleep_ms(int milliseconds) { sys_sleep_ms((unsigned)max_of(milliseconds, 0)); }

@@ -1,0 +1,564 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * evict — one batch: choose, MOVE to staging, read, store, settle, release.
+ *
+ *   gate     1 choose resident pages from the hand on (PAGEMAP_SCAN), skip what may not go
+ *            2 record the batch: INTENT, slots STAGED — before the MOVE is posted, so that whatever
+ *              happens now, no fill mistakes these pages for untouched ones
+ *            3 post MOVE, wait for the agent's answer
+ *            4 verify with PAGEMAP_SCAN what really is in staging; what is not goes back to what it was
+ *   no gate  5 read staging, compare with kept copies, compress, store
+ *   gate     6 settle every page that is still STAGED by this batch; free what was stored for others
+ *            7 post RELEASE
+ *   no gate  8 wait for it: only then is the RAM free and the budget credited
+ *
+ * A page can leave the batch at any time between 4 and 6: faulted (served from staging or from our
+ * buffer), unmapped, removed, or moved elsewhere by mremap.
+ */
+#define _GNU_SOURCE
+#include "evict.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "sys.h"
+
+#define ANSWER_MS 100 /* an agent that takes longer has its batch parked */
+
+#define SCAN_BYTES_MAX (1ULL << 30) /* address space looked at in one scan */
+
+int evictor_create(struct evictor *ret_evictor)
+{
+	size_t bytes = (BATCH_PAGES_MAX + 1) * PAGE_BYTES;
+	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct codec_scratch *codec = codec_scratch_create();
+
+	if (memory == MAP_FAILED || !codec) {
+		codec_scratch_destroy(codec);
+		if (memory != MAP_FAILED)
+			munmap(memory, bytes);
+		return -ENOMEM;
+	}
+	*ret_evictor = (struct evictor){
+		.buffer = memory,
+		.object = (uint8_t *)memory + BATCH_PAGES_MAX * PAGE_BYTES,
+		.codec = codec,
+	};
+	return 0;
+}
+
+void evictor_destroy(struct evictor *evictor)
+{
+	if (evictor->buffer)
+		munmap(evictor->buffer, (BATCH_PAGES_MAX + 1) * PAGE_BYTES);
+	codec_scratch_destroy(evictor->codec);
+}
+
+/* ---- 1 choose ---- */
+
+static bool was_filled_just_now(const struct client *client, uint64_t page)
+{
+	for (unsigned i = 0; i < RECENT_FILLS; i++)
+		if (page - client->recent[i].page < client->recent[i].count)
+			return true;
+	return false;
+}
+
+static bool is_quarantined(struct client *client, uint64_t address, uint64_t now)
+{
+	const struct range *range;
+
+	while (client->quarantine.count) {
+		range = range_set_at(&client->quarantine, address);
+		if (!range || range->start > address)
+			return false;
+		if (now - range->value < QUARANTINE_NS)
+			return true;
+		(void)range_set_remove(&client->quarantine, range->start, range->end, QUARANTINE_MAX);
+	}
+	return false;
+}
+
+/* Pages of a removed range that are seen missing have been zapped: what comes there later is new. */
+static void quarantine_review(struct client *client, uint64_t now)
+{
+	for (size_t i = 0; i < client->quarantine.count;) {
+		struct range range = client->quarantine.ranges[i];
+		struct page_range resident;
+		uint64_t walk_end = range.end;
+		int count = sys_resident_ranges(client->pagemap_fd, range.start, range.end, &resident, 1,
+						1, &walk_end);
+
+		if (count == 0 || now - range.value >= QUARANTINE_NS)
+			(void)range_set_remove(&client->quarantine, range.start, range.end,
+					       QUARANTINE_MAX);
+		else if (count == 1 && resident.start > range.start)
+			(void)range_set_remove(&client->quarantine, range.start, resident.start,
+					       QUARANTINE_MAX);
+		if (i < client->quarantine.count && client->quarantine.ranges[i].start == range.start)
+			i++;
+		else if (count == 1)
+			i++;
+	}
+}
+
+struct choice {
+	unsigned window;
+	uint32_t protection;
+	unsigned page_count;
+	bool wrapped;
+	struct slot before[BATCH_PAGES_MAX];
+	struct vswap_command command;
+};
+
+/* A batch whose MOVE is posted and not answered. The gate is shut while it exists. */
+struct parked_batch {
+	struct choice choice;
+	uint32_t number;
+};
+
+static int find_window(struct client *client)
+{
+	for (int i = 0; i < VSWAP_WINDOWS; i++)
+		if (client->record->batches[i].phase == BATCH_FREE && !client->batches[i].releasing)
+			return i;
+	return -EAGAIN;
+}
+
+/* Take a page into the batch: INTENT and STAGED. False when it may not be evicted. */
+static bool choose_page(struct client *client, struct choice *choice, uint64_t page, bool desperate,
+			uint64_t now)
+{
+	struct batch_record *record = &client->record->batches[choice->window];
+	struct slot_space *space = client->engine->slots;
+	unsigned i = choice->page_count;
+	struct slot slot;
+
+	if (is_quarantined(client, address_of(page), now) ||
+	    (!desperate && was_filled_just_now(client, page)))
+		return false;
+	if (slot_get(space, &client->record->map, page, &slot) < 0 ||
+	    (slot.tag != SLOT_NONE && !slot_is_kept(slot.tag)))
+		return false;
+	record->pages[i] = page;
+	record->before[i] = slot;
+	record->page_count = i + 1;
+	slot = (struct slot){ .tag = SLOT_STAGED, .location = choice->window * BATCH_PAGES_MAX + i };
+	if (slot_set(space, &client->record->map, page, slot) < 0) {
+		record->page_count = i;
+		return false;
+	}
+	choice->page_count++;
+	return true;
+}
+
+static void add_to_runs(struct choice *choice, uint64_t page)
+{
+	struct vswap_command *command = &choice->command;
+	struct vswap_run *run = command->run_count ? &command->runs[command->run_count - 1] : NULL;
+
+	if (run && run->address + run->pages * PAGE_BYTES == address_of(page)) {
+		run->pages++;
+		return;
+	}
+	VS_CHECK(command->run_count < VSWAP_RUNS_MAX);
+	command->runs[command->run_count++] = (struct vswap_run){ .address = address_of(page), .pages = 1 };
+}
+
+/* Look for resident pages from the hand on, within one region, at most SCAN_BYTES_MAX of it. */
+static void choose(struct client *client, struct choice *choice, bool desperate)
+{
+	struct page_range ranges[BATCH_PAGES_MAX];
+	const struct range *region = range_set_at(&client->regions, client->hand);
+	uint64_t start, end, walk_end, now = sys_now_ns();
+	int count;
+
+	if (!region) {
+		choice->wrapped = true;
+		client->hand = 0;
+		region = range_set_at(&client->regions, 0);
+		if (!region)
+			return;
+	}
+	if (client->quarantine.count)
+		quarantine_review(client, now);
+	start = max_of(client->hand, region->start);
+	end = min_of(region->end, start + SCAN_BYTES_MAX);
+	choice->protection = (uint32_t)region->value;
+	count = sys_resident_ranges(client->pagemap_fd, start, end, ranges, BATCH_PAGES_MAX,
+				    BATCH_PAGES_MAX, &walk_end);
+	if (count < 0) {
+		client->hand = end;
+		return;
+	}
+	for (int i = 0; i < count; i++)
+		for (uint64_t at = ranges[i].start; at < ranges[i].end; at += PAGE_BYTES)
+			if (choice->page_count < BATCH_PAGES_MAX &&
+			    choose_page(client, choice, page_of(at), desperate, now))
+				add_to_runs(choice, page_of(at));
+	client->hand = walk_end;
+}
+
+/* ---- 3, 4 move and verify ---- */
+
+static uint64_t window_address(const struct client *client, unsigned window, uint32_t protection)
+{
+	return client->record->staging[protection] + window * BATCH_PAGES_MAX * PAGE_BYTES;
+}
+
+/* Pages of the window that are in staging now. */
+static int staged_mask(struct client *client, const struct choice *choice, uint64_t *ret_mask)
+{
+	struct page_range ranges[BATCH_PAGES_MAX];
+	uint64_t base = window_address(client, choice->window, choice->protection), walk_end, mask = 0;
+	int count = sys_resident_ranges(client->pagemap_fd, base, base + BATCH_PAGES_MAX * PAGE_BYTES,
+					ranges, BATCH_PAGES_MAX, 0, &walk_end);
+
+	if (count < 0)
+		return count;
+	for (int i = 0; i < count; i++)
+		mask |= mask_of((unsigned)((ranges[i].start - base) / PAGE_BYTES),
+				(unsigned)((ranges[i].end - ranges[i].start) / PAGE_BYTES));
+	*ret_mask = mask & mask_of(0, choice->page_count);
+	return 0;
+}
+
+/* Pages that were not moved are again what they were. */
+static void take_back(struct client *client, const struct choice *choice, uint64_t moved)
+{
+	struct batch_record *record = &client->record->batches[choice->window];
+
+	for (unsigned i = 0; i < choice->page_count; i++) {
+		if (moved >> i & 1)
+			continue;
+		VS_CHECK(slot_set(client->engine->slots, &client->record->map, record->pages[i],
+				  record->before[i]) == 0);
+		record->pages[i] = BATCH_PAGE_GONE;
+	}
+}
+
+static void note_answer(struct client *client, const struct choice *choice, uint32_t number,
+			struct evict_result *result)
+{
+	const struct vswap_command *answer = &client->ring->commands[number % VSWAP_RING_COMMANDS];
+
+	for (unsigned i = 0; i < choice->command.run_count; i++) {
+		uint32_t busy = __atomic_load_n(&answer->runs[i].busy, __ATOMIC_RELAXED);
+		uint32_t error = __atomic_load_n(&answer->runs[i].error, __ATOMIC_RELAXED);
+
+		result->busy += min_of(busy, choice->command.runs[i].pages);
+		if (error == EAGAIN)
+			counter_add(client->engine, evict_again, 1);
+		else if (error)
+			client->size_pages_seen = 0; /* mappings are not as we know: discover again */
+	}
+	counter_add(client->engine, evict_busy, result->busy);
+}
+
+/* Step 3: post the MOVE. */
+static uint32_t post_move(struct client *client, struct choice *choice)
+{
+	client->record->batches[choice->window].protection = choice->protection;
+	choice->command.operation = VSWAP_MOVE_OUT;
+	choice->command.window = choice->window;
+	choice->command.protection = choice->protection;
+	return client_post(client, &choice->command);
+}
+
+/* Step 4, once the MOVE was answered or its agent is gone (then its last command has ended too, one way
+ * or the other). *ret_moved: pages of the window that are ours to store. */
+static int finish_move(struct client *client, struct choice *choice, uint64_t *ret_moved)
+{
+	struct batch_record *record = &client->record->batches[choice->window];
+	uint64_t moved = 0;
+
+	if (staged_mask(client, choice, &moved) < 0) {
+		client->evict_error = ESRCH;
+		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
+	}
+	take_back(client, choice, moved);
+	for (unsigned i = 0; i < choice->page_count; i++)
+		choice->before[i] = record->before[i];
+	__atomic_store_n(&record->phase, moved ? BATCH_STAGED : BATCH_FREE, __ATOMIC_RELEASE);
+	client->batches[choice->window] = (struct batch){
+		.staged = moved,
+		.resident_pages = (uint32_t)__builtin_popcountll(moved),
+	};
+	*ret_moved = moved;
+	return 0;
+}
+
+static int park(struct client *client, const struct choice *choice, uint32_t number)
+{
+	struct parked_batch *parked = malloc(sizeof *parked);
+
+	VS_CHECK(parked);
+	*parked = (struct parked_batch){ *choice, number };
+	client->parked = parked;
+	__atomic_fetch_add(&client->group->parked, 1, __ATOMIC_RELAXED);
+	return -EAGAIN;
+}
+
+/* ---- 5 store ---- */
+
+struct stored {
+	struct slot slots[BATCH_PAGES_MAX];
+	uint64_t reused;  /* pages whose kept copy is used again */
+	uint64_t created; /* pages for which a pool object was stored */
+};
+
+/* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. */
+static struct slot store_object(struct client *client, struct evictor *evictor, const void *page,
+				uint64_t check)
+{
+	unsigned units = codec_compress(evictor->codec, CODEC_LZ4, page, evictor->object);
+	uint64_t handle;
+
+	while (pool_store(client->group->pool, evictor->object, units, &handle) < 0) {
+		counter_add(client->engine, evict_failed, 1);
+		sys_sleep_ms(1);
+		if (client->dead)
+			return (struct slot){ .tag = SLOT_NONE };
+	}
+	if (units == POOL_UNITS_MAX)
+		counter_add(client->engine, evicted_raw, 1);
+	counter_add(client->engine, evicted_stored, 1);
+	return (struct slot){ .tag = SLOT_POOL, .units = (uint8_t)units, .location = handle,
+			      .check = check };
+}
+
+static void store_page(struct client *client, struct evictor *evictor, struct slot before, unsigned i,
+		       struct stored *stored)
+{
+	const uint8_t *page = evictor->buffer + i * PAGE_BYTES;
+	uint64_t word, check;
+
+	if (codec_same_filled(page, &word)) {
+		stored->slots[i] = (struct slot){ .tag = word ? SLOT_SAME : SLOT_ZERO, .check = word };
+		if (word)
+			counter_add(client->engine, evicted_same, 1);
+		else
+			counter_add(client->engine, evicted_zero, 1);
+		return;
+	}
+	check = codec_check(page, client->engine->state->secret);
+	if (slot_is_kept(before.tag) && before.check == check) {
+		stored->slots[i] = slot_unkept(before);
+		stored->reused |= 1ULL << i;
+		counter_add(client->engine, evicted_unchanged, 1);
+		return;
+	}
+	stored->slots[i] = store_object(client, evictor, page, check);
+	if (stored->slots[i].tag == SLOT_POOL)
+		stored->created |= 1ULL << i;
+}
+
+/* ---- 6, 7 settle and release; the gate is held ---- */
+
+static void settle_batch(struct client *client, const struct choice *choice, const struct stored *stored)
+{
+	struct batch_record *record = &client->record->batches[choice->window];
+	struct batch *batch = &client->batches[choice->window];
+
+	for (unsigned i = 0; i < choice->page_count; i++) {
+		if (batch->staged >> i & 1) {
+			uint64_t page = record->pages[i];
+
+			VS_CHECK(slot_set(client->engine->slots, &client->record->map, page,
+					  stored->slots[i]) == 0);
+			if (slot_is_kept(record->before[i].tag) && !(stored->reused >> i & 1))
+				client_free_copy(client, record->before[i]);
+			if (stored->created >> i & 1)
+				client_cold_push(client, page >> CLUSTER_SHIFT);
+		} else if (stored->created >> i & 1) {
+			client_free_copy(client, stored->slots[i]);
+		}
+	}
+	batch->staged = 0;
+	__atomic_store_n(&batch->copied, false, __ATOMIC_RELEASE);
+	batch->buffer = NULL;
+	pthread_cond_broadcast(&client->batches_changed);
+}
+
+static void release(struct client *client, const struct choice *choice, uint32_t *ret_number)
+{
+	struct vswap_command command = { .operation = VSWAP_RELEASE, .window = choice->window,
+					 .protection = choice->protection };
+	struct batch *batch = &client->batches[choice->window];
+
+	__atomic_store_n(&client->record->batches[choice->window].phase, BATCH_RELEASING,
+			 __ATOMIC_RELEASE);
+	batch->release_number = *ret_number = client_post(client, &command);
+	batch->releasing = true;
+}
+
+/* Pages shared with forked relatives cannot be moved until they are exclusive: have the agent write to
+ * them, gate open, for the copy may need room and raise faults. The next round will take them. */
+static void make_exclusive(struct client *client, const struct choice *choice)
+{
+	struct vswap_command command = choice->command;
+
+	SCOPED_LOCK(&client->gate);
+	if (client->dead || client->populating || client->parked)
+		return;
+	command.operation = VSWAP_POPULATE;
+	client->populate_number = client_post(client, &command);
+	client->populating = true;
+	counter_add(client->engine, populated_pages, choice->page_count);
+}
+
+/* Steps 5 to 8 for the pages of `moved`. */
+static void store_and_release(struct client *client, struct evictor *evictor,
+			      const struct choice *choice, uint64_t moved)
+{
+	struct batch *batch = &client->batches[choice->window];
+	struct stored stored = { 0 };
+	uint32_t number = 0;
+	bool posted = false;
+	int result = sys_read_client_pages(client->pid,
+					   window_address(client, choice->window, choice->protection),
+					   evictor->buffer, moved);
+
+	if (result == 0) {
+		batch->buffer = evictor->buffer;
+		__atomic_store_n(&batch->copied, true, __ATOMIC_RELEASE);
+		for (unsigned i = 0; i < choice->page_count; i++)
+			if (moved >> i & 1)
+				store_page(client, evictor, choice->before[i], i, &stored);
+	}
+	pthread_mutex_lock(&client->gate);
+	if (result < 0 && !client->dead) {
+		/* Still in staging, served from there if at all possible; never touched again by us. */
+		client->evict_error = -result;
+	} else if (!client->dead) {
+		settle_batch(client, choice, &stored);
+		release(client, choice, &number);
+		posted = true;
+	} else {
+		settle_batch(client, choice, &stored); /* frees what was stored */
+	}
+	client->evicted_pages += (unsigned)__builtin_popcountll(moved);
+	client_metadata_changed(client);
+	pthread_mutex_unlock(&client->gate);
+	group_pool_changed(client->group);
+	counter_add(client->engine, evicted_pages, __builtin_popcountll(moved));
+	if (posted && client_wait(client, number, ANSWER_MS) == 0) {
+		pthread_mutex_lock(&client->gate);
+		client_reap_releases(client);
+		pthread_mutex_unlock(&client->gate);
+		engine_room_made(client->engine, client->group);
+	}
+}
+
+/* May a batch of this client be started? The gate is held. */
+static int may_evict(struct client *client)
+{
+	if (client->dead)
+		return -ESRCH;
+	if (client->agent_gone || client->evict_error || !client->ring)
+		return -EPIPE;
+	if (client->populating && client_is_answered(client, client->populate_number))
+		client->populating = false;
+	if (client->fork_pending || client->parked || client->populating)
+		return -EAGAIN;
+	return 0;
+}
+
+int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
+		struct evict_result *ret_result)
+{
+	struct choice choice = { 0 };
+	uint64_t moved = 0;
+	int window, result;
+
+	*ret_result = (struct evict_result){ 0 };
+	pthread_mutex_lock(&client->gate);
+	client_reap_releases(client);
+	result = may_evict(client);
+	window = find_window(client);
+	if (result < 0 || window < 0) {
+		pthread_mutex_unlock(&client->gate);
+		return result < 0 ? result : window;
+	}
+	choice.window = (unsigned)window;
+	client->record->batches[window].page_count = 0;
+	__atomic_store_n(&client->record->batches[window].phase, BATCH_INTENT, __ATOMIC_RELEASE);
+	choose(client, &choice, desperate);
+	ret_result->wrapped = choice.wrapped;
+	if (choice.page_count > 0) {
+		uint32_t number = post_move(client, &choice);
+
+		result = client_wait(client, number, ANSWER_MS);
+		if (result == -ETIMEDOUT)
+			result = park(client, &choice, number);
+		else if (result == 0)
+			note_answer(client, &choice, number, ret_result);
+		if (!client->parked && finish_move(client, &choice, &moved) < 0)
+			result = -ESRCH;
+	} else {
+		client->record->batches[window].phase = BATCH_FREE;
+	}
+	pthread_mutex_unlock(&client->gate);
+	if (moved)
+		store_and_release(client, evictor, &choice, moved);
+	if (ret_result->busy && client->pss && result == 0)
+		make_exclusive(client, &choice);
+	ret_result->pages = (unsigned)__builtin_popcountll(moved);
+	return result;
+}
+
+bool evict_resume(struct client *client, struct evictor *evictor)
+{
+	struct parked_batch *parked;
+	uint64_t moved = 0;
+
+	pthread_mutex_lock(&client->gate);
+	parked = client->parked;
+	if (!parked || client->dead ||
+	    client_wait(client, parked->number, 0) == -ETIMEDOUT) {
+		pthread_mutex_unlock(&client->gate);
+		return false;
+	}
+	client->parked = NULL;
+	__atomic_fetch_sub(&client->group->parked, 1, __ATOMIC_RELAXED);
+	(void)finish_move(client, &parked->choice, &moved);
+	pthread_mutex_unlock(&client->gate);
+	client_wake(client);
+	if (moved)
+		store_and_release(client, evictor, &parked->choice, moved);
+	free(parked);
+	return true;
+}
+
+/* ---- kept copies ---- */
+
+unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cursor)
+{
+	struct slot_space *space = client->engine->slots;
+	struct slot_map *map = &client->record->map;
+	unsigned dropped = 0;
+	uint64_t first;
+
+	SCOPED_LOCK(&client->gate);
+	if (map->counts[SLOT_KEPT_POOL] == 0)
+		return 0;
+	while (clusters-- > 0 && slot_map_next(space, map, cursor, &first)) {
+		for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
+			struct slot slot;
+
+			if (slot_get(space, map, first + i, &slot) < 0 || slot.tag != SLOT_KEPT_POOL)
+				continue;
+			VS_CHECK(slot_set(space, map, first + i, (struct slot){ .tag = SLOT_NONE }) == 0);
+			client_free_copy(client, slot);
+			dropped++;
+		}
+	}
+	if (dropped)
+		counter_add(client->engine, kept_dropped, dropped);
+	client_metadata_changed(client);
+	return dropped;
+}

@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * evict — move one batch of pages out of a client and store them.
+ */
+#ifndef VSWAP_EVICT_H
+#define VSWAP_EVICT_H
+
+#include "client.h"
+#include "codec.h"
+
+/* Scratch of one evicting thread. */
+struct evictor {
+	uint8_t *buffer; /* a window's pages */
+	uint8_t *object; /* one compressed page */
+	struct codec_scratch *codec;
+};
+
+int evictor_create(struct evictor *ret_evictor);
+void evictor_destroy(struct evictor *evictor);
+
+struct evict_result {
+	unsigned pages;   /* moved out */
+	unsigned busy;    /* refused by MOVE: pinned, or shared after fork */
+	bool wrapped;     /* the hand came to the end of the address space */
+};
+
+/*
+ * Evict up to BATCH_PAGES_MAX resident pages found from client->hand on. `desperate`: also pages that
+ * were filled a moment ago. Returns 0 and what happened; -EAGAIN when an event is unread or no
+ * window is free; -EPIPE when the agent is gone; -ESRCH when the client is.
+ */
+int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
+		struct evict_result *ret_result);
+
+/* Finish the batch that is parked, if its MOVE was answered. True when something was done. */
+bool evict_resume(struct client *client, struct evictor *evictor);
+
+/* Free kept copies of at most `clusters` clusters. Returns pages whose copy was dropped. */
+unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cursor);
+
+#endif

@@ -1,0 +1,351 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * fault — the fault threads of a client: read its userfaultfd, apply events, answer faults.
+ *
+ * What the kernel promises, and what follows
+ *   - A thread that forks, remaps, unmaps or madvises waits until its event is *read*; from before the
+ *     change until the read, COPY, ZEROPAGE and MOVE say EAGAIN. So: reading is what lets the change
+ *     become visible, it happens only under the gate, and the effect on the slot map is applied
+ *     before the gate opens.
+ *   - read() returns faults before older events. So: of what was read, events are applied first,
+ *     in order, then faults are answered by what the map says then.
+ *   - A fault may be read before its event is even queued. Then the fill says EAGAIN, the fault is
+ *     deferred, and tried again after the next read.
+ *   - read() consumes a message for good, so it targets the state memfd; the count there is cleared
+ *     when all effects are in the map (state.h).
+ *   - REMOVE comes before the zap, and is never followed by a message that says the zap is over: see
+ *     the quarantine in client.h.
+ *   - A fork's child is a new userfaultfd that exists only in our descriptor table.
+ *
+ * Placement   A wake-up of an idle CPU costs many times a fault (docs/decisions), so a client has one
+ *             thread per CPU, pinned, all polling the same descriptor: the one whose CPU is awake
+ *             gets there first, and the gate decides.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "fill.h"
+#include "sys.h"
+
+#define RETRY_MS 1
+
+/* ---- events; the gate is held ---- */
+
+static void regions_remove(struct client *client, uint64_t start, uint64_t end)
+{
+	/* A range not in the set is merely not evicted; one wrongly in it would be a lost page. */
+	if (range_set_remove(&client->regions, start, end, 2 * REGIONS_MAX) < 0)
+		range_set_clear(&client->regions);
+}
+
+static void apply_unmap(struct client *client, uint64_t start, uint64_t end)
+{
+	counter_add(client->engine, events_unmap, 1);
+	regions_remove(client, start, end);
+	slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
+		       client_staged_gone, client_free_copy, client);
+	if (client->quarantine.count)
+		(void)range_set_remove(&client->quarantine, start, end, QUARANTINE_MAX);
+}
+
+static void apply_remove(struct client *client, uint64_t start, uint64_t end)
+{
+	uint64_t now = sys_now_ns();
+
+	counter_add(client->engine, events_remove, 1);
+	slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
+		       client_staged_gone, client_free_copy, client);
+	/* When the list is full, one range over everything: nothing is evicted for a while. */
+	if (range_set_add(&client->quarantine, start, end, now, QUARANTINE_MAX) < 0) {
+		range_set_clear(&client->quarantine);
+		(void)range_set_add(&client->quarantine, 0, UINT64_MAX & ~(PAGE_BYTES - 1), now,
+				    QUARANTINE_MAX);
+	}
+}
+
+static void apply_remap(struct client *client, uint64_t from, uint64_t to, uint64_t bytes)
+{
+	const struct range *region = range_set_at(&client->regions, from);
+	uint64_t protection = region && region->start <= from ? region->value : 0;
+	uint64_t known_end = region && region->start <= from ? min_of(region->end, from + bytes) : from;
+
+	counter_add(client->engine, events_remap, 1);
+	/* The old range is not ours any more, or (DONTUNMAP) will be found again by discovery; the
+	 * mapping took its registration along. */
+	regions_remove(client, from, from + bytes);
+	regions_remove(client, to, to + bytes);
+	if (known_end > from)
+		(void)range_set_add(&client->regions, to, to + (known_end - from), protection,
+				    REGIONS_MAX);
+	if (slot_map_move(client->engine->slots, &client->record->map, page_of(from), page_of(to),
+			  page_of(bytes), client_staged_moved, client_free_copy, client) < 0)
+		for (uint64_t offset = 0; offset < bytes; offset += PAGE_BYTES) {
+			struct slot slot = { .tag = SLOT_NONE };
+
+			if (slot_get(client->engine->slots, &client->record->map,
+				     page_of(from + offset), &slot) == 0 &&
+			    slot_is_swapped(slot.tag))
+				(void)sys_userfaultfd_poison(client->events_fd, to + offset, PAGE_BYTES);
+		}
+}
+
+/*
+ * The child's address space is a copy of the parent's, so it shares the parent's slots by count. Pages
+ * on their way out of the parent must be settled first, in a place that both can reach: staging is not
+ * inherited. No new MOVE starts meanwhile and no message is read (fork_pending).
+ */
+static void apply_fork(struct client *parent, int child_fd)
+{
+	struct engine *engine = parent->engine;
+	struct client *child;
+
+	counter_add(engine, events_fork, 1);
+	parent->fork_pending = true;
+	while (parent->record->map.counts[SLOT_STAGED] > 0)
+		pthread_cond_wait(&parent->batches_changed, &parent->gate);
+	parent->fork_pending = false;
+	if (client_create(engine, 0, parent->group, &child) < 0) {
+		/* Too many clients. Its memory cannot be served: every touch of a swapped page must fail
+		 * rather than read zeros, and it does not, once this descriptor is closed. Keep it. */
+		struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR,
+					      .pid = parent->pid,
+					      .group = parent->group->number,
+					      .a = (uint64_t)(int64_t)-EMFILE };
+
+		engine_event_push(engine, &event);
+		return;
+	}
+	child->events_fd = child->record->events_fd = child_fd;
+	child->record->beacon = parent->record->beacon;
+	child->record->arena = parent->record->arena;
+	child->record->arena_bytes = parent->record->arena_bytes;
+	if (slot_map_share(engine->slots, &parent->record->map, &child->record->map) < 0)
+		VS_CHECK(!"no memory to share the slots of a forked client");
+	for (size_t i = 0; i < parent->regions.count; i++) {
+		const struct range *region = &parent->regions.ranges[i];
+
+		(void)range_set_add(&child->regions, region->start, region->end, region->value,
+				    REGIONS_MAX);
+	}
+	for (size_t i = 0; i < parent->quarantine.count; i++) {
+		const struct range *range = &parent->quarantine.ranges[i];
+
+		(void)range_set_add(&child->quarantine, range->start, range->end, range->value,
+				    QUARANTINE_MAX);
+	}
+	child->registered = parent->registered;
+	parent->pss = child->pss = true;
+	pthread_mutex_lock(&child->gate);
+	client_metadata_changed(child);
+	pthread_mutex_unlock(&child->gate);
+	child->armed = client_start(child) == 0;
+	client_put(child);
+}
+
+static void apply_event(struct client *client, const struct uffd_msg *message)
+{
+	switch (message->event) {
+	case UFFD_EVENT_FORK:
+		apply_fork(client, (int)message->arg.fork.ufd);
+		break;
+	case UFFD_EVENT_REMAP:
+		apply_remap(client, message->arg.remap.from, message->arg.remap.to,
+			    message->arg.remap.len);
+		break;
+	case UFFD_EVENT_REMOVE:
+		apply_remove(client, message->arg.remove.start, message->arg.remove.end);
+		break;
+	case UFFD_EVENT_UNMAP:
+		apply_unmap(client, message->arg.remove.start, message->arg.remove.end);
+		break;
+	default:
+		break;
+	}
+}
+
+/* ---- faults; the gate is held ---- */
+
+static void answer(struct client *client, struct fill_scratch *scratch, const struct fault *fault)
+{
+	if (fill_fault(client, scratch, fault) != FILL_DEFER)
+		return;
+	if (client->deferred_count < DEFERRED_MAX) {
+		client->deferred[client->deferred_count++] = *fault;
+		return;
+	}
+	(void)sys_userfaultfd_wake(client->events_fd, address_of(fault->page), PAGE_BYTES);
+}
+
+static void answer_deferred(struct client *client, struct fill_scratch *scratch)
+{
+	struct fault faults[DEFERRED_MAX];
+	unsigned count = client->deferred_count;
+
+	if (count == 0)
+		return;
+	memcpy(faults, client->deferred, count * sizeof *faults);
+	client->deferred_count = 0;
+	client->retry_soon = false;
+	for (unsigned i = 0; i < count; i++)
+		answer(client, scratch, &faults[i]);
+}
+
+static void answer_message(struct client *client, struct fill_scratch *scratch,
+			   const struct uffd_msg *message, uint64_t now)
+{
+	struct fault fault = {
+		.page = page_of(message->arg.pagefault.address),
+		.since_ns = now,
+		.thread = message->arg.pagefault.feat.ptid,
+		.write = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE,
+	};
+
+	client->faults++;
+	counter_add(client->engine, faults, 1);
+	__atomic_fetch_add(&client->group->faults, 1, __ATOMIC_RELAXED);
+	answer(client, scratch, &fault);
+}
+
+/* ---- the loop ---- */
+
+static void set_waiting(struct client *client)
+{
+	bool waiting = client->deferred_count > 0 && !client->retry_soon;
+
+	if (waiting == client->waiting)
+		return;
+	client->waiting = waiting;
+	__atomic_fetch_add(&client->group->waiting, waiting ? 1 : -1, __ATOMIC_RELAXED);
+	if (waiting) {
+		counter_add(client->engine, faults_deferred, client->deferred_count);
+		engine_kick_evictors(client->engine);
+	}
+}
+
+/* Read what there is and deal with it. True when something was read. */
+static bool serve(struct client *client, struct fill_scratch *scratch)
+{
+	struct client_record *record = client->record;
+	ssize_t bytes;
+	uint64_t now;
+
+	bytes = read(client->events_fd, record->messages, sizeof record->messages);
+	record->message_count = bytes > 0 ? (uint32_t)((size_t)bytes / sizeof *record->messages) : 0;
+	for (uint32_t i = 0; i < record->message_count; i++)
+		if (record->messages[i].event != UFFD_EVENT_PAGEFAULT)
+			apply_event(client, &record->messages[i]);
+	now = record->message_count ? sys_now_ns() : 0;
+	for (uint32_t i = 0; i < record->message_count; i++)
+		if (record->messages[i].event == UFFD_EVENT_PAGEFAULT)
+			answer_message(client, scratch, &record->messages[i], now);
+	record->message_count = 0;
+	return bytes > 0;
+}
+
+static void serve_all(struct client *client, struct fill_scratch *scratch)
+{
+	fill_reap_reads(client, scratch);
+	serve(client, scratch);
+	answer_deferred(client, scratch);
+	set_waiting(client);
+	client_metadata_changed(client);
+	if (group_room_bytes(client->group) < (int64_t)group_reserve_bytes(client->group))
+		engine_kick_evictors(client->engine);
+}
+
+/* `retry` is what the last look under the gate saw; -1: wait for an event. */
+static int poll_timeout_ms(const struct client *client)
+{
+	return __atomic_load_n(&client->retry_soon, __ATOMIC_RELAXED) ? RETRY_MS : -1;
+}
+
+static void wait_for_work(struct client *client)
+{
+	struct pollfd fds[3] = {
+		{ .fd = client->events_fd, .events = POLLIN },
+		{ .fd = client->wake_fd, .events = POLLIN },
+		{ .fd = client->io ? io_queue_fd(client->io) : -1, .events = POLLIN },
+	};
+
+	(void)poll(fds, 3, poll_timeout_ms(client));
+	if (fds[1].revents)
+		sys_eventfd_drain(client->wake_fd);
+}
+
+static void pin_to_cpu(unsigned cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	(void)sched_setaffinity(0, sizeof set, &set); /* a hint: any CPU is right, this one is fast */
+}
+
+struct worker_start {
+	struct client *client;
+	unsigned number;
+};
+
+void *fault_thread_main(void *argument)
+{
+	struct worker_start start = *(struct worker_start *)argument;
+	struct client *client = start.client;
+	struct fill_scratch scratch = { 0 };
+
+	free(argument);
+	scratch.pages = mmap(NULL, FILL_PAGES_MAX * PAGE_BYTES, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	VS_CHECK(scratch.pages != MAP_FAILED);
+	if (client->worker_count > 1)
+		pin_to_cpu(start.number % client->engine->cpu_count);
+	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
+		bool shut;
+
+		wait_for_work(client);
+		pthread_mutex_lock(&client->gate);
+		shut = client->fork_pending || client->parked;
+		if (!shut && !client->stopping)
+			serve_all(client, &scratch);
+		pthread_mutex_unlock(&client->gate);
+		if (shut)
+			sys_sleep_ms(1); /* poll would return at once, for nothing */
+	}
+	munmap(scratch.pages, FILL_PAGES_MAX * PAGE_BYTES);
+	client_put(client);
+	return NULL;
+}
+
+int client_start(struct client *client)
+{
+	pthread_attr_t attributes;
+	unsigned want = min_of(client->engine->cpu_count, (uint32_t)WORKERS_MAX);
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 128 * 1024);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	client->worker_count = want;
+	for (unsigned i = 0; i < want; i++) {
+		struct worker_start *start = malloc(sizeof *start);
+
+		if (!start)
+			break;
+		*start = (struct worker_start){ client, i };
+		client_get_index(client->engine, client->index);
+		if (pthread_create(&client->workers[i], &attributes, fault_thread_main, start) != 0) {
+			free(start);
+			client_put(client);
+			pthread_attr_destroy(&attributes);
+			return i ? 0 : -EAGAIN;
+		}
+	}
+	pthread_attr_destroy(&attributes);
+	return 0;
+}

@@ -1,0 +1,641 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * fill — answering a fault: find where the page's bytes are, bring them back in one run.
+ *
+ * A run starts at the faulting page. Its length comes from the faulting thread's stream: 1 for a
+ * lone fault, doubling to FILL_PAGES_MAX while the thread goes forward through memory. Three kinds:
+ *
+ *   untouched  NONE and ZERO: zero page for a read, zeroed memory for a write (a write to the zero
+ *              page would fault a second time in the kernel and escape the budget)
+ *   expanded   SAME, POOL, STAGED, INDIRECT: expanded into the thread's buffer, one COPY
+ *   read       SPILL: one asynchronous read that covers the run's extents, then COPY
+ *
+ * The order that makes a fill right, all of it under the gate: state check, expansion, COPY, slot. The
+ * kernel refuses the COPY (EAGAIN) if an event is unread by then; what was expanded is thrown away
+ * and the slot is looked up again after the event. A read from a device does not hold the gate: the
+ * slots are compared, whole, when it is back.
+ */
+#define _GNU_SOURCE
+#include "fill.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base.h"
+#include "codec.h"
+#include "engine_internal.h"
+#include "sys.h"
+
+#define READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
+#define STREAM_GAP_PAGES 16
+
+static const uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];
+
+struct spill_read {
+	struct fault fault;
+	unsigned page_count;
+	unsigned backend;
+	uint64_t range_start;               /* bytes in the backend */
+	struct slot words[FILL_PAGES_MAX];  /* as in the map: SPILL or INDIRECT */
+	struct slot copies[FILL_PAGES_MAX]; /* behind them: SPILL */
+	uint8_t *buffer;
+	uint32_t buffer_bytes;
+};
+
+/* ---- streams ---- */
+
+static unsigned stream_window(struct client *client, const struct fault *fault)
+{
+	struct stream *oldest = &client->streams[0];
+
+	client->stream_clock++;
+	for (unsigned i = 0; i < STREAMS_MAX; i++) {
+		struct stream *stream = &client->streams[i];
+
+		if (stream->window && stream->thread == fault->thread &&
+		    fault->page + FILL_PAGES_MAX > stream->next_page &&
+		    fault->page <= stream->next_page + STREAM_GAP_PAGES) {
+			if (fault->page >= stream->next_page)
+				stream->window = min_of(stream->window * 2, (uint32_t)FILL_PAGES_MAX);
+			stream->next_page = fault->page + stream->window;
+			stream->used = client->stream_clock;
+			group_note_stream(client->group, true);
+			return stream->window;
+		}
+		if (stream->used < oldest->used)
+			oldest = stream;
+	}
+	*oldest = (struct stream){ fault->thread, 1, fault->page + 1, client->stream_clock };
+	group_note_stream(client->group, false);
+	return 1;
+}
+
+static void note_recent(struct client *client, uint64_t page, uint64_t count)
+{
+	client->recent[client->recent_next].page = page;
+	client->recent[client->recent_next].count = count;
+	client->recent_next = (client->recent_next + 1) % RECENT_FILLS;
+}
+
+/* ---- the outcome of a fill ---- */
+
+/* Pages [page, page + count) were filled: they may be evicted again, even if once removed. */
+static void filled(struct client *client, uint64_t page, uint64_t count)
+{
+	counter_add(client->engine, fill_calls, 1);
+	counter_add(client->engine, fill_pages, count);
+	note_recent(client, page, count);
+	if (client->quarantine.count)
+		(void)range_set_remove(&client->quarantine, address_of(page),
+				       address_of(page + count), QUARANTINE_MAX);
+}
+
+static void wake(struct client *client, uint64_t page)
+{
+	(void)sys_userfaultfd_wake(client->events_fd, address_of(page), PAGE_BYTES);
+}
+
+/* What a fill that made no progress means for its fault. `count` was charged. */
+static enum fill_result unfilled(struct client *client, enum fill_outcome outcome, uint64_t page)
+{
+	switch (outcome) {
+	case FILL_PRESENT:
+		counter_add(client->engine, faults_spurious, 1);
+		wake(client, page);
+		return FILL_ANSWERED;
+	case FILL_MOVED:
+		wake(client, page);
+		return FILL_ANSWERED;
+	case FILL_GONE:
+		return FILL_ANSWERED;
+	case FILL_AGAIN:
+		counter_add(client->engine, fill_retries, 1);
+		client->retry_soon = true;
+		return FILL_DEFER;
+	default:
+		/* ENOMEM: the client's cgroup or the machine. BROKEN: nothing known; trying again
+		 * loses nothing, and the thread waits rather than reads a wrong byte. */
+		client->retry_soon = true;
+		return FILL_DEFER;
+	}
+}
+
+static enum fill_result poison(struct client *client, uint64_t page, struct slot slot, int cause)
+{
+	struct engine_event event = {
+		.kind = ENGINE_EVENT_POISONED,
+		.pid = client->pid,
+		.group = client->group->number,
+		.a = address_of(page),
+		.b = (uint64_t)(int64_t)cause,
+	};
+
+	if (slot.tag != SLOT_POISONED) {
+		if (slot_set(client->engine->slots, &client->record->map, page,
+			     (struct slot){ .tag = SLOT_POISONED }) < 0)
+			return FILL_DEFER;
+		if (slot.tag == SLOT_INDIRECT)
+			slot_shared_put(client->engine->slots, slot.location, client_free_copy, client);
+		else if (slot.tag == SLOT_POOL || slot.tag == SLOT_SPILL)
+			client_free_copy(client, slot);
+		counter_add(client->engine, poisoned_pages, 1);
+		engine_event_push(client->engine, &event);
+	}
+	(void)sys_userfaultfd_poison(client->events_fd, address_of(page), PAGE_BYTES);
+	wake(client, page);
+	return FILL_ANSWERED;
+}
+
+static bool charge(struct client *client, uint64_t pages)
+{
+	if (!group_charge(client->group, pages))
+		return false;
+	__atomic_fetch_add(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+	return true;
+}
+
+static void uncharge(struct client *client, uint64_t pages)
+{
+	group_uncharge(client->group, pages);
+	__atomic_fetch_sub(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+}
+
+/* Charge as many of `want` pages as there is room for, at least 1; 0 when there is none. */
+static unsigned charge_some(struct client *client, unsigned want)
+{
+	if (charge(client, want))
+		return want;
+	return want > 1 && charge(client, 1) ? 1 : 0;
+}
+
+/* ---- untouched and zero pages ---- */
+
+static unsigned run_of_zeros(struct client *client, uint64_t page, unsigned window)
+{
+	const struct range *region = range_set_at(&client->regions, address_of(page));
+	unsigned count = 1;
+
+	/* Outside of what we know (grown by mremap, or discovered between two looks): one page. */
+	if (!region || region->start > address_of(page))
+		return 1;
+	window = (unsigned)min_of((uint64_t)window, page_of(region->end) - page);
+	while (count < window) {
+		struct slot slot;
+
+		if (slot_get(client->engine->slots, &client->record->map, page + count, &slot) < 0 ||
+		    (slot.tag != SLOT_NONE && slot.tag != SLOT_ZERO))
+			break;
+		count++;
+	}
+	return count;
+}
+
+static enum fill_result fill_zeros(struct client *client, const struct fault *fault, unsigned window)
+{
+	unsigned count = charge_some(client, run_of_zeros(client, fault->page, window));
+	enum fill_outcome outcome;
+	uint64_t bytes, done;
+
+	if (count == 0)
+		return FILL_DEFER;
+retry:
+	bytes = count * PAGE_BYTES;
+	if (fault->write)
+		outcome = sys_userfaultfd_copy(client->events_fd, address_of(fault->page), zero_pages,
+					       bytes, &done);
+	else
+		outcome = sys_userfaultfd_zero(client->events_fd, address_of(fault->page), bytes, &done);
+	if (outcome == FILL_MOVED && count > 1) { /* the run crosses a mapping's end */
+		uncharge(client, count - 1);
+		count = 1;
+		goto retry;
+	}
+	done /= PAGE_BYTES;
+	uncharge(client, count - done);
+	if (done == 0)
+		return unfilled(client, outcome, fault->page);
+	for (uint64_t i = 0; i < done; i++)
+		(void)slot_set(client->engine->slots, &client->record->map, fault->page + i,
+			       (struct slot){ .tag = SLOT_NONE });
+	filled(client, fault->page, done);
+	if (!fault->write)
+		counter_add(client->engine, zeropage_pages, done);
+	return FILL_ANSWERED;
+}
+
+/* ---- expanded pages ---- */
+
+static int expand_object(struct client *client, const void *object, struct slot slot, void *page)
+{
+	int result = codec_expand(object, slot.units, page);
+
+	if (result == 0 && codec_check(page, client->engine->state->secret) != slot.check)
+		result = -EBADMSG;
+	if (result < 0)
+		counter_add(client->engine, check_failures, 1);
+	return result;
+}
+
+/* Bytes of a page on its way out: from the evictor's buffer, or from staging itself. */
+static int read_staged(struct client *client, struct slot slot, void *page)
+{
+	unsigned window = (unsigned)(slot.location / BATCH_PAGES_MAX);
+	unsigned i = slot.location % BATCH_PAGES_MAX;
+	const struct batch *batch = &client->batches[window];
+	const struct batch_record *record = &client->record->batches[window];
+	ssize_t count;
+
+	if (__atomic_load_n(&batch->copied, __ATOMIC_ACQUIRE)) {
+		memcpy(page, batch->buffer + i * PAGE_BYTES, PAGE_BYTES);
+		return 0;
+	}
+	count = sys_read_client(client->pid,
+				client->record->staging[record->protection] +
+					(window * BATCH_PAGES_MAX + i) * PAGE_BYTES,
+				page, PAGE_BYTES);
+	return count == (ssize_t)PAGE_BYTES ? 0 : -EIO;
+}
+
+/* Expand one page: 0, 1 when its backing is not in memory (SPILL), or -errno. */
+static int expand(struct client *client, struct slot slot, void *page)
+{
+	struct slot_space *space = client->engine->slots;
+	int result;
+
+	switch (slot.tag) {
+	case SLOT_SAME:
+		codec_fill(page, slot.check);
+		return 0;
+	case SLOT_POOL:
+		return expand_object(client, pool_object(client->engine->pool_space, slot.location),
+				     slot, page);
+	case SLOT_STAGED:
+		return read_staged(client, slot, page);
+	case SLOT_INDIRECT:
+		slot_share_lock(space);
+		slot = slot_shared_peek(space, slot.location);
+		result = slot.tag != SLOT_POOL
+				 ? 1
+				 : expand_object(client,
+						 pool_object(client->engine->pool_space, slot.location),
+						 slot, page);
+		slot_share_unlock(space);
+		return result;
+	default:
+		return 1;
+	}
+}
+
+/* The page is back: what its slot becomes, and what becomes of the copy. */
+static void settle(struct client *client, uint64_t page, struct slot word, bool keep)
+{
+	struct slot_space *space = client->engine->slots;
+	struct slot_map *map = &client->record->map;
+	struct slot next = { .tag = SLOT_NONE };
+
+	if (word.tag == SLOT_STAGED) {
+		unsigned window = (unsigned)(word.location / BATCH_PAGES_MAX);
+		unsigned i = word.location % BATCH_PAGES_MAX;
+
+		next = client->record->batches[window].before[i];
+		client->record->batches[window].pages[i] = BATCH_PAGE_GONE;
+		client->batches[window].staged &= ~(1ULL << i);
+		counter_add(client->engine, evict_refaulted, 1);
+	} else if (keep && (word.tag == SLOT_POOL || word.tag == SLOT_SPILL)) {
+		next = slot_kept(word);
+	}
+	VS_CHECK(slot_set(space, map, page, next) == 0);
+	if (word.tag == SLOT_INDIRECT)
+		slot_shared_put(space, word.location, client_free_copy, client);
+	else if (!slot_is_kept(next.tag) && (word.tag == SLOT_POOL || word.tag == SLOT_SPILL))
+		client_free_copy(client, word);
+}
+
+/* COPY `count` expanded pages at `page` and settle those that arrived; charged pages that did not
+ * are given back. */
+static enum fill_result copy_run(struct client *client, const uint8_t *pages, uint64_t page,
+				 unsigned count, const struct slot *words, bool keep)
+{
+	enum fill_outcome outcome;
+	unsigned charged = count;
+	uint64_t done;
+
+	outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, count * PAGE_BYTES,
+				       &done);
+	if (outcome == FILL_MOVED && count > 1)
+		outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, PAGE_BYTES,
+					       &done);
+	done /= PAGE_BYTES;
+	uncharge(client, charged - done);
+	if (done == 0)
+		return unfilled(client, outcome, page);
+	for (unsigned i = 0; i < done; i++)
+		settle(client, page + i, words[i], keep);
+	filled(client, page, done);
+	return FILL_ANSWERED;
+}
+
+static enum fill_result fill_expanded(struct client *client, struct fill_scratch *scratch,
+				      const struct fault *fault, struct slot first, unsigned window)
+{
+	struct slot words[FILL_PAGES_MAX];
+	unsigned count = 0;
+	int result;
+
+	window = charge_some(client, window);
+	if (window == 0)
+		return FILL_DEFER;
+	words[0] = first;
+	result = expand(client, first, scratch->pages);
+	if (result == -EIO && client->dead)
+		result = 0; /* nobody will look */
+	if (result < 0) {
+		uncharge(client, window);
+		return poison(client, fault->page, first, result);
+	}
+	VS_CHECK(result == 0);
+	for (count = 1; count < window; count++) {
+		if (slot_get(client->engine->slots, &client->record->map, fault->page + count,
+			     &words[count]) < 0 ||
+		    !slot_is_swapped(words[count].tag) || words[count].tag == SLOT_ZERO ||
+		    expand(client, words[count], scratch->pages + count * PAGE_BYTES) != 0)
+			break;
+	}
+	uncharge(client, window - count);
+	return copy_run(client, scratch->pages, fault->page, count, words,
+			group_keeps_copies(client->group));
+}
+
+/* ---- pages on a backend ---- */
+
+static bool read_is_under_way(const struct client *client, uint64_t page)
+{
+	for (unsigned i = 0; i < READS_MAX; i++) {
+		const struct spill_read *read = client->reads[i];
+
+		if (read && page >= read->fault.page && page < read->fault.page + read->page_count)
+			return true;
+	}
+	return false;
+}
+
+static void read_free(struct client *client, unsigned i)
+{
+	free(client->reads[i]->buffer);
+	free(client->reads[i]);
+	client->reads[i] = NULL;
+}
+
+/* The extent behind a word: SPILL itself, or what an INDIRECT one names. */
+static struct slot copy_of(struct client *client, struct slot word)
+{
+	return word.tag == SLOT_INDIRECT ? slot_shared_get(client->engine->slots, word.location) : word;
+}
+
+/* Widen the read over the following pages while their extents lie close behind each other. */
+static void read_plan(struct client *client, struct spill_read *read, unsigned window)
+{
+	struct spill_range range = spill_range_of(read->copies[0].location, read->copies[0].units);
+	uint64_t end = range.offset_bytes + range.length_bytes;
+
+	read->range_start = range.offset_bytes;
+	for (read->page_count = 1; read->page_count < window; read->page_count++) {
+		unsigned i = read->page_count;
+		struct slot word;
+
+		if (slot_get(client->engine->slots, &client->record->map, read->fault.page + i, &word) < 0 ||
+		    (word.tag != SLOT_SPILL && word.tag != SLOT_INDIRECT))
+			break;
+		read->words[i] = word;
+		read->copies[i] = copy_of(client, word);
+		if (read->copies[i].tag != SLOT_SPILL || read->copies[i].backend != read->backend ||
+		    read->copies[i].location < read->copies[i - 1].location)
+			break;
+		range = spill_range_of(read->copies[i].location, read->copies[i].units);
+		if (range.offset_bytes + range.length_bytes - read->range_start > READ_BYTES_MAX)
+			break;
+		end = max_of(end, range.offset_bytes + range.length_bytes);
+	}
+	read->buffer_bytes = (uint32_t)(end - read->range_start);
+}
+
+static enum fill_result fill_from_spill(struct client *client, const struct fault *fault,
+					struct slot word, unsigned window)
+{
+	struct spill_read *read;
+	unsigned slot = 0;
+	int result;
+
+	if (read_is_under_way(client, fault->page))
+		return FILL_PENDING; /* its COPY will wake this waiter too */
+	while (slot < READS_MAX && client->reads[slot])
+		slot++;
+	if (slot == READS_MAX ||
+	    (!client->io && io_queue_create(READS_MAX, IO_AUTOMATIC, &client->io) < 0))
+		return FILL_DEFER;
+	window = charge_some(client, window);
+	if (window == 0)
+		return FILL_DEFER;
+	read = calloc(1, sizeof *read);
+	if (!read) {
+		uncharge(client, window);
+		return FILL_DEFER;
+	}
+	client->reads[slot] = read;
+	read->fault = *fault;
+	read->words[0] = word;
+	read->copies[0] = copy_of(client, word);
+	read->backend = read->copies[0].backend;
+	read_plan(client, read, window);
+	uncharge(client, window - read->page_count);
+	result = posix_memalign((void **)&read->buffer, PAGE_BYTES, read->buffer_bytes);
+	if (result == 0)
+		result = io_read(client->io, spill_fd(client->engine->backends[read->backend].spill),
+				 read->buffer, read->buffer_bytes, read->range_start, slot);
+	if (result != 0) {
+		uncharge(client, read->page_count);
+		read_free(client, slot);
+		return FILL_DEFER;
+	}
+	return FILL_PENDING;
+}
+
+static bool word_is_unchanged(struct client *client, const struct spill_read *read, unsigned i)
+{
+	struct slot word;
+
+	return slot_get(client->engine->slots, &client->record->map, read->fault.page + i, &word) == 0 &&
+	       slot_is_equal(word, read->words[i]) && slot_is_equal(copy_of(client, word), read->copies[i]);
+}
+
+/* Expand and COPY the pages of a completed read that are still where they were. */
+static enum fill_result read_deliver(struct client *client, struct fill_scratch *scratch,
+				     struct spill_read *read)
+{
+	struct spill *spill = client->engine->backends[read->backend].spill;
+	struct spill_statistics statistics;
+	bool keep;
+	unsigned count;
+
+	spill_statistics(spill, &statistics);
+	keep = statistics.used_bytes < statistics.size_bytes / 4 * 3;
+	for (count = 0; count < read->page_count; count++) {
+		struct slot copy = read->copies[count];
+		uint64_t offset = copy.location * POOL_UNIT_BYTES - read->range_start;
+
+		if (!word_is_unchanged(client, read, count))
+			break;
+		if (expand_object(client, read->buffer + offset, copy,
+				  scratch->pages + count * PAGE_BYTES) < 0)
+			break;
+	}
+	uncharge(client, read->page_count - count);
+	if (count == 0) {
+		if (word_is_unchanged(client, read, 0))
+			return poison(client, read->fault.page, read->words[0], -EBADMSG);
+		return FILL_DEFER; /* look it up again */
+	}
+	counter_add(client->engine, spill_read_pages, count);
+	return copy_run(client, scratch->pages, read->fault.page, count, read->words, keep);
+}
+
+static void defer(struct client *client, const struct fault *fault)
+{
+	if (client->deferred_count < DEFERRED_MAX)
+		client->deferred[client->deferred_count++] = *fault;
+	else
+		wake(client, fault->page); /* it will fault again */
+}
+
+void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
+{
+	struct io_completion completions[8];
+	unsigned count;
+
+	while (client->io && (count = io_reap(client->io, completions, 8)) > 0) {
+		for (unsigned i = 0; i < count; i++) {
+			unsigned slot = (unsigned)completions[i].cookie;
+			struct spill_read *read = client->reads[slot];
+			enum fill_result result;
+
+			spill_count_read(client->engine->backends[read->backend].spill,
+					 read->buffer_bytes, (int)min_of(completions[i].result, 0));
+			if (completions[i].result < 0) {
+				uncharge(client, read->page_count);
+				result = word_is_unchanged(client, read, 0)
+						 ? poison(client, read->fault.page, read->words[0],
+							  (int)completions[i].result)
+						 : FILL_DEFER;
+			} else {
+				result = read_deliver(client, scratch, read);
+			}
+			if (result == FILL_DEFER)
+				defer(client, &read->fault);
+			else
+				engine_latency_add(client->engine, ENGINE_BACKING_SPILL,
+						   sys_now_ns() - read->fault.since_ns);
+			read_free(client, slot);
+		}
+	}
+}
+
+void fill_free_reads(struct client *client)
+{
+	for (unsigned i = 0; i < READS_MAX; i++)
+		if (client->reads[i])
+			read_free(client, i);
+}
+
+/* ---- one fault ---- */
+
+/* A forked child asks who it is: the beacon page holds its token (wire.h). */
+static enum fill_result fill_beacon(struct client *client, struct fill_scratch *scratch)
+{
+	enum fill_outcome outcome;
+	uint64_t done;
+
+	memset(scratch->pages, 0, PAGE_BYTES);
+	memcpy(scratch->pages, &client->record->token, sizeof client->record->token);
+	outcome = sys_userfaultfd_copy(client->events_fd, client->record->beacon, scratch->pages,
+				       PAGE_BYTES, &done);
+	return done ? FILL_ANSWERED : unfilled(client, outcome, page_of(client->record->beacon));
+}
+
+/* A page that we hold to be resident faulted: it was filled between the fault and now, or it went
+ * without an event, which must not be: then its bytes are not known. */
+static enum fill_result fill_resident(struct client *client, const struct fault *fault,
+				      struct slot slot)
+{
+	if (client->pagemap_fd < 0 ||
+	    sys_page_is_present(client->pagemap_fd, address_of(fault->page))) {
+		counter_add(client->engine, faults_spurious, 1);
+		wake(client, fault->page);
+		return FILL_ANSWERED;
+	}
+	return poison(client, fault->page, slot, -ENODATA);
+}
+
+static void note_answered(struct client *client, const struct fault *fault, enum slot_tag tag)
+{
+	static const enum engine_backing backings[SLOT_TAG_COUNT] = {
+		[SLOT_NONE] = ENGINE_BACKING_ZERO,   [SLOT_ZERO] = ENGINE_BACKING_ZERO,
+		[SLOT_SAME] = ENGINE_BACKING_SAME,   [SLOT_POOL] = ENGINE_BACKING_POOL,
+		[SLOT_INDIRECT] = ENGINE_BACKING_POOL, [SLOT_STAGED] = ENGINE_BACKING_STAGED,
+	};
+	struct engine *engine = client->engine;
+
+	switch (backings[tag]) {
+	case ENGINE_BACKING_ZERO:
+		counter_add(engine, faults_zero, 1);
+		break;
+	case ENGINE_BACKING_SAME:
+		counter_add(engine, faults_same, 1);
+		break;
+	case ENGINE_BACKING_STAGED:
+		counter_add(engine, faults_staged, 1);
+		break;
+	default:
+		counter_add(engine, faults_pool, 1);
+	}
+	engine_latency_add(engine, backings[tag], sys_now_ns() - fault->since_ns);
+}
+
+enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
+			    const struct fault *fault)
+{
+	const struct client_record *record = client->record;
+	enum fill_result result;
+	struct slot slot;
+	unsigned window;
+
+	if (fault->page == page_of(record->beacon))
+		return fill_beacon(client, scratch);
+	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
+		return FILL_DEFER;
+	if (fault->synthetic && !slot_is_swapped(slot.tag))
+		return FILL_ANSWERED;
+	window = fault->synthetic ? FILL_PAGES_MAX : stream_window(client, fault);
+	switch (slot.tag) {
+	case SLOT_NONE:
+	case SLOT_ZERO:
+		result = fill_zeros(client, fault, window);
+		break;
+	case SLOT_KEPT_POOL:
+	case SLOT_KEPT_SPILL:
+		return fill_resident(client, fault, slot);
+	case SLOT_POISONED:
+		return poison(client, fault->page, slot, 0);
+	default:
+		if (copy_of(client, slot).tag == SLOT_SPILL) {
+			result = fill_from_spill(client, fault, slot, window);
+			if (result == FILL_PENDING)
+				counter_add(client->engine, faults_spill, 1);
+			return result;
+		}
+		result = fill_expanded(client, scratch, fault, slot, window);
+	}
+	if (result == FILL_ANSWERED)
+		note_answered(client, fault, slot.tag);
+	return result;
+}

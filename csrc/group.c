@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT */
+#include "group.h"
+
+#include "base.h"
+
+#define MIB (1ULL << 20)
+
+uint64_t group_usage_bytes(const struct group *group)
+{
+	int64_t resident = __atomic_load_n(&group->resident_pages, __ATOMIC_RELAXED);
+	int64_t metadata = __atomic_load_n(&group->metadata_bytes, __ATOMIC_RELAXED);
+
+	return (uint64_t)max_of(resident, 0) * PAGE_BYTES + (uint64_t)max_of(metadata, 0) +
+	       __atomic_load_n(&group->unmanaged_bytes, __ATOMIC_RELAXED) +
+	       __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);
+}
+
+int64_t group_room_bytes(const struct group *group)
+{
+	return (int64_t)__atomic_load_n(&group->limit_bytes, __ATOMIC_RELAXED) -
+	       (int64_t)group_usage_bytes(group);
+}
+
+static void note_usage(struct group *group)
+{
+	uint64_t usage = group_usage_bytes(group);
+
+	if (usage > __atomic_load_n(&group->usage_bytes_max, __ATOMIC_RELAXED))
+		__atomic_store_n(&group->usage_bytes_max, usage, __ATOMIC_RELAXED);
+}
+
+bool group_charge(struct group *group, uint64_t pages)
+{
+	if (group_room_bytes(group) < (int64_t)(pages * PAGE_BYTES))
+		return false;
+	__atomic_fetch_add(&group->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+	note_usage(group);
+	return true;
+}
+
+void group_uncharge(struct group *group, uint64_t pages)
+{
+	__atomic_fetch_sub(&group->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+}
+
+uint64_t group_register_bytes(const struct group *group)
+{
+	uint64_t limit = group->limit_bytes;
+
+	return min_of(max_of(limit / 16, 12 * MIB), limit / 3);
+}
+
+uint64_t group_reserve_bytes(const struct group *group)
+{
+	uint64_t limit = group->limit_bytes;
+
+	return min_of(max_of(limit / 64, 1 * MIB), 8 * MIB);
+}
+
+uint64_t group_pool_cap_bytes(const struct group *group)
+{
+	uint64_t cap = group->limit_bytes / 100 * 80;
+
+	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
+}
+
+void group_pool_changed(struct group *group)
+{
+	struct pool_statistics statistics;
+
+	pool_statistics(group->pool, &statistics);
+	__atomic_store_n(&group->pool_bytes, statistics.bytes, __ATOMIC_RELAXED);
+	note_usage(group);
+}
+
+bool group_keeps_copies(const struct group *group)
+{
+	uint64_t pool_bytes = __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);
+
+	return group->stream_percent >= 40 && pool_bytes < group_pool_cap_bytes(group);
+}
+
+void group_note_stream(struct group *group, bool streaming)
+{
+	/* In 1/256 steps of the distance: about the last 256 faults count. Races lose a step, no more. */
+	uint32_t old = __atomic_load_n(&group->stream_percent, __ATOMIC_RELAXED);
+	static __thread uint32_t fraction;
+
+	fraction += streaming ? 100 - old : old;
+	if (fraction >= 256) {
+		fraction -= 256;
+		old = streaming ? min_of(old + 1, 100u) : (old ? old - 1 : 0);
+		__atomic_store_n(&group->stream_percent, old, __ATOMIC_RELAXED);
+	}
+}

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * group — one budget: what the processes that share it may cost in RAM, and what they do cost.
+ *
+ * usage = resident (managed clients) + unmanaged + pool + metadata      (all of it in bytes)
+ *
+ * Resident pages are counted by every fill and release between two looks, and set to what the kernel
+ * says at each look (look.c), so an error never lives longer than a look.
+ *
+ * Marks, distances below the limit:
+ *   register_bytes   usage closer than this: regions are registered, first touches come to us
+ *   reserve_bytes    usage closer than this: evictors run until there is twice as much room
+ * A fill is refused (group_charge false) when it would pass the limit: the fault waits for room.
+ *
+ * Locking   counters are atomics; the list of clients is protected by the engine's registry lock.
+ */
+#ifndef VSWAP_GROUP_H
+#define VSWAP_GROUP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "pool.h"
+
+struct group {
+	int number;
+	char name[32];
+	uint32_t flags;
+	uint64_t limit_bytes;
+	uint64_t pool_limit_bytes; /* 0: no limit of its own */
+	struct pool *pool;
+
+	int64_t resident_pages;    /* sum over clients */
+	uint64_t unmanaged_bytes;
+	uint64_t pool_bytes;       /* as of the last store or free */
+	int64_t metadata_bytes;
+	uint64_t usage_bytes_max;
+	uint64_t swapped_pages_max;
+	uint64_t faults;
+
+	uint32_t client_count;     /* registry lock */
+	uint32_t users;            /* evictors and writer at work on it; registry lock */
+	uint32_t parked;           /* clients with a parked batch */
+	uint32_t waiting;          /* clients with faults that wait for room */
+	uint64_t progress;         /* pages released or objects written back, ever */
+	uint64_t stuck_since_ns;   /* reclaim finds nothing since then; 0: it does */
+	uint32_t stream_percent;   /* recent faults that were part of a stream, smoothed, 0..100 */
+};
+
+uint64_t group_usage_bytes(const struct group *group);
+
+/* Room below the limit; negative when over it. */
+int64_t group_room_bytes(const struct group *group);
+
+/* Account `pages` pages that are about to become resident. False when they do not fit. */
+bool group_charge(struct group *group, uint64_t pages);
+void group_uncharge(struct group *group, uint64_t pages);
+
+uint64_t group_register_bytes(const struct group *group);
+uint64_t group_reserve_bytes(const struct group *group);
+
+/* RAM that the pool may take. */
+uint64_t group_pool_cap_bytes(const struct group *group);
+
+void group_pool_changed(struct group *group);
+
+/* Keep the copy a page was filled from, or give its memory to residency? */
+bool group_keeps_copies(const struct group *group);
+/* One more fault, part of a stream or not. */
+void group_note_stream(struct group *group, bool streaming);
+
+#endif

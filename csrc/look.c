@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * look — see what clients really hold, and bring their regions under management in time.
+ *
+ * While a group is far from its limit its processes are native: nothing is registered, a look is one
+ * read of /proc/PID/statm. A process can touch FILL_BYTES_PER_S between two looks, so the interval is
+ * the group's distance to its register mark divided by that, between LOOK_MS_MIN and LOOK_MS_MAX. At
+ * the mark every large anonymous private writable mapping of every client is registered; from then
+ * on first touches come to the fault threads, and a change of the process's size means new mappings
+ * to discover.
+ *
+ * Never registered: stacks (the main one, and what looks like a thread's: directly above a small
+ * inaccessible guard), the agent's arena, shared, file and special mappings, and what is smaller
+ * than REGION_BYTES_MIN. What registration refuses (another userfaultfd, mlocked later) stays native.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "sys.h"
+
+#define LOOK_MS_MIN 1
+#define LOOK_MS_MAX 50
+#define FILL_BYTES_PER_MS (4ULL << 20)
+#define REGION_BYTES_MIN (256UL << 10)
+#define GUARD_BYTES_MAX (64UL << 10)
+#define THREAD_STACK_BYTES (8UL << 20)
+#define PSS_INTERVAL_NS 50000000ULL
+#define ORPHAN_INTERVAL_NS 100000000ULL
+#define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
+
+/* ---- discovery; the gate is held ---- */
+
+static bool is_candidate(const struct client *client, const struct mapping *mapping)
+{
+	const struct client_record *record = client->record;
+
+	return mapping->anonymous && !mapping->shared && mapping->readable && mapping->writable &&
+	       (mapping->name[0] != '[' || strcmp(mapping->name, "[heap]") == 0 ||
+		strncmp(mapping->name, "[anon", 5) == 0) &&
+	       mapping->name[0] != '/' &&
+	       (mapping->end <= record->arena || mapping->start >= record->arena + record->arena_bytes);
+}
+
+/* Part of a mapping that may be registered: all of it, less a thread's stack at its start. */
+static uint64_t registrable_start(const struct mapping *before, const struct mapping *mapping)
+{
+	bool guarded = before->end == mapping->start && !before->readable && !before->writable &&
+		       before->anonymous && before->end - before->start <= GUARD_BYTES_MAX;
+
+	return guarded ? min_of(mapping->end, mapping->start + THREAD_STACK_BYTES) : mapping->start;
+}
+
+/* Registered and really anonymous? The mapping may have been replaced since it was read. */
+static bool is_still_candidate(struct client *client, uint64_t start, uint64_t end)
+{
+	struct mapping mapping;
+
+	for (uint64_t at = start; at < end; at = mapping.end) {
+		if (sys_mapping_next(client->maps_fd, at, &mapping) != 1 || mapping.start > at ||
+		    !mapping.anonymous || mapping.shared)
+			return false;
+	}
+	return true;
+}
+
+static uint64_t register_region(struct client *client, uint64_t start, uint64_t end, uint64_t protection)
+{
+	const struct range *known = range_set_at(&client->regions, start);
+
+	if (end - start < REGION_BYTES_MIN)
+		return 0;
+	if (known && known->start <= start && known->end >= end && known->value == protection)
+		return 0;
+	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
+		return 0;
+	if (!is_still_candidate(client, start, end)) {
+		(void)sys_userfaultfd_unregister(client->events_fd, start, end - start);
+		return 0;
+	}
+	if (range_set_add(&client->regions, start, end, protection, REGIONS_MAX) < 0)
+		return 0;
+	return end - start;
+}
+
+void look_discover(struct client *client)
+{
+	struct mapping before = { 0 }, mapping = { 0 };
+	uint64_t bytes = 0;
+	bool first = !client->registered;
+	int count = 0;
+
+	for (uint64_t at = 0; count < DISCOVER_MAX; at = mapping.end, before = mapping, count++) {
+		uint64_t start;
+
+		if (sys_mapping_next(client->maps_fd, at, &mapping) != 1)
+			break;
+		if (!is_candidate(client, &mapping))
+			continue;
+		start = registrable_start(&before, &mapping);
+		if (start < mapping.end)
+			bytes += register_region(client, start, mapping.end, mapping.executable ? 1 : 0);
+	}
+	client->registered = true;
+	if (first) {
+		struct engine_event event = { .kind = ENGINE_EVENT_REGISTERED, .pid = client->pid,
+					      .group = client->group->number,
+					      .a = client->regions.count, .b = bytes };
+
+		engine_event_push(client->engine, &event);
+	}
+}
+
+/* ---- sizes ---- */
+
+static void set_resident(struct client *client, uint64_t pages)
+{
+	int64_t old = __atomic_exchange_n(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+
+	__atomic_fetch_add(&client->group->resident_pages, (int64_t)pages - old, __ATOMIC_RELAXED);
+}
+
+/* One look at one client. Returns its VmSize in pages, 0 when it cannot be seen. */
+static uint64_t look_at_size(struct client *client, uint64_t now)
+{
+	uint64_t size = 0, resident, pss_bytes;
+
+	if (client->statm_fd < 0 || sys_statm(client->statm_fd, &size, &resident) < 0)
+		return 0;
+	if (!client->pss) {
+		set_resident(client, resident);
+	} else if (now >= client->pss_next_ns) {
+		/* Pages shared with forked relatives count once in all: what the kernel calls Pss. */
+		if (sys_pss_anonymous(client->pid, &pss_bytes) == 0)
+			set_resident(client, pss_bytes / PAGE_BYTES);
+		client->pss_next_ns = now + PSS_INTERVAL_NS;
+	}
+	return size;
+}
+
+static void look_at_client(struct client *client, uint64_t now, bool near)
+{
+	uint64_t size;
+
+	if (client->dead)
+		return;
+	if (client->pid == 0 || client->agent_gone) {
+		if (client->armed && sys_userfaultfd_is_gone(client->events_fd))
+			client_bury(client);
+		if (client->pid == 0)
+			return;
+	}
+	size = look_at_size(client, now);
+	if (size == 0 || !client->armed || !client->ring)
+		return;
+	if ((near && !client->registered) || (client->registered && size != client->size_pages_seen)) {
+		SCOPED_LOCK(&client->gate);
+		if (client->dead || client->parked)
+			return;
+		look_discover(client);
+		client->size_pages_seen = size;
+	}
+}
+
+/* ---- the loop ---- */
+
+static bool is_near(const struct group *group)
+{
+	return group->flags & ENGINE_GROUP_TORTURE ||
+	       group_room_bytes(group) < (int64_t)group_register_bytes(group);
+}
+
+/* Milliseconds until this group must be looked at again. */
+static uint64_t interval_ms(const struct group *group)
+{
+	int64_t distance = group_room_bytes(group) - (int64_t)group_register_bytes(group);
+	uint64_t ms = distance > 0 ? (uint64_t)distance / FILL_BYTES_PER_MS / 2 : 0;
+
+	return max_of(min_of(ms, (uint64_t)LOOK_MS_MAX), (uint64_t)LOOK_MS_MIN);
+}
+
+static void note_maxima(struct engine *engine)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned g = 0; g < GROUPS_MAX; g++) {
+		struct group *group = engine->groups[g];
+		uint64_t swapped = 0;
+
+		if (!group)
+			continue;
+		for (unsigned i = 0; i < engine->clients_end; i++)
+			if (engine->clients[i] && engine->clients[i]->group == group)
+				for (int tag = SLOT_ZERO; tag <= SLOT_INDIRECT; tag++)
+					if (slot_is_swapped((enum slot_tag)tag))
+						swapped += engine->clients[i]->record->map.counts[tag];
+		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped);
+	}
+}
+
+static uint64_t look_at_all(struct engine *engine)
+{
+	uint64_t now = sys_now_ns(), next_ms = LOOK_MS_MAX;
+
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = client_get_index(engine, i);
+
+		if (!client)
+			continue;
+		look_at_client(client, now, is_near(client->group));
+		if (client->parked)
+			engine_kick_evictors(engine);
+		next_ms = min_of(next_ms, interval_ms(client->group));
+		if (group_room_bytes(client->group) < (int64_t)group_reserve_bytes(client->group))
+			engine_kick_evictors(engine);
+		client_put(client);
+	}
+	note_maxima(engine);
+	return next_ms;
+}
+
+void *look_thread_main(void *argument)
+{
+	struct engine *engine = argument;
+
+	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
+		sys_sleep_ms((unsigned)look_at_all(engine));
+	return NULL;
+}

@@ -1,0 +1,299 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * reclaim — make room: which group, which client, when to stop, when to give up.
+ *
+ * An evictor takes any group that is short (room below its reserve, or faults waiting) and evicts from
+ * its clients, largest first, one batch at a time, until there is twice the reserve. Order within a
+ * client is its hand's: once around the address space, which for memory that was filled or is scanned
+ * in order is first in, first out.
+ *
+ * When a pool is at its cap, room comes from the writer (writeback.c) if the group may spill, else
+ * from kept copies. When nothing gives room for OUT_OF_MEMORY_NS while faults wait, the group is out
+ * of memory: its largest member is killed, and nobody else's.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "evict.h"
+#include "sys.h"
+
+#define OUT_OF_MEMORY_NS 3000000000ULL
+#define IDLE_MS 100
+#define TORTURE_PAUSE_MS 1
+#define BATCHES_A_TURN 16
+
+/* ---- choosing ---- */
+
+static bool is_short(const struct group *group)
+{
+	return group_room_bytes(group) < (int64_t)group_reserve_bytes(group) ||
+	       __atomic_load_n(&group->waiting, __ATOMIC_RELAXED) > 0;
+}
+
+static bool has_room_again(const struct group *group)
+{
+	return group_room_bytes(group) >= (int64_t)(2 * group_reserve_bytes(group));
+}
+
+/* A group with work to do, round robin, as one of its users; NULL when none. */
+static struct group *pick_group(struct engine *engine, unsigned *cursor)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < GROUPS_MAX; i++) {
+		struct group *group = engine->groups[(*cursor + i) % GROUPS_MAX];
+
+		if (!group || group->client_count == 0)
+			continue;
+		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE ||
+		    __atomic_load_n(&group->parked, __ATOMIC_RELAXED) > 0) {
+			group->users++;
+			*cursor = (*cursor + i + 1) % GROUPS_MAX;
+			return group;
+		}
+	}
+	return NULL;
+}
+
+/* The group's clients that can be evicted from, largest first, with a reference each. */
+static unsigned pick_clients(struct engine *engine, struct group *group, struct client **clients,
+			     unsigned max)
+{
+	unsigned count = 0;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = engine->clients[i];
+		unsigned at;
+
+		if (!client || client->group != group || !client->registered || client->dead ||
+		    client->agent_gone || client->evict_error || !client->ring)
+			continue;
+		if (count == max && clients[max - 1]->resident_pages >= client->resident_pages)
+			continue;
+		if (count == max)
+			clients[--count]->references--;
+		for (at = count; at > 0 && clients[at - 1]->resident_pages < client->resident_pages; at--)
+			clients[at] = clients[at - 1];
+		clients[at] = client;
+		client->references++;
+		count++;
+	}
+	return count;
+}
+
+/* ---- out of memory ---- */
+
+static struct client *largest_client(struct engine *engine, struct group *group)
+{
+	struct client *largest = NULL;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = engine->clients[i];
+
+		if (client && client->group == group && client->pid > 0 && !client->dead &&
+		    (!largest || client->resident_pages > largest->resident_pages))
+			largest = client;
+	}
+	if (largest)
+		largest->references++;
+	return largest;
+}
+
+static void kill_largest(struct engine *engine, struct group *group)
+{
+	struct client *client = largest_client(engine, group);
+	struct engine_event event = { .kind = ENGINE_EVENT_OUT_OF_MEMORY, .group = group->number };
+
+	if (!client)
+		return;
+	event.pid = client->pid;
+	event.a = group_usage_bytes(group);
+	event.b = group->limit_bytes;
+	event.c = (uint64_t)max_of(client->resident_pages, 0) * PAGE_BYTES;
+	counter_add(engine, out_of_memory_kills, 1);
+	engine_event_push(engine, &event);
+	(void)syscall(SYS_pidfd_send_signal, client->pidfd, SIGKILL, NULL, 0);
+	client_put(client);
+}
+
+/* Nothing gave room in a whole turn: remember since when, and end it after a while. */
+static void note_stuck(struct engine *engine, struct group *group, bool progress)
+{
+	uint64_t now = sys_now_ns();
+	bool starving = __atomic_load_n(&group->waiting, __ATOMIC_RELAXED) > 0 &&
+			group_room_bytes(group) < (int64_t)PAGE_BYTES;
+
+	if (progress || !starving) {
+		group->stuck_since_ns = 0;
+	} else if (group->stuck_since_ns == 0) {
+		group->stuck_since_ns = now;
+	} else if (now - group->stuck_since_ns > OUT_OF_MEMORY_NS) {
+		kill_largest(engine, group);
+		group->stuck_since_ns = now;
+	}
+}
+
+/* ---- evicting ---- */
+
+/* The pool is at its cap: have something leave it. True when eviction may go on. */
+static bool pool_has_room(struct engine *engine, struct group *group, struct client *client)
+{
+	static __thread uint64_t cursor;
+	uint64_t cap = group_pool_cap_bytes(group);
+
+	if (group->pool_bytes + POOL_SLAB_BYTES <= cap)
+		return true;
+	if (writeback_is_possible(engine, group)) {
+		engine_kick_writer(engine);
+		sys_sleep_ms(1);
+		return group->pool_bytes + POOL_SLAB_BYTES <= cap;
+	}
+	if (evict_drop_kept(client, 64, &cursor) == 0)
+		cursor = 0;
+	group_pool_changed(group);
+	/* Nothing to spill to: the cap only divides the budget, the limit itself is what counts,
+	 * unless the user set a limit of the pool's own. */
+	return group->pool_limit_bytes == 0 || group->pool_bytes + POOL_SLAB_BYTES <= cap;
+}
+
+static uint64_t torture_hand(const struct client *client)
+{
+	uint64_t random = sys_now_ns() * 0x9E3779B97F4A7C15ULL;
+	const struct range *region;
+
+	if (client->regions.count == 0)
+		return 0;
+	region = &client->regions.ranges[(random >> 33) % client->regions.count];
+	return region->start + (random >> 7) % (region->end - region->start) / PAGE_BYTES * PAGE_BYTES;
+}
+
+/* At most BATCHES_A_TURN batches from one client. Returns pages evicted. */
+static uint64_t evict_from(struct engine *engine, struct group *group, struct client *client,
+			   struct evictor *evictor, bool desperate)
+{
+	uint64_t pages = 0;
+	unsigned wraps = 0;
+
+	for (unsigned i = 0; i < BATCHES_A_TURN && wraps < 2; i++) {
+		struct evict_result result;
+		bool torture = group->flags & ENGINE_GROUP_TORTURE;
+
+		if (!pool_has_room(engine, group, client))
+			break;
+		if (torture && !is_short(group)) {
+			pthread_mutex_lock(&client->gate);
+			client->hand = torture_hand(client);
+			pthread_mutex_unlock(&client->gate);
+			i = BATCHES_A_TURN - 1;
+		}
+		if (evict_batch(client, evictor, desperate, &result) < 0)
+			break;
+		pages += result.pages;
+		wraps += result.wrapped;
+		if (!torture && has_room_again(group))
+			break;
+	}
+	return pages;
+}
+
+static void reclaim_group(struct engine *engine, struct group *group, struct evictor *evictor)
+{
+	struct client *clients[16];
+	unsigned count = pick_clients(engine, group, clients, 16);
+	uint64_t pages = 0, progress = __atomic_load_n(&group->progress, __ATOMIC_RELAXED);
+	/* After a second without room even pages filled a moment ago must go. */
+	bool desperate = group->stuck_since_ns &&
+			 sys_now_ns() - group->stuck_since_ns > OUT_OF_MEMORY_NS / 3;
+
+	for (unsigned i = 0; i < count; i++) {
+		if (group->parked)
+			(void)evict_resume(clients[i], evictor);
+		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
+			pages += evict_from(engine, group, clients[i], evictor, desperate);
+		client_put(clients[i]);
+	}
+	note_stuck(engine, group,
+		   pages > 0 || __atomic_load_n(&group->progress, __ATOMIC_RELAXED) != progress);
+	engine_room_made(engine, group);
+	if (pages == 0 || group->flags & ENGINE_GROUP_TORTURE)
+		sys_sleep_ms(TORTURE_PAUSE_MS);
+}
+
+static void wait_for_requests(struct engine *engine, uint64_t *seen)
+{
+	struct timespec deadline;
+
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_nsec += IDLE_MS * 1000000L;
+	if (deadline.tv_nsec >= 1000000000L) {
+		deadline.tv_nsec -= 1000000000L;
+		deadline.tv_sec++;
+	}
+	SCOPED_LOCK(&engine->work_lock);
+	if (*seen == engine->evict_requests && !engine->stopping)
+		pthread_cond_clockwait(&engine->evict_work, &engine->work_lock, CLOCK_MONOTONIC,
+				       &deadline);
+	*seen = engine->evict_requests;
+}
+
+void *evictor_main(void *argument)
+{
+	struct engine *engine = argument;
+	struct evictor evictor = { 0 };
+	unsigned cursor = 0;
+	uint64_t seen = 0;
+
+	VS_CHECK(evictor_create(&evictor) == 0);
+	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
+		struct group *group = pick_group(engine, &cursor);
+
+		if (!group) {
+			wait_for_requests(engine, &seen);
+			continue;
+		}
+		reclaim_group(engine, group, &evictor);
+		pthread_mutex_lock(&engine->registry);
+		group->users--;
+		pthread_mutex_unlock(&engine->registry);
+	}
+	evictor_destroy(&evictor);
+	return NULL;
+}
+
+uint64_t reclaim_pageout(struct client *client)
+{
+	struct evictor evictor = { 0 };
+	uint64_t pages = 0, deadline_ns = sys_now_ns() + 60000000000ULL;
+	struct evict_result result = { 0 };
+
+	if (evictor_create(&evictor) < 0)
+		return 0;
+	pthread_mutex_lock(&client->gate);
+	client->hand = 0;
+	pthread_mutex_unlock(&client->gate);
+	while (!result.wrapped && sys_now_ns() < deadline_ns) {
+		int error;
+
+		if (!pool_has_room(client->engine, client->group, client)) {
+			sys_sleep_ms(1);
+			continue;
+		}
+		error = evict_batch(client, &evictor, true, &result);
+		if (error == -EAGAIN)
+			sys_sleep_ms(1);
+		else if (error < 0)
+			break;
+		pages += result.pages;
+	}
+	evictor_destroy(&evictor);
+	return pages;
+}

@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * slot_table — where the bytes of each page of each client are.
+ *
+ * A client's pages are grouped in clusters of 64, aligned in its address space. A cluster exists
+ * only while one of its pages has a slot; a page that was never swapped costs nothing.
+ *
+ * Backing of a page (tag of its slot)
+ *   NONE        no slot: the page is resident, or was never touched (then it reads as zeros)
+ *   ZERO        all zero; no bytes anywhere
+ *   SAME        one 64-bit word repeated; the word is in the slot
+ *   POOL        an object in the group's pool
+ *   SPILL       an extent of a backend
+ *   STAGED      on its way out: in window location / 64 of the client's staging, or in the evictor's
+ *               buffer; the batch record (state.h) holds what the slot was before
+ *   KEPT_POOL   resident, and the pool still has the copy it was filled from
+ *   KEPT_SPILL  resident, and a backend still has it
+ *   INDIRECT    shared with forked relatives: location is the index of a counted shared slot
+ *   POISONED    its bytes are lost; a touch gets SIGBUS
+ *
+ * Transitions (each is one store of the 64-bit word, after everything it names is in place)
+ *   NONE, KEPT_* -> STAGED            evict.c, after the MOVE was verified
+ *   STAGED -> ZERO, SAME, POOL        evict.c, stored; -> POOL, SPILL when equal to the kept copy
+ *   STAGED -> NONE, KEPT_*            fill.c, faulted meanwhile
+ *   ZERO, SAME -> NONE                fill.c
+ *   POOL, SPILL -> KEPT_*, NONE       fill.c; migration only within the same content:
+ *   POOL -> SPILL                     writeback.c
+ *   INDIRECT -> NONE                  fill.c, one reference less
+ *   any -> NONE                       munmap, madvise, exit; any -> POISONED fill.c
+ *
+ * Sharing     fork shares whole clusters by count. Whoever wants to look into a shared cluster first
+ *             makes it his own: every POOL and SPILL slot in it moves to a counted shared slot, and
+ *             both copies become INDIRECT. A store of new content never goes into a shared slot.
+ * Invariants  1 a cluster's `live` is the number of its words that are not NONE
+ *             2 a cluster with live == 0 is in no index
+ *             3 the count of a shared slot is the number of INDIRECT words that name it
+ *             4 counts[tag] of a map is the number of its words with that tag (shared clusters are
+ *               counted in every map that has them)
+ *             slot_map_is_valid() checks 1, 2, 4; slot_space_is_valid() checks 3 over given maps.
+ * Crash order the word is the truth and is written last; an index entry is one 64-bit word; a grown
+ *             index is complete before the map's root is switched to it.
+ * Locking     a map, and the clusters only it has, are protected by the gate of its client. Shared
+ *             clusters and shared slots are protected by space->share_lock, taken inside the gate.
+ * Cost        14 bytes a page in a cluster, 8 for the cluster, 8 / load factor for its index entry.
+ */
+#ifndef VSWAP_SLOT_TABLE_H
+#define VSWAP_SLOT_TABLE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "limits.h"
+
+enum slot_tag {
+	SLOT_NONE,
+	SLOT_ZERO,
+	SLOT_SAME,
+	SLOT_POOL,
+	SLOT_SPILL,
+	SLOT_STAGED,
+	SLOT_KEPT_POOL,
+	SLOT_KEPT_SPILL,
+	SLOT_INDIRECT,
+	SLOT_POISONED,
+	SLOT_TAG_COUNT
+};
+
+/* A slot, decoded. Two slots are the same copy of the same content when all fields are equal. */
+struct slot {
+	enum slot_tag tag;
+	uint8_t units;     /* POOL, SPILL, KEPT_*: size of the object, 1..64 */
+	uint8_t backend;   /* SPILL, KEPT_SPILL */
+	uint64_t location; /* POOL: handle; SPILL: extent; STAGED: window * 64 + page; INDIRECT: index */
+	uint64_t check;    /* POOL, SPILL, KEPT_*: codec_check of the page; SAME: the word */
+};
+
+static inline bool slot_is_equal(struct slot a, struct slot b)
+{
+	return a.tag == b.tag && a.units == b.units && a.backend == b.backend &&
+	       a.location == b.location && a.check == b.check;
+}
+
+/* The page's bytes are not in the client. */
+static inline bool slot_is_swapped(enum slot_tag tag)
+{
+	return (tag >= SLOT_ZERO && tag <= SLOT_STAGED) || tag == SLOT_INDIRECT;
+}
+
+static inline bool slot_is_kept(enum slot_tag tag)
+{
+	return tag == SLOT_KEPT_POOL || tag == SLOT_KEPT_SPILL;
+}
+
+/* Same copy, page resident / page swapped. */
+static inline struct slot slot_kept(struct slot slot)
+{
+	slot.tag = slot.tag == SLOT_POOL ? SLOT_KEPT_POOL : SLOT_KEPT_SPILL;
+	return slot;
+}
+
+static inline struct slot slot_unkept(struct slot slot)
+{
+	slot.tag = slot.tag == SLOT_KEPT_POOL ? SLOT_POOL : SLOT_SPILL;
+	return slot;
+}
+
+struct slot_space; /* clusters, shared slots and indexes of all clients, in the state memfd */
+
+/* One client's map. Lives in its record in the state memfd; zeroed means empty. */
+struct slot_map {
+	uint64_t root;           /* index: offset in the space << 8 | log2 of its capacity; 0: none */
+	uint64_t cluster_count;  /* clusters in the index */
+	uint64_t index_used;     /* index entries not empty, tombstones included */
+	uint64_t counts[SLOT_TAG_COUNT];
+};
+
+/* What is done with a copy that no slot names any more: frees the pool object or spill extent. */
+typedef void (*slot_free_fn)(void *context, struct slot slot);
+
+/* Take [base, base + bytes) of the state memfd, mapped there. Returns 0 or -ENOMEM. */
+int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space);
+void slot_space_destroy(struct slot_space *space);
+uint64_t slot_space_metadata_bytes(const struct slot_space *space);
+/* INDIRECT pages whose shared slot is in a backend (the others are in the pool). */
+uint64_t slot_space_shared_spill_pages(const struct slot_space *space);
+uint64_t slot_map_metadata_bytes(const struct slot_space *space, const struct slot_map *map);
+
+/* The slot of a page; NONE when it has none, or -ENOMEM when a shared cluster could not be unshared. */
+int slot_get(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot *ret_slot);
+
+/*
+ * Replace the slot of a page. The old copy is not freed: the caller has it and decides. Returns 0 or
+ * -ENOMEM (nothing changed); never fails when the page has a slot already.
+ */
+int slot_set(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot slot);
+
+/* Read the counted slot behind an INDIRECT one. */
+struct slot slot_shared_get(struct slot_space *space, uint64_t index);
+/* Between these two no shared slot changes: its copy may be read. */
+void slot_share_lock(struct slot_space *space);
+void slot_share_unlock(struct slot_space *space);
+/* As slot_shared_get, with the lock held. */
+struct slot slot_shared_peek(struct slot_space *space, uint64_t index);
+/* Drop one reference; frees the copy through `free_copy` when it was the last. */
+void slot_shared_put(struct slot_space *space, uint64_t index, slot_free_fn free_copy,
+		     void *context);
+/* Migration: replace `from` by `to` if the shared slot still is `from`. True when done. */
+bool slot_shared_migrate(struct slot_space *space, uint64_t index, struct slot from,
+			 struct slot to);
+
+/* Called for every page with a slot in a range, ascending order within a cluster. */
+typedef void (*slot_visit_fn)(void *context, uint64_t page, struct slot slot);
+
+/* Forget all slots of [start, end) pages: visit(page, slot) is called for STAGED ones before they go;
+ * copies are freed. Shared clusters wholly inside are given up without being unshared. */
+void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t start_page,
+		    uint64_t end_page, slot_visit_fn staged, slot_free_fn free_copy, void *context);
+
+/*
+ * mremap: the slots of `pages` pages at `from` now belong to `to`. moved(page, slot) is called for
+ * STAGED ones with the new page. Returns 0 or -ENOMEM: then the pages not moved yet are lost to the
+ * caller's care (poison).
+ */
+int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from, uint64_t to,
+		  uint64_t pages, slot_visit_fn moved, slot_free_fn free_copy, void *context);
+
+/* fork: `child` (empty) gets the same pages. No slot of the parent may be STAGED. 0 or -ENOMEM. */
+int slot_map_share(struct slot_space *space, struct slot_map *parent, struct slot_map *child);
+
+/*
+ * Walk clusters for writeback and checks: from cluster number *cursor of the index on, the first page
+ * of the next cluster, or false at the end. The index must not grow meanwhile.
+ */
+bool slot_map_next(struct slot_space *space, const struct slot_map *map, uint64_t *cursor,
+		   uint64_t *ret_first_page);
+
+bool slot_map_is_valid(struct slot_space *space, const struct slot_map *map);
+
+#endif

@@ -1,0 +1,412 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "sys.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/utsname.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base.h"
+
+struct ioctl_poison {
+	uint64_t start, len, mode;
+	int64_t updated;
+};
+#define IOCTL_POISON _IOWR(0xAA, 0x08, struct ioctl_poison)
+#define IOCTL_NEW_USERFAULTFD _IO(0xAA, 0x00)
+
+struct ioctl_pagemap_scan {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define IOCTL_PAGEMAP_SCAN _IOWR('f', 16, struct ioctl_pagemap_scan)
+#define PAGE_IS_PRESENT (1ULL << 3)
+#define PAGE_IS_ZERO_PAGE (1ULL << 5)
+
+struct ioctl_procmap_query {
+	uint64_t size, query_flags, query_addr;
+	uint64_t vma_start, vma_end, vma_flags, vma_page_size, vma_offset, inode;
+	uint32_t dev_major, dev_minor, vma_name_size, build_id_size;
+	uint64_t vma_name_addr, build_id_addr;
+};
+#define IOCTL_PROCMAP_QUERY _IOWR('f', 17, struct ioctl_procmap_query)
+#define PROCMAP_COVERING_OR_NEXT 0x10
+
+static_assert(sizeof(struct page_range) == 24, "layout of the kernel's struct page_region");
+
+/* ---- userfaultfd ---- */
+
+static int ioctl_errno(int fd, unsigned long request, void *argument)
+{
+	return ioctl(fd, request, argument) == 0 ? 0 : -errno;
+}
+
+int sys_userfaultfd_api(int fd, uint64_t features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	return ioctl_errno(fd, UFFDIO_API, &api);
+}
+
+int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_register range = {
+		.range = { address, bytes },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+	return ioctl_errno(fd, UFFDIO_REGISTER, &range);
+}
+
+int sys_userfaultfd_unregister(int fd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_range range = { address, bytes };
+	return ioctl_errno(fd, UFFDIO_UNREGISTER, &range);
+}
+
+int sys_userfaultfd_wake(int fd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_range range = { address, bytes };
+	return ioctl_errno(fd, UFFDIO_WAKE, &range);
+}
+
+int sys_userfaultfd_poison(int fd, uint64_t address, uint64_t bytes)
+{
+	struct ioctl_poison range = { .start = address, .len = bytes };
+	return ioctl_errno(fd, IOCTL_POISON, &range);
+}
+
+/*
+ * The errno policy of COPY and ZEROPAGE. `progress` is the kernel's count of bytes or its negative
+ * errno. ENOSPC is what old kernels said for ESRCH; ENOMEM may be the client's own cgroup.
+ */
+static enum fill_outcome fill_outcome_of(int result, int64_t progress, uint64_t bytes,
+					 uint64_t *ret_bytes)
+{
+	int error = result == 0 ? 0 : errno;
+
+	if (progress > 0) {
+		*ret_bytes = (uint64_t)progress;
+		return *ret_bytes >= bytes ? FILL_DONE : FILL_PARTIAL;
+	}
+	*ret_bytes = 0;
+	switch (error) {
+	case EEXIST:
+		return FILL_PRESENT;
+	case EAGAIN:
+		return FILL_AGAIN;
+	case ENOENT:
+		return FILL_MOVED;
+	case ENOMEM:
+		return FILL_NO_MEMORY;
+	case ESRCH:
+	case ENOSPC:
+		return FILL_GONE;
+	default:
+		return FILL_BROKEN;
+	}
+}
+
+enum fill_outcome sys_userfaultfd_copy(int fd, uint64_t address, const void *source, uint64_t bytes,
+				       uint64_t *ret_bytes)
+{
+	struct uffdio_copy copy = { .dst = address, .src = (uintptr_t)source, .len = bytes };
+	int result = ioctl(fd, UFFDIO_COPY, &copy);
+	return fill_outcome_of(result, copy.copy, bytes, ret_bytes);
+}
+
+enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes)
+{
+	struct uffdio_zeropage zero = { .range = { address, bytes } };
+	int result = ioctl(fd, UFFDIO_ZEROPAGE, &zero);
+	return fill_outcome_of(result, zero.zeropage, bytes, ret_bytes);
+}
+
+bool sys_userfaultfd_is_gone(int fd)
+{
+	/* UNREGISTER of the page at address 0x10000, where nothing of ours can be, takes the address
+	 * space first: ENOMEM when it is gone, EINVAL (no mapping) or 0 otherwise. */
+	return sys_userfaultfd_unregister(fd, 0x1000, PAGE_BYTES) == -ENOMEM;
+}
+
+static bool kernel_is_older_than(int major, int minor)
+{
+	struct utsname name;
+	int have_major = 0, have_minor = 0;
+
+	if (uname(&name) != 0 || sscanf(name.release, "%d.%d", &have_major, &have_minor) != 2)
+		return true;
+	return have_major < major || (have_major == major && have_minor < minor);
+}
+
+int sys_probe(int *ret_device, char *message)
+{
+	int device, fd, result;
+
+	if (kernel_is_older_than(6, 12)) {
+		snprintf(message, 256, "this kernel is too old: Linux 6.12 or later is needed");
+		return -ENOSYS;
+	}
+	device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (device < 0) {
+		result = -errno;
+		snprintf(message, 256,
+			 "/dev/userfaultfd cannot be opened (%s): run as root, and see that the kernel "
+			 "has CONFIG_USERFAULTFD and the container shows the device",
+			 strerror(-result));
+		return result;
+	}
+	fd = ioctl(device, IOCTL_NEW_USERFAULTFD, O_CLOEXEC | O_NONBLOCK);
+	result = fd < 0 ? -errno
+			: sys_userfaultfd_api(fd, UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
+						      UFFD_FEATURE_EVENT_REMOVE |
+						      UFFD_FEATURE_EVENT_UNMAP |
+						      UFFD_FEATURE_THREAD_ID);
+	if (fd >= 0)
+		close(fd);
+	if (result < 0) {
+		close(device);
+		snprintf(message, 256,
+			 "userfaultfd cannot be used with fork events (%s): CAP_SYS_PTRACE is needed, "
+			 "run as root",
+			 strerror(-result));
+		return result;
+	}
+	*ret_device = device;
+	return 0;
+}
+
+/* ---- a client's /proc ---- */
+
+int sys_open_proc(pid_t pid, const char *file)
+{
+	char path[64];
+	int fd;
+
+	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	return fd < 0 ? -errno : fd;
+}
+
+int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
+			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
+{
+	struct ioctl_pagemap_scan scan = {
+		.size = sizeof scan,
+		.start = start,
+		.end = end,
+		.vec = (uintptr_t)ranges,
+		.vec_len = max,
+		.max_pages = max_pages,
+		.category_inverted = PAGE_IS_ZERO_PAGE,
+		.category_mask = PAGE_IS_PRESENT | PAGE_IS_ZERO_PAGE,
+		.return_mask = PAGE_IS_PRESENT,
+	};
+	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
+
+	if (count < 0)
+		return -errno;
+	*ret_walk_end = scan.walk_end;
+	return count;
+}
+
+bool sys_page_is_present(int pagemap_fd, uint64_t address)
+{
+	uint64_t entry;
+
+	if (pread(pagemap_fd, &entry, sizeof entry, (off_t)(address / PAGE_BYTES * 8)) != 8)
+		return false;
+	return (entry >> 63) & 1;
+}
+
+int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
+{
+	struct ioctl_procmap_query query = {
+		.size = sizeof query,
+		.query_flags = PROCMAP_COVERING_OR_NEXT,
+		.query_addr = address,
+		.vma_name_addr = (uintptr_t)ret_mapping->name,
+		.vma_name_size = sizeof ret_mapping->name,
+	};
+	int result = ioctl_errno(maps_fd, IOCTL_PROCMAP_QUERY, &query);
+
+	if (result == -ENAMETOOLONG) { /* a long name is a file's: not anonymous */
+		query.vma_name_size = 0;
+		query.vma_name_addr = 0;
+		ret_mapping->name[0] = '/';
+		ret_mapping->name[1] = '\0';
+		result = ioctl_errno(maps_fd, IOCTL_PROCMAP_QUERY, &query);
+	} else if (result == 0 && query.vma_name_size == 0) {
+		ret_mapping->name[0] = '\0';
+	}
+	if (result == -ENOENT)
+		return 0;
+	if (result < 0)
+		return result;
+	ret_mapping->start = query.vma_start;
+	ret_mapping->end = query.vma_end;
+	ret_mapping->readable = query.vma_flags & 1;
+	ret_mapping->writable = query.vma_flags & 2;
+	ret_mapping->executable = query.vma_flags & 4;
+	ret_mapping->shared = query.vma_flags & 8;
+	ret_mapping->anonymous = query.inode == 0 && query.dev_major == 0 && query.dev_minor == 0;
+	return 1;
+}
+
+ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes)
+{
+	struct iovec local = { buffer, bytes };
+	struct iovec remote = { (void *)(uintptr_t)address, bytes };
+	ssize_t count = process_vm_readv(pid, &local, 1, &remote, 1, 0);
+
+	return count < 0 ? -errno : count;
+}
+
+int sys_read_client_pages(pid_t pid, uint64_t address, void *buffer, uint64_t mask)
+{
+	struct iovec local[33], remote[33];
+	unsigned long count = 0;
+	size_t total = 0;
+	ssize_t done;
+
+	for (unsigned i = 0; i < 64 && mask >> i;) {
+		unsigned run = 0;
+
+		i += (unsigned)__builtin_ctzll(mask >> i);
+		while (i + run < 64 && mask >> (i + run) & 1)
+			run++;
+		local[count] = (struct iovec){ (char *)buffer + i * PAGE_BYTES, run * PAGE_BYTES };
+		remote[count] = (struct iovec){ (void *)(uintptr_t)(address + i * PAGE_BYTES),
+						run * PAGE_BYTES };
+		count++;
+		total += run * PAGE_BYTES;
+		i += run;
+		if (i >= 64)
+			break;
+	}
+	if (count == 0)
+		return 0;
+	done = process_vm_readv(pid, local, count, remote, count, 0);
+	if (done < 0)
+		return -errno;
+	return (size_t)done == total ? 0 : -EFAULT;
+}
+
+int sys_pidfd(pid_t pid)
+{
+	long fd = syscall(SYS_pidfd_open, pid, 0);
+
+	return fd < 0 ? -errno : (int)fd;
+}
+
+bool sys_pidfd_is_dead(int pidfd)
+{
+	struct pollfd poll_fd = { .fd = pidfd, .events = POLLIN };
+
+	return poll(&poll_fd, 1, 0) == 1;
+}
+
+int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages)
+{
+	char text[128], *cursor = text;
+	ssize_t length = pread(statm_fd, text, sizeof text - 1, 0);
+	uint64_t size, resident, shared;
+
+	if (length <= 0)
+		return length < 0 ? -errno : -ESRCH;
+	text[length] = '\0';
+	size = strtoull(cursor, &cursor, 10);
+	resident = strtoull(cursor, &cursor, 10);
+	shared = strtoull(cursor, &cursor, 10);
+	*ret_size_pages = size;
+	*ret_anonymous_pages = resident > shared ? resident - shared : 0;
+	return 0;
+}
+
+int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes)
+{
+	char text[2048], *line;
+	int fd = sys_open_proc(pid, "smaps_rollup");
+	ssize_t length;
+
+	if (fd < 0)
+		return fd;
+	length = read(fd, text, sizeof text - 1);
+	close(fd);
+	if (length <= 0)
+		return -ESRCH;
+	text[length] = '\0';
+	line = strstr(text, "Pss_Anon:");
+	if (!line)
+		return -ENODATA;
+	*ret_bytes = strtoull(line + 9, NULL, 10) * 1024;
+	return 0;
+}
+
+/* ---- futexes, memory, time ---- */
+
+int sys_futex_wait(const uint32_t *word, uint32_t value, unsigned timeout_ms)
+{
+	struct timespec timeout = { timeout_ms / 1000, (long)(timeout_ms % 1000) * 1000000L };
+
+	return syscall(SYS_futex, word, FUTEX_WAIT, value, &timeout, NULL, 0) == 0 ? 0 : -errno;
+}
+
+void sys_futex_wake(const uint32_t *word)
+{
+	(void)syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+int sys_memfd(const char *name, uint64_t bytes, bool sealed)
+{
+	int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0)
+		return -errno;
+	if (ftruncate(fd, (off_t)bytes) != 0 ||
+	    (sealed && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)) {
+		int result = -errno;
+		close(fd);
+		return result;
+	}
+	return fd;
+}
+
+uint64_t sys_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+}
+
+void sys_sleep_ms(unsigned milliseconds)
+{
+	struct timespec duration = { milliseconds / 1000, (long)(milliseconds % 1000) * 1000000L };
+
+	while (nanosleep(&duration, &duration) != 0 && errno == EINTR)
+		;
+}
+
+void sys_eventfd_signal(int fd)
+{
+	uint64_t one = 1;
+
+	(void)!write(fd, &one, sizeof one);
+}
+
+void sys_eventfd_drain(int fd)
+{
+	uint64_t value;
+
+	(void)!read(fd, &value, sizeof value);
+}

@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * sys — the one boundary to the kernel for userfaultfd, /proc of a client, and shared futexes.
+ *
+ * Every function returns 0 or a count, else -errno; none logs, none retries but for EINTR. The
+ * meaning of a userfaultfd errno is decided here and nowhere else: see enum fill_outcome.
+ *
+ * Debian 12's <linux/userfaultfd.h> ends before POISON and MOVE, and has no PROCMAP_QUERY: the
+ * numbers needed are defined in sys.c and probed when the engine starts (sys_probe).
+ */
+#ifndef VSWAP_SYS_H
+#define VSWAP_SYS_H
+
+#include <linux/userfaultfd.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+/* What became of an attempt to fill pages of a client. */
+enum fill_outcome {
+	FILL_DONE,    /* all pages */
+	FILL_PARTIAL, /* some; go on behind them */
+	FILL_PRESENT, /* the first page is there already: wake its waiters */
+	FILL_AGAIN,   /* an event is unread: read it, then look the page up again */
+	FILL_MOVED,   /* no longer mapped or registered there: wake, forget */
+	FILL_NO_MEMORY, /* the client's cgroup or the machine has none: make room, retry */
+	FILL_GONE,    /* the address space is gone */
+	FILL_BROKEN,  /* anything else: fail closed */
+};
+
+int sys_userfaultfd_api(int fd, uint64_t features);
+int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes);
+int sys_userfaultfd_unregister(int fd, uint64_t address, uint64_t bytes);
+int sys_userfaultfd_wake(int fd, uint64_t address, uint64_t bytes);
+int sys_userfaultfd_poison(int fd, uint64_t address, uint64_t bytes);
+
+/* Fill pages [address, address + bytes) from `source` / with the zero page; *ret_bytes is progress. */
+enum fill_outcome sys_userfaultfd_copy(int fd, uint64_t address, const void *source, uint64_t bytes,
+				       uint64_t *ret_bytes);
+enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes,
+				       uint64_t *ret_bytes);
+
+/* True when the address space behind a userfaultfd is gone. */
+bool sys_userfaultfd_is_gone(int fd);
+
+/* 0 when the running kernel has all that is needed, else -errno and a message of at most 256 bytes. */
+int sys_probe(int *ret_device, char *message);
+
+struct page_range {
+	uint64_t start; /* addresses */
+	uint64_t end;
+	uint64_t categories;
+};
+
+/*
+ * Ranges of resident pages (zero page excluded) in [start, end), at most `max` ranges and max_pages
+ * pages. *ret_walk_end is where to go on.
+ */
+int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
+			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
+
+/* True when the page is mapped, the zero page included. */
+bool sys_page_is_present(int pagemap_fd, uint64_t address);
+
+struct mapping {
+	uint64_t start;
+	uint64_t end;
+	bool readable, writable, executable, shared, anonymous;
+	char name[32];
+};
+
+/* The mapping at or after `address`: 1, or 0 when there is none, else -errno. */
+int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping);
+
+/* Read client memory; returns bytes read or -errno. */
+ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes);
+
+/* Read the pages of `mask` (bit i: page i behind `address`) to the same places of `buffer`: 0 or -errno. */
+int sys_read_client_pages(pid_t pid, uint64_t address, void *buffer, uint64_t mask);
+
+int sys_pidfd(pid_t pid);
+bool sys_pidfd_is_dead(int pidfd);
+
+int sys_futex_wait(const uint32_t *word, uint32_t value, unsigned timeout_ms);
+void sys_futex_wake(const uint32_t *word);
+
+int sys_memfd(const char *name, uint64_t bytes, bool sealed);
+int sys_open_proc(pid_t pid, const char *file);
+
+/* Total size and anonymous resident size of a process in pages, from an open /proc/PID/statm. */
+int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages);
+
+/* Pss_Anon of a process in bytes. Walks its page tables. */
+int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);
+
+uint64_t sys_now_ns(void); /* monotonic */
+void sys_sleep_ms(unsigned milliseconds);
+void sys_eventfd_signal(int fd);
+void sys_eventfd_drain(int fd);
+
+#endif

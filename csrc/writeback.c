@@ -1,0 +1,319 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * writeback — cold objects leave the pool for a backend, as they are.
+ *
+ * One writer thread. It works while a pool that may spill is near its cap: it takes the clusters that
+ * were stored longest ago, packs their objects into a segment, writes the segment, and only when the
+ * write has returned changes the slots and frees the objects. Neighbours in memory become neighbours
+ * in the segment, so a run of faults is one read.
+ *
+ * A slot may change while its object is being written. It is compared whole (place and check) before
+ * it is changed; if it is not what it was, the new extent is freed and nothing else happens.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "sys.h"
+
+#define RECORDS_MAX 8192
+#define IDLE_MS 100
+
+struct moved_object {
+	uint64_t page;
+	struct slot word; /* in the map: POOL or INDIRECT */
+	struct slot copy; /* behind it: POOL */
+	uint64_t extent;
+	unsigned client; /* index in writer.clients */
+};
+
+struct writer {
+	struct engine *engine;
+	unsigned backend;
+	struct spill_segment *segment;
+	struct moved_object *objects;
+	unsigned object_count;
+	struct client *clients[CLIENTS_MAX];
+	unsigned client_count;
+};
+
+static uint64_t margin_bytes(const struct group *group)
+{
+	return max_of(group_pool_cap_bytes(group) / 32, 2ULL << 20);
+}
+
+static bool needs_writeback(struct engine *engine, const struct group *group)
+{
+	uint64_t cap = group_pool_cap_bytes(group), margin = margin_bytes(group);
+
+	return group->pool_bytes + margin > cap && writeback_is_possible(engine, group);
+}
+
+/* The backend to write to: highest priority with a free segment; -ENOSPC. */
+static int pick_backend(struct engine *engine)
+{
+	int best = -ENOSPC;
+
+	for (unsigned i = 0; i < engine->backend_count; i++) {
+		struct spill_statistics statistics;
+		struct backend *backend = &engine->backends[i];
+
+		if (!backend->spill || backend->state != 0)
+			continue;
+		spill_statistics(backend->spill, &statistics);
+		if (statistics.used_bytes + SEGMENT_BYTES > statistics.size_bytes)
+			continue;
+		if (best < 0 || backend->priority > engine->backends[best].priority)
+			best = (int)i;
+	}
+	return best;
+}
+
+bool writeback_is_possible(struct engine *engine, const struct group *group)
+{
+	return !(group->flags & ENGINE_GROUP_NO_SPILL) && pick_backend(engine) >= 0;
+}
+
+/* ---- collecting; the client's gate is held ---- */
+
+/* Put one page's object into the segment: 0, -ENOSPC when the segment is full, 1: nothing to write. */
+static int collect_page(struct writer *writer, struct client *client, uint64_t page)
+{
+	struct engine *engine = writer->engine;
+	struct moved_object *object = &writer->objects[writer->object_count];
+	int64_t extent;
+	bool shared;
+
+	if (slot_get(engine->slots, &client->record->map, page, &object->word) < 0)
+		return 1;
+	shared = object->word.tag == SLOT_INDIRECT;
+	if (!shared && object->word.tag != SLOT_POOL)
+		return 1;
+	if (shared)
+		slot_share_lock(engine->slots);
+	object->copy = shared ? slot_shared_peek(engine->slots, object->word.location) : object->word;
+	extent = 1;
+	if (object->copy.tag == SLOT_POOL)
+		extent = spill_segment_add(writer->segment, (uint64_t)client->index << 40 | page,
+					   pool_object(engine->pool_space, object->copy.location),
+					   object->copy.units);
+	if (shared)
+		slot_share_unlock(engine->slots);
+	if (object->copy.tag != SLOT_POOL)
+		return 1;
+	if (extent < 0)
+		return (int)extent;
+	object->page = page;
+	object->extent = (uint64_t)extent;
+	object->client = writer->client_count - 1;
+	writer->object_count++;
+	return 0;
+}
+
+/* All of one cluster. -ENOSPC: segment full, the cluster goes back to the front later. */
+static int collect_cluster(struct writer *writer, struct client *client)
+{
+	uint64_t number;
+	int result = 1;
+
+	SCOPED_LOCK(&client->gate);
+	if (client->dead || client->parked || !client_cold_pop(client, &number))
+		return 1;
+	for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
+		if (writer->object_count == RECORDS_MAX)
+			result = -ENOSPC;
+		else
+			result = collect_page(writer, client, number * CLUSTER_PAGES + i);
+		if (result == -ENOSPC) {
+			client_cold_push(client, number);
+			return -ENOSPC;
+		}
+	}
+	return 0;
+}
+
+/* The group's clients that have something to write, with a reference each. */
+static unsigned cold_clients(struct engine *engine, struct group *group, struct client **clients,
+			     unsigned max)
+{
+	unsigned count = 0;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end && count < max; i++) {
+		struct client *client = engine->clients[i];
+
+		if (client && client->group == group && !client->dead && client->cold_count > 0) {
+			client->references++;
+			clients[count++] = client;
+		}
+	}
+	return count;
+}
+
+static void collect(struct writer *writer, struct group *group)
+{
+	struct client *clients[64];
+	unsigned count = cold_clients(writer->engine, group, clients, 64);
+	bool full = false;
+
+	for (unsigned i = 0; i < count; i++) {
+		writer->clients[writer->client_count++] = clients[i];
+		/* A turn of 16 MiB of address space each, so that several clients age alike. */
+		for (unsigned k = 0; !full && k < (count > 1 ? 64 : RECORDS_MAX); k++) {
+			int result = collect_cluster(writer, clients[i]);
+
+			full = result == -ENOSPC;
+			if (result != 0)
+				break;
+		}
+	}
+}
+
+/* ---- settling ---- */
+
+static void settle_object(struct writer *writer, struct client *client,
+			  const struct moved_object *object)
+{
+	struct engine *engine = writer->engine;
+	struct slot to = object->copy, word;
+	bool done = false;
+
+	to.tag = SLOT_SPILL;
+	to.backend = (uint8_t)writer->backend;
+	to.location = object->extent;
+	if (!client->dead && slot_get(engine->slots, &client->record->map, object->page, &word) == 0 &&
+	    slot_is_equal(word, object->word)) {
+		if (word.tag == SLOT_INDIRECT)
+			done = slot_shared_migrate(engine->slots, word.location, object->copy, to);
+		else
+			done = slot_set(engine->slots, &client->record->map, object->page, to) == 0;
+	}
+	if (done) {
+		pool_free(client->group->pool, object->copy.location, object->copy.units);
+		counter_add(engine, spill_written_pages, 1);
+	} else {
+		spill_free(engine->backends[writer->backend].spill, object->extent, object->copy.units);
+	}
+}
+
+static void settle(struct writer *writer, bool written)
+{
+	for (unsigned i = 0, n = 0; i < writer->client_count; i++) {
+		struct client *client = writer->clients[i];
+
+		pthread_mutex_lock(&client->gate);
+		while (n < writer->object_count && writer->objects[n].client == i) {
+			if (written)
+				settle_object(writer, client, &writer->objects[n]);
+			else if (!client->dead)
+				client_cold_push(client, writer->objects[n].page >> CLUSTER_SHIFT);
+			n++;
+		}
+		pthread_mutex_unlock(&client->gate);
+		client_put(client);
+	}
+	writer->object_count = writer->client_count = 0;
+}
+
+/* ---- the writer ---- */
+
+/* Write one segment of the group's coldest objects. False when there was nothing to write. */
+static bool write_one(struct writer *writer, struct group *group)
+{
+	struct engine *engine = writer->engine;
+	int backend = pick_backend(engine), result;
+	unsigned count;
+
+	if (backend < 0)
+		return false;
+	writer->backend = (unsigned)backend;
+	if (spill_segment_begin(engine->backends[backend].spill, &writer->segment) < 0)
+		return false;
+	collect(writer, group);
+	count = writer->object_count;
+	if (count == 0) {
+		spill_segment_abandon(writer->segment);
+		settle(writer, false);
+		return false;
+	}
+	result = spill_segment_write(writer->segment);
+	if (result < 0) {
+		struct engine_event event = { .kind = ENGINE_EVENT_BACKEND_ERROR, .group = group->number,
+					      .a = (uint64_t)backend,
+					      .b = (uint64_t)(int64_t)result };
+
+		__atomic_fetch_add(&engine->backends[backend].errors, 1, __ATOMIC_RELAXED);
+		engine_event_push(engine, &event);
+	}
+	settle(writer, result == 0);
+	group_pool_changed(group);
+	__atomic_fetch_add(&group->progress, result == 0 ? count : 0, __ATOMIC_RELAXED);
+	engine_room_made(engine, group);
+	return result == 0;
+}
+
+static struct group *pick_group(struct engine *engine, unsigned *cursor)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < GROUPS_MAX; i++) {
+		struct group *group = engine->groups[(*cursor + i) % GROUPS_MAX];
+
+		if (group && group->client_count && needs_writeback(engine, group)) {
+			group->users++;
+			*cursor = (*cursor + i + 1) % GROUPS_MAX;
+			return group;
+		}
+	}
+	return NULL;
+}
+
+static void wait_for_requests(struct engine *engine, uint64_t *seen)
+{
+	struct timespec deadline;
+
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_nsec += IDLE_MS * 1000000L;
+	if (deadline.tv_nsec >= 1000000000L) {
+		deadline.tv_nsec -= 1000000000L;
+		deadline.tv_sec++;
+	}
+	SCOPED_LOCK(&engine->work_lock);
+	if (*seen == engine->write_requests && !engine->stopping)
+		pthread_cond_clockwait(&engine->write_work, &engine->work_lock, CLOCK_MONOTONIC,
+				       &deadline);
+	*seen = engine->write_requests;
+}
+
+void *writer_main(void *argument)
+{
+	struct writer *writer = calloc(1, sizeof *writer);
+	unsigned cursor = 0;
+	uint64_t seen = 0;
+
+	VS_CHECK(writer);
+	writer->engine = argument;
+	writer->objects = malloc(RECORDS_MAX * sizeof *writer->objects);
+	VS_CHECK(writer->objects);
+	while (!__atomic_load_n(&writer->engine->stopping, __ATOMIC_ACQUIRE)) {
+		struct group *group = pick_group(writer->engine, &cursor);
+		bool wrote;
+
+		if (!group) {
+			wait_for_requests(writer->engine, &seen);
+			continue;
+		}
+		wrote = write_one(writer, group);
+		pthread_mutex_lock(&writer->engine->registry);
+		group->users--;
+		pthread_mutex_unlock(&writer->engine->registry);
+		if (!wrote)
+			sys_sleep_ms(5);
+	}
+	free(writer->objects);
+	free(writer);
+	return NULL;
+}

@@ -1,0 +1,360 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * drive — the data plane without Python: run a command under a limit.
+ *
+ *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
+ *         [--check-every MS] [--stats] --lib libvswap.so -- COMMAND...
+ *
+ * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
+ * what the sanitizers run, and what to put under a profiler. Exit status: the command's, 99 when an
+ * invariant was found broken, 98 for trouble of its own.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "wire.h"
+
+#define PEERS_MAX 1024
+
+struct peer {
+	int fd; /* -1: unused */
+	pid_t pid;
+	uint64_t token;
+	int armed;
+};
+
+static struct engine *engine;
+static int group;
+static struct peer peers[PEERS_MAX];
+
+static void fail(const char *what)
+{
+	fprintf(stderr, "drive: %s: %s\n", what, strerror(errno));
+	exit(98);
+}
+
+static int receive(int fd, void *data, size_t size, int *fds, int max)
+{
+	char control[CMSG_SPACE(4 * sizeof(int))];
+	struct iovec iov = { data, size };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof control };
+	int count = 0;
+
+	if (recvmsg(fd, &message, MSG_WAITALL | MSG_CMSG_CLOEXEC) != (ssize_t)size)
+		return -1;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
+		count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+		memcpy(fds, CMSG_DATA(c), (size_t)(count < max ? count : max) * sizeof(int));
+	}
+	return count;
+}
+
+static void send_with(int fd, const void *data, size_t size, const int *fds, int count)
+{
+	char control[CMSG_SPACE(4 * sizeof(int))] = { 0 };
+	struct iovec iov = { (void *)data, size };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (count) {
+		struct cmsghdr *c;
+
+		message.msg_control = control;
+		message.msg_controllen = CMSG_SPACE((size_t)count * sizeof(int));
+		c = CMSG_FIRSTHDR(&message);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN((size_t)count * sizeof(int));
+		memcpy(CMSG_DATA(c), fds, (size_t)count * sizeof(int));
+	}
+	(void)!sendmsg(fd, &message, MSG_NOSIGNAL);
+}
+
+static int hello(struct peer *peer)
+{
+	struct vswap_hello hello;
+	struct vswap_welcome welcome = { VSWAP_MAGIC, VSWAP_WIRE_VERSION, VSWAP_OK, 0 };
+	int fds[3] = { engine_userfaultfd_device(engine), -1, -1 }, none[4], result;
+
+	if (receive(peer->fd, &hello, sizeof hello, none, 4) != 0 || hello.magic != VSWAP_MAGIC)
+		return -1;
+	if (hello.kind == VSWAP_HELLO_FORKED) {
+		peer->token = hello.token;
+		result = engine_client_begin_forked(engine, peer->pid, hello.token, &fds[1], &fds[2]);
+	} else {
+		result = engine_client_begin(engine, peer->pid, group, &peer->token, &fds[1]);
+	}
+	welcome.token = peer->token;
+	if (result < 0) {
+		welcome.status = VSWAP_REFUSED_PEER;
+		send_with(peer->fd, &welcome, sizeof welcome, NULL, 0);
+		fprintf(stderr, "drive: pid %d refused: %s\n", peer->pid, strerror(-result));
+		return -1;
+	}
+	send_with(peer->fd, &welcome, sizeof welcome, fds, hello.kind == VSWAP_HELLO_FORKED ? 3 : 2);
+	return 0;
+}
+
+static int arm(struct peer *peer)
+{
+	struct vswap_arm arm;
+	struct vswap_ready ready = { VSWAP_MAGIC, VSWAP_WIRE_VERSION, VSWAP_OK };
+	struct engine_arena arena;
+	int fds[4] = { -1, -1, -1, -1 }, count = receive(peer->fd, &arm, sizeof arm, fds, 4), result;
+
+	if (count < 1)
+		return -1;
+	arena = (struct engine_arena){ arm.arena, arm.arena_bytes, arm.beacon,
+				       { arm.staging[0], arm.staging[1] },
+				       { arm.trash[0], arm.trash[1] } };
+	result = engine_client_arm(engine, peer->token, &arena, count == 2 ? fds[0] : -1,
+				   count == 2 ? fds[1] : fds[0]);
+	if (result < 0) {
+		fprintf(stderr, "drive: arm of pid %d: %s\n", peer->pid, strerror(-result));
+		return -1;
+	}
+	send_with(peer->fd, &ready, sizeof ready, NULL, 0);
+	peer->armed = 1;
+	return 0;
+}
+
+static void accept_peer(int listener)
+{
+	struct ucred credentials;
+	socklen_t length = sizeof credentials;
+	int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+
+	if (fd < 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0)
+		return;
+	for (int i = 0; i < PEERS_MAX; i++)
+		if (peers[i].fd < 0) {
+			peers[i] = (struct peer){ fd, credentials.pid, 0, 0 };
+			if (hello(&peers[i]) < 0 || arm(&peers[i]) < 0) {
+				if (peers[i].token)
+					engine_client_lost(engine, peers[i].token);
+				close(fd);
+				peers[i].fd = -1;
+			}
+			return;
+		}
+	close(fd);
+}
+
+static uint64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+static void print_events(void)
+{
+	struct engine_event event;
+
+	while (engine_event_next(engine, &event) == 1)
+		if (event.kind != ENGINE_EVENT_CLIENT_GONE && event.kind != ENGINE_EVENT_REGISTERED)
+			fprintf(stderr, "drive: event %u pid %d a=%llx b=%lld c=%llu\n", event.kind,
+				event.pid, (unsigned long long)event.a, (long long)event.b,
+				(unsigned long long)event.c);
+}
+
+static void print_statistics(void)
+{
+	static struct engine_statistics s;
+	struct engine_group_statistics g;
+
+	engine_statistics(engine, &s);
+	engine_group_list(engine, &g, 1);
+	fprintf(stderr,
+		"drive: virtual %lu zero %lu same %lu pool %lu spill %lu staged %lu kept %lu poisoned %lu\n"
+		"drive: pool_bytes %lu objects %lu spill_bytes %lu metadata %lu usage_max %lu limit %lu "
+		"swapped_max %lu\n",
+		s.virtual_pages, s.zero_pages, s.same_pages, s.pool_pages, s.spill_pages, s.staged_pages,
+		s.kept_pages, s.poisoned_pages, s.pool_bytes, s.pool_object_bytes, s.spill_bytes,
+		s.metadata_bytes, g.usage_bytes_max, g.limit_bytes, g.swapped_pages_max);
+#define PRINT(name, meaning) \
+	if (s.counters.name) \
+		fprintf(stderr, " %s=%lu", #name, s.counters.name);
+	ENGINE_COUNTERS(PRINT)
+	fprintf(stderr, "\n");
+	for (int b = 0; b < ENGINE_BACKING_COUNT; b++) {
+		uint64_t count = 0, seen = 0;
+		double p50 = 0, p99 = 0;
+
+		for (int i = 0; i < ENGINE_LATENCY_BUCKETS; i++)
+			count += s.latency[b][i];
+		for (int i = 0; i < ENGINE_LATENCY_BUCKETS && count; i++) {
+			seen += s.latency[b][i];
+			if (p50 == 0 && seen * 2 >= count)
+				p50 = engine_latency_bucket_us(i);
+			if (p99 == 0 && seen * 100 >= count * 99)
+				p99 = engine_latency_bucket_us(i);
+		}
+		if (count)
+			fprintf(stderr, "drive: backing %d count %lu mean %.1f us p50 %.1f p99 %.1f\n", b,
+				count, (double)s.latency_ns_sum[b] / (double)count / 1000, p50, p99);
+	}
+}
+
+struct options {
+	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms;
+	const char *library;
+	char *spill;
+	int torture, stats;
+	char **command;
+};
+
+static void add_spill(char *spill)
+{
+	char *colon = strrchr(spill, ':');
+	uint64_t size = colon ? strtoull(colon + 1, NULL, 0) : 4ULL << 30;
+	int fd;
+
+	if (colon)
+		*colon = '\0';
+	fd = open(spill, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || engine_backend_add(engine, fd, spill, size, 0) < 0)
+		fail(spill);
+}
+
+static pid_t start_command(const struct options *options, const char *socket_path)
+{
+	char text[32];
+	pid_t pid = fork();
+
+	if (pid != 0)
+		return pid;
+	setenv("LD_PRELOAD", options->library, 1);
+	setenv("VSWAPD_SOCKET", socket_path, 1);
+	setenv("VSWAP_GROUP", "drive", 1);
+	setenv("VSWAP_VERBOSE", "1", 1);
+	snprintf(text, sizeof text, "%lu",
+		 options->torture ? 1UL << 20 : options->limit_bytes / 8 < 16UL << 20
+							? options->limit_bytes / 8
+							: 16UL << 20);
+	setenv("VSWAP_MIN_BYTES", text, 1);
+	setenv("VSWAP_LOOK_US", "5000", 1);
+	execvp(options->command[0], options->command);
+	perror(options->command[0]);
+	_exit(127);
+}
+
+/* Serve until the command has ended. Returns its wait status. */
+static int serve(const struct options *options, int listener, pid_t command)
+{
+	uint64_t next_pageout = now_ms() + options->pageout_every_ms, next_check = now_ms();
+	struct pollfd fds[PEERS_MAX + 1];
+	int status = 0;
+
+	for (;;) {
+		if (waitpid(command, &status, WNOHANG) == command)
+			return status;
+		while (waitpid(-1, NULL, WNOHANG | __WNOTHREAD) > 0 && 0)
+			;
+		fds[0] = (struct pollfd){ listener, POLLIN, 0 };
+		for (int i = 0; i < PEERS_MAX; i++)
+			fds[i + 1] = (struct pollfd){ peers[i].fd, POLLIN, 0 };
+		(void)poll(fds, PEERS_MAX + 1, 5);
+		if (fds[0].revents)
+			accept_peer(listener);
+		for (int i = 0; i < PEERS_MAX; i++)
+			if (peers[i].fd >= 0 && fds[i + 1].fd == peers[i].fd && fds[i + 1].revents) {
+				engine_client_lost(engine, peers[i].token);
+				close(peers[i].fd);
+				peers[i].fd = -1;
+			}
+		print_events();
+		if (options->pageout_every_ms && now_ms() >= next_pageout) {
+			engine_client_pageout(engine, command, 10000);
+			next_pageout = now_ms() + options->pageout_every_ms;
+		}
+		if (options->check_every_ms && now_ms() >= next_check) {
+			if (engine_is_valid(engine) < 0) {
+				fprintf(stderr, "drive: engine is not valid\n");
+				exit(99);
+			}
+			next_check = now_ms() + options->check_every_ms;
+		}
+	}
+}
+
+static void parse(int argc, char **argv, struct options *options)
+{
+	static const struct option longs[] = {
+		{ "limit", 1, 0, 'l' }, { "pool", 1, 0, 'p' }, { "spill", 1, 0, 's' },
+		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
+		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { 0, 0, 0, 0 } };
+	int option;
+
+	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
+		switch (option) {
+		case 'l': options->limit_bytes = strtoull(optarg, NULL, 0); break;
+		case 'p': options->pool_bytes = strtoull(optarg, NULL, 0); break;
+		case 's': options->spill = optarg; break;
+		case 't': options->torture = 1; break;
+		case 'L': options->library = optarg; break;
+		case 'P': options->pageout_every_ms = strtoull(optarg, NULL, 0); break;
+		case 'c': options->check_every_ms = strtoull(optarg, NULL, 0); break;
+		case 'S': options->stats = 1; break;
+		default: exit(2);
+		}
+	options->command = argv + optind;
+	if (!options->library || !*options->command)
+		exit(2);
+}
+
+int main(int argc, char **argv)
+{
+	struct options options = { .limit_bytes = 256UL << 20 };
+	struct engine_config config = { 0 };
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	char message[256] = "";
+	int listener, status, result;
+	pid_t command;
+
+	parse(argc, argv, &options);
+	for (int i = 0; i < PEERS_MAX; i++)
+		peers[i].fd = -1;
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	result = engine_create(&config, &engine, message);
+	if (result < 0) {
+		fprintf(stderr, "drive: %s\n", message);
+		return 98;
+	}
+	group = engine_group_create(engine, "drive", options.limit_bytes, options.pool_bytes,
+				    options.torture ? ENGINE_GROUP_TORTURE : 0);
+	if (options.spill)
+		add_spill(options.spill);
+	snprintf(address.sun_path, sizeof address.sun_path, "/tmp/vswap-drive-%d.sock", getpid());
+	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (bind(listener, (struct sockaddr *)&address, sizeof address) != 0 || listen(listener, 64) != 0)
+		fail("socket");
+	signal(SIGINT, SIG_IGN);
+	command = start_command(&options, address.sun_path);
+	status = serve(&options, listener, command);
+	unlink(address.sun_path);
+	if (options.stats)
+		print_statistics();
+	print_events();
+	if (engine_is_valid(engine) < 0) {
+		fprintf(stderr, "drive: engine is not valid at the end\n");
+		return 99;
+	}
+	engine_destroy(engine);
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
