@@ -90,6 +90,7 @@ struct agent_state {
 	uint32_t armed;        /* descriptors valid, ring mapped */
 	uint32_t sandboxed;    /* left for good: seccomp. Forked children have no agent either */
 	uint32_t next_command; /* number of the next command of the ring */
+	uint32_t differed;     /* looks in a row at which the program had other credentials */
 	uint32_t said;         /* bits AGENT_SAID_*: lines not to be repeated */
 	int32_t descriptors[AGENT_DESCRIPTORS];
 };

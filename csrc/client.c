@@ -43,6 +43,7 @@ static void client_free(struct client *client)
 	close_if_open(&client->pidfd);
 	range_set_clear(&client->regions);
 	range_set_clear(&client->quarantine);
+	range_set_clear(&client->armed);
 	free(client->cold);
 	free(client->parked);
 	pthread_cond_destroy(&client->batches_changed);
@@ -201,7 +202,7 @@ void client_bury(struct client *client)
 	}
 	__atomic_store_n(&client->stopping, true, __ATOMIC_RELEASE);
 	client->dead = client->agent_gone = true;
-	slot_map_clear(engine->slots, &client->record->map, 0, ADDRESS_PAGES_MAX, client_staged_gone,
+	slot_map_clear(engine->slots, &client->record->map, 0, 2 * ADDRESS_PAGES_MAX, client_staged_gone,
 		       client_free_copy, client);
 	range_set_clear(&client->regions);
 	client->deferred_count = 0;
@@ -371,6 +372,17 @@ void client_reap_releases(struct client *client)
 
 		if (!batch->releasing || !client_is_answered(client, batch->release_number))
 			continue;
+		if (client->ring->commands[batch->release_number % VSWAP_RING_COMMANDS].error) {
+			/* Pages left in the window would be taken for those of the next batch. */
+			struct vswap_command again = {
+				.operation = VSWAP_RELEASE,
+				.window = i,
+				.protection = client->record->batches[i].protection,
+			};
+
+			batch->release_number = client_post(client, &again);
+			continue;
+		}
 		pages += batch->resident_pages;
 		*batch = (struct batch){ 0 };
 		client->record->batches[i].phase = BATCH_FREE;

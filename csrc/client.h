@@ -18,7 +18,8 @@
  * Quarantine   a range that madvise removed may not be evicted until its pages were populated again
  *              by a fill of ours, or until they are seen missing, or QUARANTINE_NS have passed:
  *              the event comes before the zap, and a MOVE in between would capture freed bytes.
- * Invariants   1 regions are a subset of what is registered with events_fd
+ * Invariants   1 regions are a subset of armed, armed of what is registered with events_fd (but for
+ *                events that are unread)
  *              2 a slot is STAGED exactly when a batch record names its page
  */
 #ifndef VSWAP_CLIENT_H
@@ -42,6 +43,13 @@
 #define READS_MAX 32
 
 struct engine;
+
+/* Slots of a mapping that was moved to an address which is not vacated yet (remap.h). */
+struct waiting_remap {
+	uint64_t to, bytes;
+	uint64_t limbo_page;
+	uint64_t region_bytes, protection;
+};
 
 struct fault {
 	uint64_t page;
@@ -81,7 +89,7 @@ struct client {
 
 	pthread_mutex_t gate;
 	pthread_cond_t batches_changed; /* with the gate */
-	bool armed;       /* workers run, ring in use */
+	bool serving;     /* fault threads run */
 	bool registered;  /* regions are registered with events_fd */
 	bool agent_gone;
 	bool dead;
@@ -90,6 +98,7 @@ struct client {
 	struct parked_batch *parked; /* a MOVE its agent has not answered yet: the gate stays shut */
 	bool populating;   /* a POPULATE is in the ring: it may fault, so no MOVE behind it */
 	uint32_t populate_number;
+	uint64_t populated_address; /* first page of the last POPULATE */
 
 	int events_fd, trash_fd, ring_fd, wake_fd;
 	int pagemap_fd, maps_fd, statm_fd;
@@ -98,6 +107,9 @@ struct client {
 	struct batch batches[VSWAP_WINDOWS];
 
 	struct range_set regions;    /* value: protection */
+	struct range_set armed;      /* registered, until an UNMAP says otherwise */
+	struct waiting_remap remaps[REMAPS_MAX];
+	unsigned remap_count;
 	struct range_set quarantine; /* value: sys_now_ns() of the event */
 	uint64_t size_pages_seen;    /* VmSize at the last discovery */
 	uint64_t hand;               /* reclaim: next address to look at */

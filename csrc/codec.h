@@ -31,7 +31,7 @@ enum codec_method {
 #define CODEC_CHECK_BITS 58
 #define CODEC_SECRET_BYTES 192 /* XXH3 secret, random per state memfd */
 
-/* Per-thread compression state. Allocate with codec_scratch_create, free with _destroy (NULL ok). */
+/* Per-thread compression state. Create returns NULL without memory; destroying NULL is fine. */
 struct codec_scratch;
 struct codec_scratch *codec_scratch_create(void);
 void codec_scratch_destroy(struct codec_scratch *scratch);
@@ -54,8 +54,9 @@ unsigned codec_compress(struct codec_scratch *scratch, enum codec_method method,
 
 /*
  * Expand an object of `units` units into `page`. Returns 0, or -EBADMSG when the object is not
- * well formed (page contents are then undefined). Never reads outside the object or writes outside
- * the page, whatever the object holds.
+ * well formed, or -ENOMEM when this is the thread's first ZSTD object and there is no memory for
+ * its state (the object is fine: try again); page contents are then undefined. Never reads outside
+ * the object or writes outside the page, whatever the object holds.
  */
 int codec_expand(const void *object, unsigned units, void *page);
 

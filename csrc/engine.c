@@ -499,9 +499,9 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 		client->size_pages_seen = 0; /* look at its mappings again */
 	}
 	pthread_mutex_unlock(&client->gate);
-	if (result == 0 && !client->armed) {
+	if (result == 0 && !client->serving) {
 		result = client_start(client);
-		client->armed = result == 0;
+		client->serving = result == 0;
 	}
 	client_put(client);
 	return result;
@@ -527,7 +527,7 @@ int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
 	(void)timeout_ms; /* bounded by one walk over the address space */
 	if (!client)
 		return -ESRCH;
-	if (!client->registered && client->ring && client->armed) {
+	if (!client->registered && client->ring && client->serving) {
 		pthread_mutex_lock(&client->gate);
 		if (!client->dead && !client->parked)
 			look_discover(client);

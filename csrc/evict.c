@@ -241,6 +241,25 @@ static void take_back(struct client *client, const struct choice *choice, uint64
 	}
 }
 
+/* Pages the agent says it has dealt with; beyond an error, what lies in staging is not the page. */
+static uint64_t answered_mask(const struct client *client, const struct choice *choice, uint32_t number)
+{
+	const struct vswap_command *answer = &client->ring->commands[number % VSWAP_RING_COMMANDS];
+	uint64_t mask = 0;
+	unsigned first = 0;
+
+	for (unsigned i = 0; i < choice->command.run_count; i++) {
+		uint32_t pages = choice->command.runs[i].pages;
+		uint32_t dealt = __atomic_load_n(&answer->runs[i].moved, __ATOMIC_RELAXED) +
+				 __atomic_load_n(&answer->runs[i].busy, __ATOMIC_RELAXED);
+
+		if (dealt > 0)
+			mask |= mask_of(first, min_of(dealt, pages));
+		first += pages;
+	}
+	return mask;
+}
+
 static void note_answer(struct client *client, const struct choice *choice, uint32_t number,
 			struct evict_result *result)
 {
@@ -271,7 +290,8 @@ static uint32_t post_move(struct client *client, struct choice *choice)
 
 /* Step 4, once the MOVE was answered or its agent is gone (then its last command has ended too, one way
  * or the other). *ret_moved: pages of the window that are ours to store. */
-static int finish_move(struct client *client, struct choice *choice, uint64_t *ret_moved)
+static int finish_move(struct client *client, struct choice *choice, uint32_t number,
+		       uint64_t *ret_moved)
 {
 	struct batch_record *record = &client->record->batches[choice->window];
 	uint64_t moved = 0;
@@ -280,6 +300,8 @@ static int finish_move(struct client *client, struct choice *choice, uint64_t *r
 		client->evict_error = ESRCH;
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
+	if (client_is_answered(client, number))
+		moved &= answered_mask(client, choice, number);
 	take_back(client, choice, moved);
 	for (unsigned i = 0; i < choice->page_count; i++)
 		choice->before[i] = record->before[i];
@@ -397,16 +419,26 @@ static void release(struct client *client, const struct choice *choice, uint32_t
 }
 
 /* Pages shared with forked relatives cannot be moved until they are exclusive: have the agent write to
- * them, gate open, for the copy may need room and raise faults. The next round will take them. */
-static void make_exclusive(struct client *client, const struct choice *choice)
+ * them, gate open, for the copy may need room and raise faults. The next batch takes them at
+ * once, so that no more than a batch is ever doubled. */
+static void make_exclusive(struct client *client, const struct choice *choice, uint64_t moved)
 {
-	struct vswap_command command = choice->command;
+	struct choice left = { .command = { .operation = VSWAP_POPULATE } };
+	unsigned i = 0;
 
+	/* What was moved is missing now: to populate that would be to fault it in again. */
+	for (unsigned r = 0; r < choice->command.run_count; r++)
+		for (unsigned k = 0; k < choice->command.runs[r].pages; k++, i++)
+			if (!(moved >> i & 1))
+				add_to_runs(&left, page_of(choice->command.runs[r].address) + k);
 	SCOPED_LOCK(&client->gate);
-	if (client->dead || client->populating || client->parked)
+	if (client->dead || client->populating || client->parked || left.command.run_count == 0)
 		return;
-	command.operation = VSWAP_POPULATE;
-	client->populate_number = client_post(client, &command);
+	/* Once for a place: what is still busy the second time is pinned. */
+	if (client->populated_address == left.command.runs[0].address)
+		return;
+	client->populated_address = client->hand = left.command.runs[0].address;
+	client->populate_number = client_post(client, &left.command);
 	client->populating = true;
 	counter_add(client->engine, populated_pages, choice->page_count);
 }
@@ -497,7 +529,7 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 			result = park(client, &choice, number);
 		else if (result == 0)
 			note_answer(client, &choice, number, ret_result);
-		if (!client->parked && finish_move(client, &choice, &moved) < 0)
+		if (!client->parked && finish_move(client, &choice, number, &moved) < 0)
 			result = -ESRCH;
 	} else {
 		client->record->batches[window].phase = BATCH_FREE;
@@ -506,7 +538,7 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 	if (moved)
 		store_and_release(client, evictor, &choice, moved);
 	if (ret_result->busy && client->pss && result == 0)
-		make_exclusive(client, &choice);
+		make_exclusive(client, &choice, moved);
 	ret_result->pages = (unsigned)__builtin_popcountll(moved);
 	return result;
 }
@@ -525,7 +557,7 @@ bool evict_resume(struct client *client, struct evictor *evictor)
 	}
 	client->parked = NULL;
 	__atomic_fetch_sub(&client->group->parked, 1, __ATOMIC_RELAXED);
-	(void)finish_move(client, &parked->choice, &moved);
+	(void)finish_move(client, &parked->choice, parked->number, &moved);
 	pthread_mutex_unlock(&client->gate);
 	client_wake(client);
 	if (moved)

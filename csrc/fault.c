@@ -33,28 +33,12 @@
 #include "base.h"
 #include "engine_internal.h"
 #include "fill.h"
+#include "remap.h"
 #include "sys.h"
 
 #define RETRY_MS 1
 
 /* ---- events; the gate is held ---- */
-
-static void regions_remove(struct client *client, uint64_t start, uint64_t end)
-{
-	/* A range not in the set is merely not evicted; one wrongly in it would be a lost page. */
-	if (range_set_remove(&client->regions, start, end, 2 * REGIONS_MAX) < 0)
-		range_set_clear(&client->regions);
-}
-
-static void apply_unmap(struct client *client, uint64_t start, uint64_t end)
-{
-	counter_add(client->engine, events_unmap, 1);
-	regions_remove(client, start, end);
-	slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
-		       client_staged_gone, client_free_copy, client);
-	if (client->quarantine.count)
-		(void)range_set_remove(&client->quarantine, start, end, QUARANTINE_MAX);
-}
 
 static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 {
@@ -69,32 +53,6 @@ static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 		(void)range_set_add(&client->quarantine, 0, UINT64_MAX & ~(PAGE_BYTES - 1), now,
 				    QUARANTINE_MAX);
 	}
-}
-
-static void apply_remap(struct client *client, uint64_t from, uint64_t to, uint64_t bytes)
-{
-	const struct range *region = range_set_at(&client->regions, from);
-	uint64_t protection = region && region->start <= from ? region->value : 0;
-	uint64_t known_end = region && region->start <= from ? min_of(region->end, from + bytes) : from;
-
-	counter_add(client->engine, events_remap, 1);
-	/* The old range is not ours any more, or (DONTUNMAP) will be found again by discovery; the
-	 * mapping took its registration along. */
-	regions_remove(client, from, from + bytes);
-	regions_remove(client, to, to + bytes);
-	if (known_end > from)
-		(void)range_set_add(&client->regions, to, to + (known_end - from), protection,
-				    REGIONS_MAX);
-	if (slot_map_move(client->engine->slots, &client->record->map, page_of(from), page_of(to),
-			  page_of(bytes), client_staged_moved, client_free_copy, client) < 0)
-		for (uint64_t offset = 0; offset < bytes; offset += PAGE_BYTES) {
-			struct slot slot = { .tag = SLOT_NONE };
-
-			if (slot_get(client->engine->slots, &client->record->map,
-				     page_of(from + offset), &slot) == 0 &&
-			    slot_is_swapped(slot.tag))
-				(void)sys_userfaultfd_poison(client->events_fd, to + offset, PAGE_BYTES);
-		}
 }
 
 /*
@@ -141,12 +99,17 @@ static void apply_fork(struct client *parent, int child_fd)
 		(void)range_set_add(&child->quarantine, range->start, range->end, range->value,
 				    QUARANTINE_MAX);
 	}
+	for (size_t i = 0; i < parent->armed.count; i++)
+		remap_armed(child, parent->armed.ranges[i].start, parent->armed.ranges[i].end);
+	memcpy(child->remaps, parent->remaps, sizeof child->remaps);
+	child->remap_count = parent->remap_count;
+	remap_settle(child);
 	child->registered = parent->registered;
 	parent->pss = child->pss = true;
 	pthread_mutex_lock(&child->gate);
 	client_metadata_changed(child);
 	pthread_mutex_unlock(&child->gate);
-	child->armed = client_start(child) == 0;
+	child->serving = client_start(child) == 0;
 	client_put(child);
 }
 
@@ -157,14 +120,16 @@ static void apply_event(struct client *client, const struct uffd_msg *message)
 		apply_fork(client, (int)message->arg.fork.ufd);
 		break;
 	case UFFD_EVENT_REMAP:
-		apply_remap(client, message->arg.remap.from, message->arg.remap.to,
-			    message->arg.remap.len);
+		counter_add(client->engine, events_remap, 1);
+		remap_move(client, message->arg.remap.from, message->arg.remap.to,
+			   message->arg.remap.len);
 		break;
 	case UFFD_EVENT_REMOVE:
 		apply_remove(client, message->arg.remove.start, message->arg.remove.end);
 		break;
 	case UFFD_EVENT_UNMAP:
-		apply_unmap(client, message->arg.remove.start, message->arg.remove.end);
+		counter_add(client->engine, events_unmap, 1);
+		remap_unmap(client, message->arg.remove.start, message->arg.remove.end);
 		break;
 	default:
 		break;
@@ -247,6 +212,8 @@ static bool serve(struct client *client, struct fill_scratch *scratch)
 		if (record->messages[i].event == UFFD_EVENT_PAGEFAULT)
 			answer_message(client, scratch, &record->messages[i], now);
 	record->message_count = 0;
+	if (client->remap_count > 0 && !sys_userfaultfd_is_changing(client->events_fd))
+		remap_settle(client);
 	return bytes > 0;
 }
 
@@ -318,6 +285,7 @@ void *fault_thread_main(void *argument)
 		if (shut)
 			sys_sleep_ms(1); /* poll would return at once, for nothing */
 	}
+	client_wake(client); /* this one may have drained the wake-up meant for all */
 	munmap(scratch.pages, FILL_PAGES_MAX * PAGE_BYTES);
 	client_put(client);
 	return NULL;

@@ -25,6 +25,7 @@
 #include "base.h"
 #include "codec.h"
 #include "engine_internal.h"
+#include "remap.h"
 #include "sys.h"
 
 #define READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
@@ -149,8 +150,12 @@ static enum fill_result poison(struct client *client, uint64_t page, struct slot
 
 static bool charge(struct client *client, uint64_t pages)
 {
-	if (!group_charge(client->group, pages))
-		return false;
+	if (!group_charge(client->group, pages)) {
+		/* A fault of the agent's own while it makes room (POPULATE) cannot wait for room. */
+		if (!client->populating || pages > 1)
+			return false;
+		group_charge_anyway(client->group, pages);
+	}
 	__atomic_fetch_add(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
 	return true;
 }
@@ -611,6 +616,10 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 
 	if (fault->page == page_of(record->beacon))
 		return fill_beacon(client, scratch);
+	if (client->remap_count > 0 && remap_is_waiting(client, fault->page)) {
+		client->retry_soon = true;
+		return FILL_DEFER;
+	}
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
 		return FILL_DEFER;
 	if (fault->synthetic && !slot_is_swapped(slot.tag))

@@ -29,12 +29,17 @@ static void note_usage(struct group *group)
 		__atomic_store_n(&group->usage_bytes_max, usage, __ATOMIC_RELAXED);
 }
 
+void group_charge_anyway(struct group *group, uint64_t pages)
+{
+	__atomic_fetch_add(&group->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
+	note_usage(group);
+}
+
 bool group_charge(struct group *group, uint64_t pages)
 {
 	if (group_room_bytes(group) < (int64_t)(pages * PAGE_BYTES))
 		return false;
-	__atomic_fetch_add(&group->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
-	note_usage(group);
+	group_charge_anyway(group, pages);
 	return true;
 }
 

@@ -54,6 +54,8 @@ int64_t group_room_bytes(const struct group *group);
 
 /* Account `pages` pages that are about to become resident. False when they do not fit. */
 bool group_charge(struct group *group, uint64_t pages);
+/* The same beyond the limit: for the few pages without which no room could be made. */
+void group_charge_anyway(struct group *group, uint64_t pages);
 void group_uncharge(struct group *group, uint64_t pages);
 
 uint64_t group_register_bytes(const struct group *group);

@@ -27,6 +27,7 @@
 
 #define REGIONS_MAX 65536    /* registered ranges of one client */
 #define QUARANTINE_MAX 1024  /* removed ranges not yet requalified, of one client */
+#define REMAPS_MAX 32         /* mremaps of one client that wait for an older event */
 #define STREAMS_MAX 8        /* fault streams watched in one client */
 #define MESSAGES_MAX 64      /* userfaultfd messages read at once */
 #define DEFERRED_MAX 256     /* faults of one client waiting for room or for a device */

@@ -19,6 +19,7 @@
 
 #include "base.h"
 #include "engine_internal.h"
+#include "remap.h"
 #include "sys.h"
 
 #define LOOK_MS_MIN 1
@@ -53,17 +54,33 @@ static uint64_t registrable_start(const struct mapping *before, const struct map
 	return guarded ? min_of(mapping->end, mapping->start + THREAD_STACK_BYTES) : mapping->start;
 }
 
-/* Registered and really anonymous? The mapping may have been replaced since it was read. */
-static bool is_still_candidate(struct client *client, uint64_t start, uint64_t end)
+/*
+ * After REGISTER: what is there now? The mapping may have been replaced since it was read. Anonymous
+ * pieces join the regions; a piece that is not (registration takes shared memory too) is let go. Never
+ * more than such a piece: an UNREGISTER of anonymous memory would make swapped pages read as zeros.
+ */
+static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end)
 {
 	struct mapping mapping;
+	uint64_t bytes = 0;
 
 	for (uint64_t at = start; at < end; at = mapping.end) {
-		if (sys_mapping_next(client->maps_fd, at, &mapping) != 1 || mapping.start > at ||
-		    !mapping.anonymous || mapping.shared)
-			return false;
+		uint64_t first, last;
+
+		if (sys_mapping_next(client->maps_fd, at, &mapping) != 1 || mapping.start >= end)
+			break;
+		first = max_of(at, mapping.start);
+		last = min_of(end, mapping.end);
+		if (!mapping.anonymous || mapping.shared)
+			(void)sys_userfaultfd_unregister(client->events_fd, first, last - first);
+		else {
+			remap_armed(client, first, last);
+			if (range_set_add(&client->regions, first, last, mapping.executable ? 1 : 0,
+					  REGIONS_MAX) == 0)
+				bytes += last - first;
+		}
 	}
-	return true;
+	return bytes;
 }
 
 static uint64_t register_region(struct client *client, uint64_t start, uint64_t end, uint64_t protection)
@@ -76,13 +93,7 @@ static uint64_t register_region(struct client *client, uint64_t start, uint64_t 
 		return 0;
 	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
 		return 0;
-	if (!is_still_candidate(client, start, end)) {
-		(void)sys_userfaultfd_unregister(client->events_fd, start, end - start);
-		return 0;
-	}
-	if (range_set_add(&client->regions, start, end, protection, REGIONS_MAX) < 0)
-		return 0;
-	return end - start;
+	return adopt_pieces(client, start, end);
 }
 
 void look_discover(struct client *client)
@@ -147,13 +158,13 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 	if (client->dead)
 		return;
 	if (client->pid == 0 || client->agent_gone) {
-		if (client->armed && sys_userfaultfd_is_gone(client->events_fd))
+		if (client->serving && sys_userfaultfd_is_gone(client->events_fd))
 			client_bury(client);
 		if (client->pid == 0)
 			return;
 	}
 	size = look_at_size(client, now);
-	if (size == 0 || !client->armed || !client->ring)
+	if (size == 0 || !client->serving || !client->ring)
 		return;
 	if ((near && !client->registered) || (client->registered && size != client->size_pages_seen)) {
 		SCOPED_LOCK(&client->gate);

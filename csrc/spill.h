@@ -5,29 +5,47 @@
  * A backend is one file or block device, cut into segments of SEGMENT_BYTES. A segment is filled in
  * memory, written once, whole and sequentially (O_DIRECT), and read in extents. Objects keep the
  * form they had in the pool (codec.h); an extent is an object's place: offset in the backend in
- * units of 64 bytes. Extents are freed one by one; a segment without live extents is punched
- * (file) or discarded (device), then free again.
+ * units of 64 bytes. Extents are freed one by one. A segment without live extents can be filled
+ * again at once; meanwhile a thread of the backend punches (file) or discards (device) it.
  *
  * Segment format (byte offsets, little endian)
  *     0  u64  magic "VSWPSEG1"
  *     8  u64  generation: one more for every segment ever written by this backend
- *    16  u32  extent count
- *    20  u32  bytes used, header included
- *    24  u64  XXH3-64 of the header and table with this field zero
+ *    16  u32  extent count, at least 1
+ *    20  u32  bytes used: header, objects and table; what follows up to 4096 is zero, then anything
+ *    24  u64  XXH3-64 of the header with this field zero, followed by the table
  *    32  u64  backend identity (random, same in all segments)
- *    40       zero up to 64
- *    64  count * { u64 owner; u32 unit offset in the segment; u16 units; u16 reserved }
- *    then, at the next multiple of 64, the objects, each at a multiple of 64
+ *    40  u32  offset of the table, a multiple of 64
+ *    44  u32  number of this segment in the backend: a misdirected write is seen
+ *    48       zero up to 64
+ *    64       the objects, one behind the other, each a multiple of 64 long, up to the table
+ *     T  count * { u64 owner; u32 unit offset in the segment; u16 units; u16 zero }, last object
+ *        first: the table grows from the buffer's end and is moved down once, so no room is set
+ *        aside and 16 bytes an extent is all it costs
  * `owner` is opaque to this file (the slot table's name of the page); it lets a drain and an offline
- * check know whose extent it is.
+ * check know whose extent it is. The table says what was written; which of it is still live only the
+ * owner knows.
  *
- * Segment states  FREE, FILLING (in memory, one per writer), WRITING, LIVE, QUARANTINED (a write of
- *                 a dead daemon may still land), DRAINING (LIVE, being emptied)
- * Invariants      1 an extent of a LIVE segment lies wholly inside its used bytes
- *                 2 live_units of a segment == sum over its live extents; a segment with none is FREE
- *                 3 nothing is written to a segment that is not FREE before it becomes FILLING
- *                 4 backend.used_bytes == segments not FREE * SEGMENT_BYTES
- * Locking         one mutex per backend, innermost; never held across a system call.
+ * Segment states
+ *     FREE         nothing on disk
+ *     EMPTY        no live extent; its blocks may still be there
+ *     TRIMMING     EMPTY, being punched or discarded right now
+ *     FILLING      in memory, one per writer
+ *     WRITING
+ *     LIVE         at least one live extent
+ *     QUARANTINED  a write failed: never used again by this daemon
+ * Transitions     FREE, EMPTY -> FILLING -> WRITING -> LIVE -> EMPTY -> TRIMMING -> FREE;
+ *                 FILLING -> where it came from (abandoned); WRITING -> QUARANTINED (error), or EMPTY
+ *                 when only room was missing (ENOSPC, EDQUOT, ENOMEM): the medium is sound
+ * Invariants      1 a live extent lies wholly inside the objects of a LIVE segment
+ *                 2 live_units and live_count of a segment are the sums over its live extents; they
+ *                   are both zero or both not; not zero exactly when LIVE
+ *                 3 nothing is written to a segment but WRITING, nothing is trimmed but TRIMMING
+ *                 4 used_bytes == SEGMENT_BYTES * segments that are FILLING, WRITING, LIVE or
+ *                   QUARANTINED
+ *                 spill_is_valid() checks 2 and 4 and the free lists; each free checks 1.
+ * Locking         one mutex per backend, innermost; never held across a system call. spill_free makes
+ *                 none but a wake-up: it may be called on the fault path.
  */
 #ifndef VSWAP_SPILL_H
 #define VSWAP_SPILL_H
@@ -41,34 +59,48 @@ struct spill; /* one backend */
 
 struct spill_statistics {
 	uint64_t size_bytes;       /* capacity: whole segments */
-	uint64_t used_bytes;       /* segments not FREE, whole */
+	uint64_t used_bytes;       /* segments that cannot be filled now, whole */
+	uint64_t quarantined_bytes; /* of these: quarantined */
+	uint64_t untrimmed_bytes;  /* EMPTY and TRIMMING segments: free, but still on disk */
 	uint64_t live_bytes;       /* in live extents */
 	uint64_t extent_count;     /* live extents */
 	uint64_t written_bytes;    /* ever written */
 	uint64_t read_bytes;       /* ever read */
 	uint64_t write_errors;
 	uint64_t read_errors;
+	uint64_t trimmed_bytes;    /* ever punched or discarded */
+	uint64_t trim_errors;
 	uint64_t metadata_bytes;   /* RAM for segment tables */
 };
 
 /*
- * Open a backend on descriptor `fd` (regular file or block device; ownership passes). The file is
- * grown lazily up to size_bytes. O_DIRECT is used when the descriptor has it and the file system
- * takes it. Returns 0 or -errno: -EINVAL when smaller than one segment.
+ * Open a backend on descriptor `fd`: a regular file or block device, open for reading and writing;
+ * ownership passes on success. A file is made size_bytes long at once, but sparse: a segment gets its
+ * blocks when it is written. Of a device at most its own size is used. O_DIRECT is switched on where
+ * the file system takes it. Starts the trimming thread. Returns 0 or -errno: -EINVAL when smaller than
+ * one segment or neither file nor device.
  */
 int spill_create(int fd, uint64_t size_bytes, struct spill **ret_spill);
-void spill_destroy(struct spill *spill); /* closes the descriptor; no I/O may be in flight; NULL ok */
+
+/*
+ * Closes the descriptor. No I/O may be in flight and no segment FILLING. What was not trimmed yet
+ * stays as it is. NULL ok.
+ */
+void spill_destroy(struct spill *spill);
 
 /* ---- writing: one writer fills a segment, then writes it ---- */
 
 struct spill_segment; /* a FILLING segment, owned by one thread */
 
-/* 0, or -ENOSPC when no segment is free. */
+/*
+ * 0, or -ENOSPC when no segment is free, -ENOMEM without memory for its buffer. May wait for a
+ * trim under way when that is the last room there is.
+ */
 int spill_segment_begin(struct spill *spill, struct spill_segment **ret_segment);
 
 /*
- * Put an object into the segment. Returns its extent (unit offset in the backend), or -ENOSPC
- * when it does not fit any more: write this segment and begin another.
+ * Put an object (1..POOL_UNITS_MAX units) into the segment. Returns its extent (unit offset in the
+ * backend), or -ENOSPC when it does not fit any more: write this segment and begin another.
  */
 int64_t spill_segment_add(struct spill_segment *segment, uint64_t owner, const void *object,
 			  unsigned units);
@@ -77,15 +109,20 @@ unsigned spill_segment_count(const struct spill_segment *segment);
 
 /*
  * Write the segment, wait for the completion, make it LIVE and consume it. On error all its extents
- * are void, the segment is consumed and quarantined, and the error is returned: the caller still has
- * every object (nothing may be dropped before this returns 0).
+ * are void, the segment is consumed and quarantined (see Transitions), and the error is returned: the
+ * caller still has every object (nothing may be dropped before this returns 0). An extent whose owner
+ * went away meanwhile is freed after this has returned 0, not before. Without extents: as _abandon.
  */
 int spill_segment_write(struct spill_segment *segment);
 
 /* Give up without writing. */
 void spill_segment_abandon(struct spill_segment *segment);
 
+/* Once per extent: a second free ends the daemon, at once in debug builds, else when the sums go wrong. */
 void spill_free(struct spill *spill, uint64_t extent, unsigned units);
+
+/* Wait until every EMPTY segment has been trimmed (or could not be). */
+void spill_trim_wait(struct spill *spill);
 
 /* ---- reading ---- */
 
@@ -103,8 +140,33 @@ struct spill_range spill_range_of(uint64_t extent, unsigned units);
 int spill_fd(const struct spill *spill);
 void spill_count_read(struct spill *spill, uint64_t bytes, int result);
 
-/* Compaction and drain: the live segment with the fewest live bytes, or -ENOENT. */
+/* ---- compaction and drain ---- */
+
+/*
+ * The LIVE segment with the fewest live bytes, or -ENOENT. The lock is let go between chunks of the
+ * table, so with frees going on it may be one of the emptiest.
+ */
 int64_t spill_emptiest_segment(struct spill *spill, uint64_t *ret_live_bytes);
+
+/* The first LIVE segment with number >= `from`, or -ENOENT: device order, for a drain. */
+int64_t spill_next_segment(struct spill *spill, uint64_t from);
+
+struct spill_entry {
+	uint64_t owner;
+	uint64_t extent;
+	unsigned units;
+	unsigned object_bytes_in; /* where the object is in the segment's bytes */
+};
+
+/*
+ * Check the SEGMENT_BYTES read from offset segment * SEGMENT_BYTES: that it is what this backend last
+ * wrote there, and well formed whatever the bytes are. Returns the number of its entries, or
+ * -EBADMSG. The objects themselves are not checked: their owners have checks of their own.
+ */
+int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes);
+
+/* An entry of verified bytes, in order of offset; index < what spill_table_verify returned. */
+struct spill_entry spill_table_entry(const void *bytes, unsigned index);
 
 void spill_statistics(struct spill *spill, struct spill_statistics *ret_statistics);
 bool spill_is_valid(struct spill *spill);

@@ -138,6 +138,15 @@ bool sys_userfaultfd_is_gone(int fd)
 	return sys_userfaultfd_unregister(fd, 0x1000, PAGE_BYTES) == -ENOMEM;
 }
 
+bool sys_userfaultfd_is_changing(int fd)
+{
+	static const uint8_t page[PAGE_BYTES] __attribute__((aligned(4096)));
+	uint64_t done;
+
+	/* COPY looks at that first, and only then for the mapping: there is none at this address. */
+	return sys_userfaultfd_copy(fd, PAGE_BYTES, page, PAGE_BYTES, &done) == FILL_AGAIN;
+}
+
 static bool kernel_is_older_than(int major, int minor)
 {
 	struct utsname name;

@@ -44,6 +44,9 @@ enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes,
 /* True when the address space behind a userfaultfd is gone. */
 bool sys_userfaultfd_is_gone(int fd);
 
+/* True while an event of this address space is unread, or about to be queued. */
+bool sys_userfaultfd_is_changing(int fd);
+
 /* 0 when the running kernel has all that is needed, else -errno and a message of at most 256 bytes. */
 int sys_probe(int *ret_device, char *message);
 

@@ -2,7 +2,9 @@
 /*
  * churn — a seeded client that does everything to its memory and checks every byte of it.
  *
- *   churn MIB SECONDS SEED [THREADS] [FORKS]
+ *   churn MIB SECONDS SEED [THREADS] [FORKS] [WITHOUT]
+ *
+ * WITHOUT leaves operations out, to narrow a finding down: d DONTNEED, u munmap, r mremap, p mprotect.
  *
  * Each thread owns blocks of pages. A page's content is a function of (block, page, version, kind), so it
  * can be checked at any time: version 0 reads as zeros. Operations, by chance: write, verify, scan,
@@ -42,6 +44,7 @@ struct worker {
 
 static volatile int stop;
 static uint64_t seed;
+static const char *without = "";
 
 static uint64_t next(struct worker *w)
 {
@@ -187,6 +190,11 @@ static void operate(struct worker *w)
 	if (count > b->pages - n)
 		count = b->pages - n;
 	w->operations++;
+	if ((what >= 930 && what < 960 && strchr(without, 'd')) ||
+	    (what >= 960 && what < 970 && strchr(without, 'u')) ||
+	    (what >= 970 && what < 985 && strchr(without, 'r')) ||
+	    (what >= 985 && what < 995 && strchr(without, 'p')))
+		return;
 	if (what < 350) {
 		for (uint32_t i = 0; i < count; i++)
 			write_page(b, n + i);
@@ -243,6 +251,7 @@ int main(int argc, char **argv)
 	struct worker *workers;
 	pthread_t ids[64];
 
+	without = argc > 6 ? argv[6] : "";
 	seed = argc > 3 ? strtoull(argv[3], NULL, 0) : 1;
 	workers = calloc((size_t)threads, sizeof *workers);
 	for (int i = 0; i < threads && i < 64; i++) {

@@ -1,0 +1,949 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * spill against a model: random fills and frees with every extent read back, tables, trimming, a full
+ * backend, write errors at every call, hostile bytes, double frees, two writers, a loop device.
+ *
+ * Build: this file, csrc/spill.c, csrc/io.c, csrc/io_threads.c, csrc/fault_point.c, csrc/base.c;
+ *        -luring -pthread. With -DVSWAP_DEBUG -DVSWAP_FAULT_POINTS more is tried; run it under TSan
+ *        too, for the writers.
+ * Usage: test_spill [SEED [bench | dump PATH]]; dump leaves a backend for vswapd/spillfile.py.
+ *        Files in $TMPDIR or /var/tmp, unlinked at once.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/loop.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.h"
+
+#include "base.h"
+#include "fault_point.h"
+#include "io.h"
+#include "spill.h"
+
+#define OBJECT_BYTES_MAX (POOL_UNITS_MAX * POOL_UNIT_BYTES)
+#define SEGMENT_UNITS (SEGMENT_BYTES / POOL_UNIT_BYTES)
+#define EXTENTS_MAX 40000u
+
+static uint64_t seed_state;
+
+/* ---- files ---- */
+
+static int file_create(void)
+{
+	const char *directory = getenv("TMPDIR");
+	char path[4096];
+	int fd;
+
+	snprintf(path, sizeof path, "%s/vswap-spill-XXXXXX", directory ? directory : "/var/tmp");
+	fd = mkostemp(path, O_CLOEXEC);
+	CHECK(fd >= 0);
+	unlink(path);
+	return fd;
+}
+
+static struct spill *spill_open(int fd, uint64_t segments)
+{
+	struct spill *spill;
+
+	CHECK(spill_create(fd, segments * SEGMENT_BYTES, &spill) == 0);
+	CHECK(spill_fd(spill) == fd);
+	return spill;
+}
+
+static struct spill_statistics statistics_of(struct spill *spill)
+{
+	struct spill_statistics statistics;
+
+	spill_statistics(spill, &statistics);
+	return statistics;
+}
+
+/* ---- model: what is live ---- */
+
+struct extent {
+	uint64_t owner, extent;
+	unsigned units;
+};
+
+struct model {
+	struct spill *spill;
+	uint64_t random, next_owner;
+	struct extent *extents; /* live */
+	unsigned count;
+	uint64_t live_units;
+};
+
+static struct model model_create(struct spill *spill, uint64_t first_owner)
+{
+	struct model model = {
+		.spill = spill,
+		.random = random_next(&seed_state),
+		.next_owner = first_owner,
+		.extents = calloc(EXTENTS_MAX, sizeof *model.extents),
+	};
+
+	CHECK(model.extents);
+	return model;
+}
+
+/* The bytes of an object follow from its owner's number. */
+static void object_fill(uint64_t owner, unsigned units, uint8_t *object)
+{
+	uint64_t state = owner;
+
+	for (unsigned i = 0; i < units * POOL_UNIT_BYTES; i += 8) {
+		uint64_t word = random_next(&state);
+
+		memcpy(object + i, &word, 8);
+	}
+}
+
+static unsigned units_random(uint64_t *random)
+{
+	switch (random_below(random, 4)) {
+	case 0:
+		return POOL_UNITS_MAX;
+	case 1:
+		return 1 + random_below(random, 3);
+	default:
+		return 1 + random_below(random, POOL_UNITS_MAX);
+	}
+}
+
+/* Fill a segment with at most `max` random objects, without telling the model: returns their number. */
+static unsigned segment_fill(struct model *model, struct spill_segment *segment, unsigned max)
+{
+	uint8_t object[OBJECT_BYTES_MAX];
+	unsigned count = 0;
+
+	while (count < max && model->count + count < EXTENTS_MAX) {
+		struct extent *extent = &model->extents[model->count + count];
+		int64_t place;
+
+		extent->owner = model->next_owner;
+		extent->units = units_random(&model->random);
+		object_fill(extent->owner, extent->units, object);
+		place = spill_segment_add(segment, extent->owner, object, extent->units);
+		if (place == -ENOSPC)
+			break;
+		CHECK(place >= 0);
+		extent->extent = (uint64_t)place;
+		model->next_owner++;
+		count++;
+		CHECK(spill_segment_count(segment) == count);
+	}
+	return count;
+}
+
+static void model_add(struct model *model, unsigned count)
+{
+	for (unsigned i = 0; i < count; i++)
+		model->live_units += model->extents[model->count + i].units;
+	model->count += count;
+}
+
+/* Begin, fill and write a segment: 0 or what begin or write said. */
+static int model_write(struct model *model, unsigned max)
+{
+	struct spill_segment *segment;
+	int result = spill_segment_begin(model->spill, &segment);
+	unsigned count;
+
+	if (result < 0)
+		return result;
+	count = segment_fill(model, segment, max);
+	result = spill_segment_write(segment);
+	if (result == 0)
+		model_add(model, count);
+	return result;
+}
+
+static void model_free(struct model *model, unsigned index)
+{
+	struct extent extent = model->extents[index];
+
+	spill_free(model->spill, extent.extent, extent.units);
+	model->live_units -= extent.units;
+	model->extents[index] = model->extents[--model->count];
+}
+
+static void model_free_all(struct model *model)
+{
+	while (model->count > 0)
+		model_free(model, random_below(&model->random, model->count));
+}
+
+static void extent_verify(const struct extent *extent, const uint8_t *object)
+{
+	uint8_t expected[OBJECT_BYTES_MAX];
+
+	object_fill(extent->owner, extent->units, expected);
+	CHECK(memcmp(object, expected, extent->units * POOL_UNIT_BYTES) == 0);
+}
+
+static void model_read(struct model *model, unsigned index, void *buffer)
+{
+	const struct extent *extent = &model->extents[index];
+	struct spill_range range = spill_range_of(extent->extent, extent->units);
+	int result;
+
+	CHECK(range.offset_bytes % PAGE_BYTES == 0 && range.length_bytes % PAGE_BYTES == 0);
+	CHECK(range.length_bytes <= 2 * PAGE_BYTES && range.object_bytes_in < PAGE_BYTES);
+	result = io_read_wait(spill_fd(model->spill), buffer, range.length_bytes, range.offset_bytes);
+	CHECK(result == 0);
+	spill_count_read(model->spill, range.length_bytes, result);
+	extent_verify(extent, (const uint8_t *)buffer + range.object_bytes_in);
+}
+
+/* All live extents through a queue, DEPTH at a time. */
+static void model_read_all(struct model *model, enum io_backend backend)
+{
+	enum { DEPTH = 16 };
+	struct io_completion completions[DEPTH];
+	struct io_queue *queue;
+	uint8_t *buffer = aligned_alloc(PAGE_BYTES, DEPTH * 2 * PAGE_BYTES);
+	unsigned begun = 0, done = 0;
+	unsigned index_of[DEPTH], free_slots[DEPTH], free_count = DEPTH;
+
+	CHECK(io_queue_create(DEPTH, backend, &queue) == 0 && buffer);
+	for (unsigned i = 0; i < DEPTH; i++)
+		free_slots[i] = i;
+	while (done < model->count) {
+		unsigned count;
+
+		while (begun < model->count && free_count > 0) {
+			unsigned slot = free_slots[--free_count];
+			struct spill_range range = spill_range_of(model->extents[begun].extent,
+								  model->extents[begun].units);
+
+			index_of[slot] = begun++;
+			CHECK(io_read(queue, spill_fd(model->spill), buffer + slot * 2 * PAGE_BYTES,
+				      range.length_bytes, range.offset_bytes, slot) == 0);
+		}
+		count = io_wait(queue, completions, DEPTH);
+		for (unsigned i = 0; i < count; i++, done++) {
+			unsigned slot = (unsigned)completions[i].cookie;
+			const struct extent *extent = &model->extents[index_of[slot]];
+			struct spill_range range = spill_range_of(extent->extent, extent->units);
+
+			CHECK(completions[i].result == range.length_bytes);
+			extent_verify(extent, buffer + slot * 2 * PAGE_BYTES + range.object_bytes_in);
+			free_slots[free_count++] = slot;
+		}
+	}
+	io_queue_destroy(queue);
+	free(buffer);
+}
+
+/* Every LIVE segment's table names every live extent in it; the emptiest is the emptiest. */
+static void model_verify_tables(struct model *model, uint64_t segment_count)
+{
+	uint64_t *live_units = calloc(segment_count, sizeof *live_units), live_bytes = 0, found = 0;
+	uint8_t *bytes = aligned_alloc(PAGE_BYTES, SEGMENT_BYTES);
+	int64_t emptiest = spill_emptiest_segment(model->spill, &live_bytes);
+
+	CHECK(live_units && bytes);
+	for (unsigned i = 0; i < model->count; i++)
+		live_units[model->extents[i].extent / SEGMENT_UNITS] += model->extents[i].units;
+	for (int64_t number = 0; (number = spill_next_segment(model->spill, (uint64_t)number)) >= 0;
+	     number++) {
+		int count;
+
+		CHECK(live_units[number] > 0 && live_units[number] * POOL_UNIT_BYTES >= live_bytes);
+		CHECK(io_read_wait(spill_fd(model->spill), bytes, SEGMENT_BYTES,
+				   (uint64_t)number * SEGMENT_BYTES) == 0);
+		count = spill_table_verify(model->spill, (uint64_t)number, bytes);
+		CHECK(count > 0);
+		for (int i = 0; i < count; i++) {
+			struct spill_entry entry = spill_table_entry(bytes, (unsigned)i);
+
+			extent_verify(&(struct extent){ entry.owner, entry.extent, entry.units },
+				      bytes + entry.object_bytes_in);
+			for (unsigned j = 0; j < model->count; j++)
+				found += model->extents[j].owner == entry.owner &&
+					 model->extents[j].extent == entry.extent &&
+					 model->extents[j].units == entry.units;
+		}
+		live_units[number] = 0;
+	}
+	for (uint64_t i = 0; i < segment_count; i++)
+		CHECK(live_units[i] == 0); /* spill_next_segment skipped none */
+	CHECK(found == model->count);
+	CHECK((emptiest == -ENOENT) == (model->count == 0));
+	free(live_units);
+	free(bytes);
+}
+
+static void model_verify_sums(struct model *model)
+{
+	struct spill_statistics statistics = statistics_of(model->spill);
+
+	CHECK(spill_is_valid(model->spill));
+	CHECK(statistics.extent_count == model->count);
+	CHECK(statistics.live_bytes == model->live_units * POOL_UNIT_BYTES);
+	CHECK(statistics.used_bytes + statistics.untrimmed_bytes <= statistics.size_bytes);
+	CHECK(statistics.used_bytes >= statistics.live_bytes);
+}
+
+/* ---- tests ---- */
+
+static void test_random(int fd, enum io_backend backend)
+{
+	enum { SEGMENTS = 12, STEPS = 300 };
+	struct spill *spill = spill_open(fd, SEGMENTS);
+	struct model model = model_create(spill, 1);
+	void *buffer = aligned_alloc(PAGE_BYTES, 2 * PAGE_BYTES);
+	unsigned full = 0, written = 0;
+
+	for (int step = 0; step < STEPS; step++) {
+		int result = model_write(&model, random_below(&model.random, 2) ? EXTENTS_MAX : 20);
+
+		CHECK(result == 0 || result == -ENOSPC);
+		written += result == 0;
+		full += result == -ENOSPC;
+		for (unsigned i = 0; model.count > 0 && i < 20; i++)
+			model_read(&model, random_below(&model.random, model.count), buffer);
+		if (result == -ENOSPC || random_below(&model.random, 8) == 0) {
+			unsigned keep = random_below(&model.random, model.count + 1);
+
+			while (model.count > keep)
+				model_free(&model, random_below(&model.random, model.count));
+		}
+		model_verify_sums(&model);
+		if (step % 50 == 0) {
+			model_read_all(&model, backend);
+			model_verify_tables(&model, SEGMENTS);
+		}
+	}
+	CHECK(written > SEGMENTS && full > 0);
+	model_read_all(&model, backend);
+	model_free_all(&model);
+	model_verify_sums(&model);
+	model_verify_tables(&model, SEGMENTS);
+	CHECK(statistics_of(spill).used_bytes == 0);
+	spill_trim_wait(spill);
+	CHECK(statistics_of(spill).untrimmed_bytes == 0 && statistics_of(spill).trim_errors == 0);
+	CHECK(spill_is_valid(spill));
+	spill_destroy(spill);
+	free(model.extents);
+	free(buffer);
+}
+
+static void test_create(void)
+{
+	struct spill *spill;
+	int pipe_fds[2], fd = file_create();
+
+	CHECK(spill_create(-1, SEGMENT_BYTES, &spill) == -EBADF);
+	CHECK(pipe(pipe_fds) == 0);
+	CHECK(spill_create(pipe_fds[0], SEGMENT_BYTES, &spill) == -EINVAL);
+	CHECK(spill_create(fd, SEGMENT_BYTES - 1, &spill) == -EINVAL);
+	CHECK(fcntl(fd, F_GETFD) >= 0); /* still ours */
+	CHECK(spill_create(fd, 2 * SEGMENT_BYTES + 4096, &spill) == 0);
+	CHECK(statistics_of(spill).size_bytes == 2 * SEGMENT_BYTES);
+	CHECK(spill_is_valid(spill));
+	CHECK(spill_next_segment(spill, 0) == -ENOENT && spill_next_segment(spill, 99999) == -ENOENT);
+	spill_destroy(spill);
+	CHECK(fcntl(fd, F_GETFD) < 0);
+	spill_destroy(NULL);
+	close(pipe_fds[0]);
+	close(pipe_fds[1]);
+}
+
+/* Segments come lowest first, all of them, then -ENOSPC; what is given up comes back. */
+static void test_full(void)
+{
+	enum { SEGMENTS = 5 };
+	struct spill *spill = spill_open(file_create(), SEGMENTS);
+	struct model model = model_create(spill, 1);
+	struct spill_segment *segments[SEGMENTS], *none;
+
+	for (unsigned i = 0; i < SEGMENTS; i++) {
+		unsigned count;
+
+		CHECK(spill_segment_begin(spill, &segments[i]) == 0);
+		count = segment_fill(&model, segments[i], 1);
+		CHECK(count == 1 && model.extents[0].extent == i * SEGMENT_UNITS + 1);
+	}
+	CHECK(spill_segment_begin(spill, &none) == -ENOSPC);
+	CHECK(statistics_of(spill).used_bytes == SEGMENTS * SEGMENT_BYTES);
+	CHECK(spill_is_valid(spill));
+	spill_segment_abandon(segments[3]);
+	spill_segment_abandon(segments[1]);
+	CHECK(spill_segment_begin(spill, &segments[1]) == 0);
+	CHECK(segment_fill(&model, segments[1], 1) == 1);
+	CHECK(model.extents[0].extent == 1 * SEGMENT_UNITS + 1);
+	for (unsigned i = 0; i < SEGMENTS; i++)
+		if (i != 3)
+			spill_segment_abandon(segments[i]);
+	CHECK(spill_segment_begin(spill, &none) == 0);
+	CHECK(spill_segment_write(none) == 0); /* empty: nothing is written */
+	CHECK(statistics_of(spill).used_bytes == 0 && statistics_of(spill).written_bytes == 0);
+	CHECK(statistics_of(spill).untrimmed_bytes == 0);
+	CHECK(spill_is_valid(spill));
+	spill_destroy(spill);
+	free(model.extents);
+}
+
+/* The smallest objects fill a segment to the last byte that format allows. */
+static void test_smallest(void)
+{
+	const unsigned expected = (SEGMENT_BYTES - POOL_UNIT_BYTES) / (POOL_UNIT_BYTES + 16);
+	struct spill *spill = spill_open(file_create(), 1);
+	uint8_t object[POOL_UNIT_BYTES], *bytes = aligned_alloc(PAGE_BYTES, SEGMENT_BYTES);
+	struct spill_segment *segment;
+	unsigned count = 0;
+
+	CHECK(bytes && spill_segment_begin(spill, &segment) == 0);
+	object_fill(count, 1, object);
+	while (spill_segment_add(segment, count, object, 1) >= 0)
+		object_fill(++count, 1, object);
+	CHECK(count == expected);
+	CHECK(spill_segment_write(segment) == 0);
+	CHECK(io_read_wait(spill_fd(spill), bytes, SEGMENT_BYTES, 0) == 0);
+	CHECK(spill_table_verify(spill, 0, bytes) == (int)count);
+	for (unsigned i = 0; i < count; i++) {
+		struct spill_entry entry = spill_table_entry(bytes, i);
+
+		CHECK(entry.owner == i && entry.extent == i + 1 && entry.units == 1);
+		extent_verify(&(struct extent){ i, i + 1, 1 }, bytes + entry.object_bytes_in);
+		spill_free(spill, i + 1, 1);
+	}
+	CHECK(spill_is_valid(spill) && statistics_of(spill).used_bytes == 0);
+	spill_destroy(spill);
+	free(bytes);
+}
+
+/* More segments than one chunk of the table has; then holes in the middle are filled first. */
+static void test_chunks(void)
+{
+	enum { SEGMENTS = 2500 };
+	struct spill *spill = spill_open(file_create(), SEGMENTS);
+	struct model model = model_create(spill, 1);
+	uint64_t metadata_bytes = statistics_of(spill).metadata_bytes;
+
+	for (unsigned i = 0; i < SEGMENTS; i++)
+		CHECK(model_write(&model, 1) == 0);
+	CHECK(model_write(&model, 1) == -ENOSPC);
+	model_verify_sums(&model);
+	CHECK(statistics_of(spill).metadata_bytes > metadata_bytes);
+	CHECK(statistics_of(spill).used_bytes == SEGMENTS * SEGMENT_BYTES);
+	for (unsigned i = 0; i < SEGMENTS; i++) /* one extent a segment, in order */
+		CHECK(model.extents[i].extent == i * SEGMENT_UNITS + 1);
+	model_free(&model, 2400);
+	model_free(&model, 1030);
+	CHECK(model_write(&model, 1) == 0 && model_write(&model, 1) == 0);
+	CHECK(model.extents[model.count - 2].extent == 1030 * SEGMENT_UNITS + 1 ||
+	      model.extents[model.count - 1].extent == 1030 * SEGMENT_UNITS + 1);
+	model_read_all(&model, IO_AUTOMATIC);
+	model_free_all(&model);
+	spill_trim_wait(spill);
+	model_verify_sums(&model);
+	CHECK(statistics_of(spill).trimmed_bytes >= SEGMENTS * SEGMENT_BYTES);
+	spill_destroy(spill);
+	free(model.extents);
+}
+
+static uint64_t disk_bytes(int fd)
+{
+	struct stat status;
+
+	CHECK(fstat(fd, &status) == 0);
+	return (uint64_t)status.st_blocks * 512;
+}
+
+/* Nothing on disk before, little while half empty, nothing after. */
+static void test_punch(void)
+{
+	enum { SEGMENTS = 8 };
+	int fd = file_create();
+	struct spill *spill = spill_open(fd, SEGMENTS);
+	struct model model = model_create(spill, 1);
+
+	CHECK(disk_bytes(fd) == 0);
+	for (unsigned i = 0; i < SEGMENTS; i++)
+		CHECK(model_write(&model, EXTENTS_MAX) == 0);
+	CHECK(disk_bytes(fd) >= statistics_of(spill).live_bytes);
+	for (unsigned i = model.count; i-- > 0;)
+		if (model.extents[i].extent / SEGMENT_UNITS % 2)
+			model_free(&model, i);
+	spill_trim_wait(spill);
+	CHECK(disk_bytes(fd) <= SEGMENTS / 2 * SEGMENT_BYTES + 65536);
+	model_read_all(&model, IO_AUTOMATIC);
+	model_free_all(&model);
+	spill_trim_wait(spill);
+	CHECK(disk_bytes(fd) <= 65536); /* a file system's own: extent tree, xattr */
+	CHECK(statistics_of(spill).trimmed_bytes == SEGMENTS * SEGMENT_BYTES);
+	spill_destroy(spill);
+	free(model.extents);
+}
+
+/* A file system with a limit: an honest -ENOSPC or -EFBIG, and all objects still with the caller. */
+static void test_file_limit(void)
+{
+	struct rlimit before, limit;
+	struct spill *spill;
+	int fd = file_create();
+
+	signal(SIGXFSZ, SIG_IGN);
+	CHECK(getrlimit(RLIMIT_FSIZE, &before) == 0);
+	limit = before;
+	limit.rlim_cur = 2 * SEGMENT_BYTES;
+	CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+	CHECK(spill_create(fd, 4 * SEGMENT_BYTES, &spill) == -EFBIG);
+	CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0);
+	close(fd);
+}
+
+/* ---- hostile bytes ---- */
+
+static void test_hostile(void)
+{
+	struct spill *spill = spill_open(file_create(), 2);
+	struct model model = model_create(spill, 1);
+	uint8_t *bytes = aligned_alloc(PAGE_BYTES, SEGMENT_BYTES), *damaged = malloc(SEGMENT_BYTES);
+	uint32_t used, table;
+
+	CHECK(bytes && damaged);
+	CHECK(model_write(&model, 200) == 0 && model_write(&model, 200) == 0);
+	CHECK(io_read_wait(spill_fd(spill), bytes, SEGMENT_BYTES, 0) == 0);
+	CHECK(spill_table_verify(spill, 0, bytes) == 200);
+	CHECK(spill_table_verify(spill, 1, bytes) == -EBADMSG); /* misdirected */
+	memcpy(&used, bytes + 20, 4);
+	memcpy(&table, bytes + 40, 4);
+	CHECK(used == table + 200 * 16);
+	for (int i = 0; i < 3000; i++) {
+		unsigned at = random_below(&seed_state, 64 + 200 * 16);
+		uint8_t flip = (uint8_t)(1u << random_below(&seed_state, 8));
+
+		memcpy(damaged, bytes, SEGMENT_BYTES);
+		damaged[at < 64 ? at : table + at - 64] ^= flip;
+		CHECK(spill_table_verify(spill, 0, damaged) == -EBADMSG);
+	}
+	for (int i = 0; i < 300; i++) { /* sound but for wild numbers in the header */
+		memcpy(damaged, bytes, SEGMENT_BYTES);
+		for (unsigned at = 16; at < 64; at += 4)
+			if (random_below(&seed_state, 3) == 0) {
+				uint32_t word = (uint32_t)random_next(&seed_state) >>
+						random_below(&seed_state, 32);
+
+				memcpy(damaged + at, &word, 4);
+			}
+		if (memcmp(damaged, bytes, 64) != 0)
+			CHECK(spill_table_verify(spill, 0, damaged) == -EBADMSG);
+	}
+	/* What this place held before is no table of what it holds now. */
+	model_free_all(&model);
+	CHECK(spill_table_verify(spill, 0, bytes) == -EBADMSG);
+	spill_trim_wait(spill); /* else the next one may begin elsewhere */
+	CHECK(model_write(&model, 200) == 0 && model.extents[0].extent == 1);
+	CHECK(spill_table_verify(spill, 0, bytes) == -EBADMSG);
+	spill_destroy(spill);
+	free(model.extents);
+	free(bytes);
+	free(damaged);
+}
+
+/* ---- misuse ends the process ---- */
+
+enum misuse { FREE_TWICE, FREE_OUTSIDE, FREE_HEADER, FREE_EMPTY, FREE_FILLING, FREE_TOO_MUCH, MISUSES };
+
+static void misuse_do(enum misuse misuse)
+{
+	struct spill *spill = spill_open(file_create(), 4);
+	uint8_t object[OBJECT_BYTES_MAX] = { 0 };
+	struct spill_segment *segment;
+	uint64_t extents[3];
+
+	CHECK(spill_segment_begin(spill, &segment) == 0);
+	for (unsigned i = 0; i < 3; i++)
+		extents[i] = (uint64_t)spill_segment_add(segment, i, object, 2);
+	if (misuse == FREE_FILLING)
+		spill_free(spill, extents[0], 2);
+	CHECK(spill_segment_write(segment) == 0);
+	if (misuse == FREE_OUTSIDE)
+		spill_free(spill, extents[2], 3);
+	if (misuse == FREE_HEADER)
+		spill_free(spill, 0, 2);
+	if (misuse == FREE_EMPTY)
+		spill_free(spill, SEGMENT_UNITS + 1, 2);
+	if (misuse == FREE_TOO_MUCH) { /* the sums: no bitmap needed */
+		spill_free(spill, extents[0], 4);
+		spill_free(spill, extents[0], 4);
+	}
+	if (misuse == FREE_TWICE) {
+		spill_free(spill, extents[1], 2);
+		spill_free(spill, extents[1], 2);
+#ifndef VSWAP_DEBUG
+		spill_free(spill, extents[0], 2);
+		spill_free(spill, extents[2], 2); /* here at the latest */
+#endif
+	}
+}
+
+static void test_misuse(void)
+{
+	fflush(NULL);
+	for (int misuse = 0; misuse < MISUSES; misuse++) {
+		pid_t pid = fork();
+		int status;
+
+		CHECK(pid >= 0);
+		if (pid == 0) {
+			struct rlimit none = { 0, 0 };
+
+			setrlimit(RLIMIT_CORE, &none);
+			signal(SIGABRT, SIG_DFL);
+			CHECK(freopen("/dev/null", "w", stderr));
+			misuse_do((enum misuse)misuse);
+			_exit(0);
+		}
+		CHECK(waitpid(pid, &status, 0) == pid);
+		CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+	}
+}
+
+/* ---- fault points ---- */
+
+#ifdef VSWAP_FAULT_POINTS
+
+static void test_quarantine(void)
+{
+	struct spill *spill = spill_open(file_create(), 2);
+	struct model model = model_create(spill, 1);
+
+	fault_point_clear();
+	fault_point_set("io/write", 1, EIO, false);
+	CHECK(model_write(&model, 100) == -EIO);
+	CHECK(model.count == 0 && statistics_of(spill).write_errors == 1);
+	CHECK(statistics_of(spill).quarantined_bytes == SEGMENT_BYTES);
+	CHECK(statistics_of(spill).used_bytes == SEGMENT_BYTES);
+	CHECK(spill_next_segment(spill, 0) == -ENOENT);
+	model_verify_sums(&model);
+	CHECK(model_write(&model, 100) == 0); /* in the other one */
+	CHECK(model.extents[0].extent / SEGMENT_UNITS == 1);
+	CHECK(model_write(&model, 100) == -ENOSPC);
+	model_free_all(&model);
+	spill_trim_wait(spill);
+	CHECK(model_write(&model, 100) == 0 && model.extents[0].extent / SEGMENT_UNITS == 1);
+	model_read_all(&model, IO_AUTOMATIC);
+	model_verify_sums(&model);
+	spill_destroy(spill);
+	free(model.extents);
+}
+
+/* No room on the file system, at allocation or at the write: nothing is lost, not even the segment. */
+static void test_no_room(const char *name)
+{
+	struct spill *spill = spill_open(file_create(), 2);
+	struct model model = model_create(spill, 1);
+
+	fault_point_clear();
+	fault_point_set(name, 1, ENOSPC, true);
+	for (int i = 0; i < 5; i++)
+		CHECK(model_write(&model, 100) == -ENOSPC);
+	CHECK(statistics_of(spill).write_errors == 5 && statistics_of(spill).used_bytes == 0);
+	model_verify_sums(&model);
+	fault_point_clear();
+	CHECK(model_write(&model, 100) == 0 && model_write(&model, 100) == 0);
+	model_read_all(&model, IO_AUTOMATIC);
+	model_verify_sums(&model);
+	spill_destroy(spill);
+	free(model.extents);
+}
+
+/* One life of a backend with `name` failing at call n: what was written is right, what failed is known. */
+static bool life_with_fault(const char *name, uint64_t n, int error, bool persistent)
+{
+	enum { SEGMENTS = 6, ROUNDS = 8 };
+	struct spill *spill = spill_open(file_create(), SEGMENTS);
+	struct model model = model_create(spill, 1);
+	bool hit;
+
+	fault_point_clear();
+	fault_point_set(name, n, error, persistent);
+	for (int i = 0; i < ROUNDS; i++) {
+		int result = model_write(&model, 50);
+
+		CHECK(result == 0 || result == -error || result == -ENOSPC);
+		model_verify_sums(&model);
+		if (result == -ENOSPC || i % 3 == 2)
+			model_free_all(&model);
+		model_read_all(&model, IO_THREADS);
+	}
+	model_free_all(&model);
+	spill_trim_wait(spill);
+	model_verify_sums(&model);
+	hit = fault_point_hits(name) > 0;
+	fault_point_clear();
+	spill_destroy(spill);
+	free(model.extents);
+	return hit;
+}
+
+static void test_faults(void)
+{
+	static const struct {
+		const char *name;
+		int error;
+	} cases[] = {
+		{ "io/write", EIO },          { "io/write", EINTR },
+		{ "io/write", ENOSPC },       { "io/write", EINVAL },
+		{ "spill/allocate", ENOSPC }, { "spill/allocate", EOPNOTSUPP },
+		{ "spill/allocate", EIO },    { "spill/punch", EIO },
+		{ "spill/punch", EOPNOTSUPP },
+	};
+
+	for (unsigned i = 0; i < sizeof cases / sizeof *cases; i++) {
+		uint64_t n = 1;
+
+		while (life_with_fault(cases[i].name, n, cases[i].error, false))
+			CHECK(++n < 100);
+		CHECK(n > 1);
+		if (cases[i].error != EINTR)
+			CHECK(life_with_fault(cases[i].name, 1, cases[i].error, true));
+	}
+	test_quarantine();
+	test_no_room("io/write");
+	test_no_room("spill/allocate");
+	fault_point_clear();
+}
+
+#else
+
+static void test_faults(void)
+{
+	printf("skip: fault points are not built in\n");
+}
+
+#endif
+
+/* ---- two writers, and a reader who also frees ---- */
+
+struct writer {
+	struct model model;
+	pthread_t thread;
+	unsigned rounds, full;
+};
+
+static void *writer_main(void *argument)
+{
+	struct writer *writer = argument;
+	struct model *model = &writer->model;
+	void *buffer = aligned_alloc(PAGE_BYTES, 2 * PAGE_BYTES);
+
+	CHECK(buffer);
+	for (unsigned i = 0; i < writer->rounds; i++) {
+		int result = model_write(model, 100);
+		uint64_t live_bytes;
+
+		CHECK(result == 0 || result == -ENOSPC);
+		writer->full += result == -ENOSPC;
+		for (unsigned j = 0; model->count > 0 && j < 10; j++)
+			model_read(model, random_below(&model->random, model->count), buffer);
+		for (unsigned j = 0; model->count > 0 && j < (result < 0 ? 2000u : 60u); j++)
+			model_free(model, random_below(&model->random, model->count));
+		(void)spill_emptiest_segment(model->spill, &live_bytes);
+		CHECK(spill_is_valid(model->spill));
+	}
+	free(buffer);
+	return NULL;
+}
+
+static void test_writers(void)
+{
+	enum { WRITERS = 2 };
+	struct spill *spill = spill_open(file_create(), 10);
+	struct writer writers[WRITERS];
+
+	for (unsigned i = 0; i < WRITERS; i++) {
+		writers[i] = (struct writer){ .rounds = 200 };
+		writers[i].model = model_create(spill, (uint64_t)i << 32);
+	}
+	for (unsigned i = 0; i < WRITERS; i++)
+		CHECK(pthread_create(&writers[i].thread, NULL, writer_main, &writers[i]) == 0);
+	for (unsigned i = 0; i < WRITERS; i++)
+		pthread_join(writers[i].thread, NULL);
+	for (unsigned i = 0; i < WRITERS; i++)
+		model_read_all(&writers[i].model, IO_AUTOMATIC);
+	CHECK(statistics_of(spill).extent_count == writers[0].model.count + writers[1].model.count);
+	for (unsigned i = 0; i < WRITERS; i++) {
+		model_free_all(&writers[i].model);
+		free(writers[i].model.extents);
+	}
+	spill_trim_wait(spill);
+	CHECK(spill_is_valid(spill) && statistics_of(spill).used_bytes == 0);
+	spill_destroy(spill);
+}
+
+/* ---- a block device ---- */
+
+/* A loop device on an unlinked file, detached by the kernel when its last descriptor closes; or -1. */
+static int loop_open(int file)
+{
+	struct loop_config config = {
+		.fd = (uint32_t)file,
+		.block_size = 4096,
+		.info.lo_flags = LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
+	};
+	int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+
+	for (int tries = 0; control >= 0 && tries < 8; tries++) {
+		char path[32];
+		int number = ioctl(control, LOOP_CTL_GET_FREE), fd;
+
+		if (number < 0)
+			break;
+		snprintf(path, sizeof path, "/dev/loop%d", number);
+		fd = open(path, O_RDWR | O_CLOEXEC);
+		if (fd < 0)
+			break;
+		if (ioctl(fd, LOOP_CONFIGURE, &config) == 0) {
+			close(control);
+			return fd;
+		}
+		close(fd); /* someone else was first */
+	}
+	if (control >= 0)
+		close(control);
+	return -1;
+}
+
+static void test_device(void)
+{
+	enum { SEGMENTS = 12 };
+	int file = file_create(), fd;
+	struct spill *spill;
+	struct model model;
+
+	CHECK(ftruncate(file, (off_t)(SEGMENTS * SEGMENT_BYTES + 8192)) == 0);
+	fd = loop_open(file);
+	if (fd < 0) {
+		printf("skip: no loop device here (%s)\n", strerror(errno));
+		close(file);
+		return;
+	}
+	spill = spill_open(fd, SEGMENTS * 100); /* no more than the device has */
+	CHECK(statistics_of(spill).size_bytes == SEGMENTS * SEGMENT_BYTES);
+	model = model_create(spill, 1);
+	for (unsigned i = 0; i < SEGMENTS; i++)
+		CHECK(model_write(&model, EXTENTS_MAX) == 0);
+	CHECK(model_write(&model, 1) == -ENOSPC);
+	model_read_all(&model, IO_AUTOMATIC);
+	model_free_all(&model);
+	spill_trim_wait(spill);
+	model_verify_sums(&model);
+	CHECK(statistics_of(spill).trim_errors <= 1);
+	if (statistics_of(spill).trim_errors == 0)
+		CHECK(disk_bytes(file) <= 65536);
+	else
+		printf("skip: the loop device does not discard\n");
+	free(model.extents);
+	spill_destroy(spill);
+	fd = loop_open(file);
+	CHECK(fd >= 0);
+	test_random(fd, IO_AUTOMATIC);
+	close(file);
+}
+
+/* ---- bench, dump ---- */
+
+static void bench(void)
+{
+	enum { SEGMENTS = 512 };
+	struct spill *spill = spill_open(file_create(), SEGMENTS);
+	static uint8_t object[OBJECT_BYTES_MAX];
+	uint64_t fill_ns = 0, write_ns = 0, free_ns, objects = 0, bytes;
+
+	object_fill(1, POOL_UNITS_MAX, object);
+	for (int life = 0; life < 2; life++) { /* the second finds its blocks there */
+		fill_ns = write_ns = objects = 0;
+		for (unsigned i = 0; i < SEGMENTS; i++) {
+			struct spill_segment *segment;
+			uint64_t start = test_now_ns();
+
+			CHECK(spill_segment_begin(spill, &segment) == 0);
+			while (spill_segment_add(segment, objects, object, 38) >= 0)
+				objects++;
+			fill_ns += test_now_ns() - start;
+			start = test_now_ns();
+			CHECK(spill_segment_write(segment) == 0);
+			write_ns += test_now_ns() - start;
+		}
+		bytes = statistics_of(spill).live_bytes;
+		printf("write: %.0f MB/s; fill: %.2f us an object; %.1f %% overhead\n",
+		       (double)SEGMENTS * SEGMENT_BYTES / 1e6 / ((double)write_ns / 1e9),
+		       (double)fill_ns / 1e3 / (double)objects,
+		       100.0 * (double)(statistics_of(spill).used_bytes - bytes) / (double)bytes);
+		free_ns = test_now_ns();
+		for (uint64_t i = 0; i < objects; i++)
+			spill_free(spill, i / (objects / SEGMENTS) * SEGMENT_UNITS + 1 +
+						  i % (objects / SEGMENTS) * 38, 38);
+		printf("free: %.0f ns an extent\n", (double)(test_now_ns() - free_ns) / (double)objects);
+	}
+	free_ns = test_now_ns();
+	spill_trim_wait(spill);
+	printf("trim left: %.0f ms; metadata %lu bytes\n", (double)(test_now_ns() - free_ns) / 1e6,
+	       statistics_of(spill).metadata_bytes);
+	spill_destroy(spill);
+}
+
+static void dump(const char *path)
+{
+	int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	struct spill *spill;
+	struct model model;
+
+	CHECK(fd >= 0);
+	spill = spill_open(fd, 8);
+	model = model_create(spill, 1);
+	for (int i = 0; i < 3; i++)
+		CHECK(model_write(&model, i == 1 ? 3 : EXTENTS_MAX) == 0);
+	for (unsigned i = 0; i < model.count; i++)
+		printf("%lu %lu %u\n", model.extents[i].owner, model.extents[i].extent,
+		       model.extents[i].units);
+	spill_destroy(spill);
+	free(model.extents);
+}
+
+int main(int argc, char **argv)
+{
+	int memory;
+
+	seed_state = test_seed(argc, argv);
+	if (argc > 3 && strcmp(argv[2], "dump") == 0) {
+		dump(argv[3]);
+		return 0;
+	}
+	if (test_is_bench(argc, argv)) {
+		bench();
+		return 0;
+	}
+	test_create();
+	test_full();
+	test_smallest();
+	test_random(file_create(), IO_THREADS);
+	test_random(file_create(), IO_AUTOMATIC);
+	memory = memfd_create("test_spill", MFD_CLOEXEC);
+	CHECK(memory >= 0);
+	test_random(memory, IO_AUTOMATIC);
+	test_chunks();
+	test_punch();
+	test_file_limit();
+	test_hostile();
+	test_misuse();
+	test_faults();
+	test_writers();
+	test_device();
+	printf("passed\n");
+	return 0;
+}

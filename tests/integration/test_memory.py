@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Content, byte for byte: kinds of data, orders, allocators, threads, fork, eviction all the time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.limited import MIB, LimitedResult, assert_honest, run_limited
+
+_MIB = 96
+_LIMIT = 24 * MIB
+
+
+def _assert_right(result: LimitedResult) -> None:
+    assert result.status == 0, result.describe()
+    told = json.loads(result.stdout)
+    assert told["wrong_pages"] == 0
+    assert told["verified_pages"] >= told["pages"]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "same", "text", "floats", "third", "random", "mixed"])
+def test_every_kind_of_data(verify_memory: str, kind: str) -> None:
+    result = run_limited(_LIMIT, [verify_memory, "--mib", str(_MIB), "--kind", kind, "--passes", "2"])
+    _assert_right(result)
+    assert_honest(result, _LIMIT, demand_bytes=_MIB * MIB)
+
+
+@pytest.mark.parametrize("allocate", ["mmap", "malloc"])
+@pytest.mark.parametrize("order", ["sequential", "random"])
+def test_orders_and_allocators(verify_memory: str, order: str, allocate: str) -> None:
+    argv = [verify_memory, "--mib", str(_MIB), "--order", order, "--allocate", allocate, "--threads", "2"]
+    result = run_limited(_LIMIT, argv)
+    _assert_right(result)
+    assert_honest(result, _LIMIT, demand_bytes=_MIB * MIB)
+
+
+def test_fork(verify_memory: str) -> None:
+    """Parent and child change what they share, each its half."""
+    result = run_limited(_LIMIT, [verify_memory, "--mib", "64", "--kind", "text", "--fork"])
+    _assert_right(result)
+    assert_honest(result, _LIMIT, demand_bytes=64 * MIB)
+
+
+def test_zeros_cost_nothing(verify_memory: str) -> None:
+    result = run_limited(_LIMIT, [verify_memory, "--mib", str(_MIB), "--kind", "zeros"])
+    _assert_right(result)
+    assert_honest(result, _LIMIT, demand_bytes=_MIB * MIB)
+    status = result.samples.status_at_most_swapped
+    assert status["spill_bytes"] == 0
+    # The program has a little of its own beside the zeros; that may be in the pool.
+    assert result.samples.pool_bytes_max < 4 * MIB, result.describe()
+    assert status["zero_pages"] * 4096 > 0.9 * (_MIB * MIB - _LIMIT), status
+
+
+def test_metadata_at_most_16_bytes_a_page(verify_memory: str) -> None:
+    """In bulk; small runs are dominated by whole tables."""
+    result = run_limited(48 * MIB, [verify_memory, "--mib", "384", "--kind", "same", "--passes", "1"])
+    _assert_right(result)
+    status = result.samples.status_at_most_swapped
+    group = status["groups"][0]
+    swapped = group["swapped_pages"]
+    assert group["metadata_bytes"] <= 16 * swapped + MIB, f"{group['metadata_bytes'] / swapped:.1f} bytes a page"
+
+
+def test_sums_agree_with_parts(verify_memory: str) -> None:
+    result = run_limited(_LIMIT, [verify_memory, "--mib", str(_MIB), "--kind", "mixed"])
+    _assert_right(result)
+    status = result.samples.status_at_most_swapped
+    group = status["groups"][0]
+    parts = sum(status[f"{name}_pages"] for name in ("zero", "same", "pool", "spill", "staged", "poisoned"))
+    # Parts and sum are of one program that goes on while they are read.
+    assert parts == pytest.approx(group["swapped_pages"], rel=0.05, abs=256)
+    usage = sum(group[f"{name}_bytes"] for name in ("resident", "unmanaged", "pool", "metadata"))
+    assert usage == pytest.approx(group["usage_bytes"], rel=0.1, abs=2 * MIB)
+    latencies = result.stats["latency_us"]
+    assert sum(latency["count"] for latency in latencies.values()) > 0
+    for latency in latencies.values():
+        assert 0 <= latency["p50"] <= latency["p99"] <= latency["p999"] < 60e6
+
+
+def test_daemon_stays_small(verify_memory: str) -> None:
+    result = run_limited(_LIMIT, [verify_memory, "--mib", str(_MIB)])
+    assert 0 < result.samples.daemon_bytes_max <= 48 * MIB, result.describe()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_churn_under_torture(churn: str, seed: int) -> None:
+    """Every memory operation there is, while random runs of pages are evicted all the time."""
+    result = run_limited("256M", [churn, "32", "5", str(seed), "2", "1"], options=["--private", "--torture"])
+    assert result.status == 0, result.describe()
+    assert result.faults > 0, result.describe()
+
+
+def test_churn_under_a_limit(churn: str) -> None:
+    result = run_limited("24M", [churn, "64", "5", "3", "2", "1"])
+    assert result.status == 0, result.describe()
+    assert_honest(result, 24 * MIB)
+
+
+def test_out_of_memory_is_a_clear_end(verify_memory: str) -> None:
+    argv = [verify_memory, "--mib", "96", "--kind", "random"]
+    result = run_limited("24M", argv, options=["--private", "--no-spill"])
+    # vswapctl ends as the command did: killed.
+    assert result.status in (137, -9), result.describe()
+    lines = [line for line in result.stderr.decode().splitlines() if line.startswith("vswapctl:")]
+    assert len(lines) == 1, result.describe()
+    assert "memory" in lines[0]
+    assert result.samples.peak_bytes <= 24 * MIB * 1.10, result.describe()

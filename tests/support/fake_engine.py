@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""fake_engine — vswapd.engine.Engine without a data plane.
+
+Keeps the books an engine keeps (groups, clients, backends, events), answers with the same records and
+errors, and owns descriptors by the same rules, so that the control plane can be tested without root,
+userfaultfd and the extension. Methods may be called from any thread, as the real ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from vswapd import records
+
+if TYPE_CHECKING:
+    from vswapd.wire import Arena
+
+LATENCY_BUCKETS = 64
+
+
+def _error(number: int, what: str) -> OSError:
+    return OSError(number, f"{what}: {os.strerror(number)}")
+
+
+class FakeEngine:
+    """The Engine interface. `refuse` maps a method's name to the errno it fails with."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.userfaultfd_device = os.memfd_create("fake userfaultfd device", os.MFD_CLOEXEC)
+        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.refuse: dict[str, int] = {}
+        self.calls: list[tuple[object, ...]] = []
+        self._groups: dict[int, records.GroupStatistics] = {}
+        self._clients: dict[int, records.ClientStatistics] = {}
+        self._rings: dict[int, int] = {}
+        self._backends: list[records.BackendStatistics] = []
+        self._events: deque[records.Event] = deque()
+        self._next_group = 0
+        self._next_token = 1000
+        self.forked_tokens: dict[int, int] = {}  # token -> group
+        self.armed: dict[int, Arena] = {}
+        self.is_destroyed = False
+
+    @classmethod
+    def create(cls, **_: object) -> FakeEngine:
+        """As Engine.create; VSWAP_FAKE_REFUSE=1 in the environment: it fails."""
+        if os.environ.get("VSWAP_FAKE_REFUSE"):
+            raise OSError(errno.EPERM, "the fake engine was told to refuse; unset VSWAP_FAKE_REFUSE")
+        return cls()
+
+    def _call(self, name: str, *arguments: object) -> None:
+        self.calls.append((name, *arguments))
+        if name in self.refuse:
+            raise _error(self.refuse[name], name)
+
+    def destroy(self) -> None:
+        with self._lock:
+            self._call("destroy")
+            if not self.is_destroyed:
+                self.is_destroyed = True
+                for descriptor in (self.userfaultfd_device, self.event_fd, *self._rings.values()):
+                    os.close(descriptor)
+                self._rings.clear()
+
+    # ---- groups ----
+
+    def group_create(self, name: str, limit_bytes: int, pool_limit_bytes: int = 0, flags: int = 0) -> int:
+        with self._lock:
+            self._call("group_create", name, limit_bytes, pool_limit_bytes, flags)
+            number = self._next_group
+            self._next_group += 1
+            self._groups[number] = records.GroupStatistics(number, flags, name, limit_bytes, pool_limit_bytes)
+            return number
+
+    def set_group(self, group: int, **changes: object) -> None:
+        """For tests: change what is reported of a group."""
+        with self._lock:
+            self._groups[group] = dataclasses.replace(self._groups[group], **changes)  # type: ignore[arg-type]
+
+    def group_set_limit(self, group: int, limit_bytes: int, pool_limit_bytes: int = 0) -> None:
+        self._call("group_set_limit", group, limit_bytes, pool_limit_bytes)
+        self.set_group(group, limit_bytes=limit_bytes, pool_limit_bytes=pool_limit_bytes)
+
+    def group_destroy(self, group: int) -> None:
+        with self._lock:
+            self._call("group_destroy", group)
+            if any(client.group == group for client in self._clients.values()):
+                raise _error(errno.EBUSY, "group")
+            del self._groups[group]
+
+    def group_set_unmanaged(self, group: int, count_bytes: int) -> None:
+        self._call("group_set_unmanaged", group, count_bytes)
+        self.set_group(group, unmanaged_bytes=count_bytes)
+
+    # ---- backends ----
+
+    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int) -> int:
+        self._call("backend_add", fd, path, size_bytes, priority)
+        number = len(self._backends)
+        self._backends.append(records.BackendStatistics(number, priority, 0, 0, path, size_bytes))
+        return number
+
+    # ---- clients ----
+
+    def _begin(self, pid: int, group: int, token: int) -> int:
+        self._clients[token] = records.ClientStatistics(token, pid, group)
+        self._rings[token] = os.memfd_create("fake ring", os.MFD_CLOEXEC)
+        return self._rings[token]
+
+    def client_begin(self, pid: int, group: int) -> tuple[int, int]:
+        with self._lock:
+            self._call("client_begin", pid, group)
+            token = self._next_token
+            self._next_token += 1
+            return token, self._begin(pid, group, token)
+
+    def client_begin_forked(self, pid: int, token: int) -> tuple[int, int]:
+        with self._lock:
+            self._call("client_begin_forked", pid, token)
+            if token not in self.forked_tokens:
+                raise _error(errno.EPERM, "forked process")
+            ring = self._begin(pid, self.forked_tokens.pop(token), token)
+            return ring, self.userfaultfd_device
+
+    def client_arm(self, token: int, arena: Arena, events_fd: int, trash_fd: int) -> None:
+        for descriptor in (events_fd, trash_fd):
+            if descriptor >= 0:
+                os.close(descriptor)  # taken over in every case
+        with self._lock:
+            self._call("client_arm", token, arena, events_fd, trash_fd)
+            self.armed[token] = arena
+
+    def set_client(self, token: int, **changes: object) -> None:
+        """For tests: change what is reported of a client."""
+        with self._lock:
+            self._clients[token] = dataclasses.replace(self._clients[token], **changes)  # type: ignore[arg-type]
+
+    def add_client(self, pid: int, group: int) -> int:
+        """For tests: a client that came in some other way."""
+        with self._lock:
+            token, _ = self.client_begin(pid, group)
+            return token
+
+    def client_lost(self, token: int) -> None:
+        with self._lock:
+            self._call("client_lost", token)
+            if self._clients.pop(token, None) is not None:
+                os.close(self._rings.pop(token))
+
+    def pageout(self, pid: int, timeout_ms: int) -> None:
+        self._call("pageout", pid, timeout_ms)
+
+    def pagein(self, pid: int, timeout_ms: int) -> None:
+        self._call("pagein", pid, timeout_ms)
+
+    # ---- statistics ----
+
+    def statistics(self) -> records.Statistics:
+        latency = [[0] * LATENCY_BUCKETS for _ in records.BACKINGS]
+        latency[2][3], latency[2][40] = 99, 1
+        return records.Statistics(
+            group_count=len(self._groups),
+            client_count=len(self._clients),
+            counters={"faults": 100},
+            latency=tuple(map(tuple, latency)),
+            latency_ns_sum=(0, 0, 500_000, 0, 0),
+        )
+
+    def groups(self) -> list[records.GroupStatistics]:
+        with self._lock:
+            counts = [client.group for client in self._clients.values()]
+            return [
+                dataclasses.replace(group, client_count=counts.count(group.group))
+                for group in self._groups.values()
+            ]
+
+    def clients(self) -> list[records.ClientStatistics]:
+        with self._lock:
+            return list(self._clients.values())
+
+    def backends(self) -> list[records.BackendStatistics]:
+        return list(self._backends)
+
+    def latency_bounds_us(self) -> tuple[float, ...]:
+        return tuple(float(bucket + 1) for bucket in range(LATENCY_BUCKETS))
+
+    # ---- events ----
+
+    def add_event(self, event: records.Event) -> None:
+        """For tests: something happened."""
+        self._events.append(event)
+        os.eventfd_write(self.event_fd, 1)
+
+    def event_next(self) -> records.Event | None:
+        return self._events.popleft() if self._events else None
+
+    # ---- test support ----
+
+    def is_valid(self) -> bool:
+        self._call("is_valid")
+        return True
+
+    def hold_gil(self, milliseconds: int) -> None:
+        self._call("hold_gil", milliseconds)
