@@ -7,7 +7,8 @@
  *            reference to a file of the program (a copy of the table would, for a moment: a pipe
  *            would see its end late, a port or a device would still be in use).
  * Looking    anonymous resident size (statm, resident minus shared) against the minimum, the more
- *            often the nearer and the faster it grows: 1 ms to config.look_ns.
+ *            often the nearer and the faster it grows: 1 ms to config.look_ns. getrusage says when
+ *            there is nothing new to see.
  * Ending     refused; told to; it alone keeps the process alive; or it has other credentials or
  *            another seccomp mode than the program for two looks in a row (the program changed them
  *            behind preload.c's back, by raw system calls). Never when the daemon is merely away.
@@ -161,7 +162,8 @@ void agent_rest(struct agent_state *state)
 			agent_end();
 		atomic_set(&state->parked, 1);
 		raw_futex_wake(&state->parked, FUTEX_PRIVATE_FLAG);
-		(void)raw_futex_wait(&state->request, AGENT_PARK, AGENT_SLOW_NS, FUTEX_PRIVATE_FLAG);
+		(void)raw_futex_wait(&state->request, AGENT_PARK, AGENT_SLOW_NS,
+				     FUTEX_PRIVATE_FLAG);
 	}
 	atomic_set(&state->parked, 0);
 }
@@ -258,23 +260,37 @@ void agent_look_around(struct agent_state *state)
 
 /* ---- waiting until the process is worth it ---- */
 
-static uint64_t anonymous_bytes(void)
+struct look {
+	uint64_t bytes;  /* anonymous resident size */
+	uint64_t faults; /* page faults of the process when it was read */
+};
+
+/*
+ * Most looks cost one system call: where no page fault was, no memory was touched, and what was
+ * resident at most, file pages included, bounds what is anonymous.
+ */
+static void look_take(const struct agent_config *config, struct look *look)
 {
 	char text[128];
 	const char *at = text;
 	struct rusage usage;
-	uint64_t resident, shared;
+	uint64_t resident, shared, faults;
 
-	if (file_read("/proc/thread-self/statm", text, sizeof text) <= 0) {
-		/* No /proc here: the highest resident size so far, file pages included. */
-		if (RAW_2(__NR_getrusage, RUSAGE_SELF, &usage) < 0)
-			return 0;
-		return (uint64_t)usage.ru_maxrss * 1024;
-	}
+	if (RAW_2(__NR_getrusage, RUSAGE_SELF, &usage) < 0)
+		return;
+	faults = (uint64_t)usage.ru_minflt + (uint64_t)usage.ru_majflt;
+	if (faults == look->faults)
+		return;
+	look->faults = faults;
+	look->bytes = (uint64_t)usage.ru_maxrss * 1024;
+	/* Without /proc the upper bound has to do. */
+	if (look->bytes < config->minimum_bytes / 2 ||
+	    file_read("/proc/thread-self/statm", text, sizeof text) <= 0)
+		return;
 	(void)number_parse(&at);
 	resident = number_parse(&at);
 	shared = number_parse(&at);
-	return resident > shared ? (resident - shared) * AGENT_PAGE : 0;
+	look->bytes = resident > shared ? (resident - shared) * AGENT_PAGE : 0;
 }
 
 /* When to look again so that at the present rate only half of what is left is used by then. */
@@ -301,20 +317,22 @@ static void wait_for(struct agent_state *state, uint64_t ns)
 
 static void wait_until_worth(struct agent_state *state)
 {
-	uint64_t interval = LOOK_NS_MIN, since_around = 0, before = 0, bytes;
+	uint64_t interval = LOOK_NS_MIN, since_around = 0, before;
+	struct look look = { 0, 0 };
 
 	for (;;) {
 		wait_for(state, interval);
-		bytes = anonymous_bytes();
-		if (bytes >= state->config.minimum_bytes)
+		before = look.bytes;
+		look_take(&state->config, &look);
+		if (look.bytes >= state->config.minimum_bytes)
 			return;
 		since_around += interval;
 		if (since_around >= AGENT_SLOW_NS) {
 			since_around = 0;
+			look.faults = 0; /* not all memory comes by a fault of its own process */
 			agent_look_around(state);
 		}
-		interval = next_interval(&state->config, interval, bytes, before);
-		before = bytes;
+		interval = next_interval(&state->config, interval, look.bytes, before);
 	}
 }
 
@@ -445,12 +463,13 @@ struct agent_state *agent_create(const struct agent_config *config)
 	long arena = raw_mmap(0, ARENA_BYTES, PROT_NONE,
 			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
 	struct agent_state *state;
+	int writable = PROT_READ | PROT_WRITE;
 
 	if (arena < 0)
 		return NULL;
 	(void)raw_madvise((uint64_t)arena, ARENA_BYTES, MADV_DONTDUMP);
-	if (raw_mprotect((uint64_t)arena + ARENA_STACK, AGENT_STACK_BYTES, PROT_READ | PROT_WRITE) < 0 ||
-	    raw_mprotect((uint64_t)arena + ARENA_STATE, AGENT_PAGE, PROT_READ | PROT_WRITE) < 0) {
+	if (raw_mprotect((uint64_t)arena + ARENA_STACK, AGENT_STACK_BYTES, writable) < 0 ||
+	    raw_mprotect((uint64_t)arena + ARENA_STATE, AGENT_PAGE, writable) < 0) {
 		(void)RAW_2(__NR_munmap, arena, ARENA_BYTES);
 		return NULL;
 	}

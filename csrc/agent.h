@@ -16,9 +16,10 @@
  *             guard stack guard state guard ring beacon guard staging0 guard staging1 guard trash0
  *             guard trash1 guard.
  * After fork  the child keeps the arena, at the same place. Beacon, staging and trash are
- *             MADV_WIPEONFORK: the child has the mappings (so nothing of the program can come to lie
- *             there) and what the events userfaultfd watches stays watched, but no page: reading the
- *             beacon asks the daemon in every generation, and evicted pages are not inherited.
+ *             MADV_WIPEONFORK: the child has the mappings (so nothing of the program can come to
+ *             lie there) and what the events userfaultfd watches stays watched, but no page:
+ *             reading the beacon asks the daemon in every generation, and evicted pages are not
+ *             inherited.
  * Life        STARTING -> LOOKING -> JOINING -> SERVING; a forked child of a managed process goes
  *             STARTING -> JOINING. From LOOKING and SERVING it may be parked (agent_rest).
  * Invariants  1 beacon_armed is set before ARM is sent, so in a child 0 means: not managed, and 1
@@ -120,7 +121,7 @@ static inline uint64_t agent_trash(const struct agent_state *state, uint32_t pro
 
 /* Reserve the arena; NULL when there is no address space for it. */
 struct agent_state *agent_create(const struct agent_config *config);
-/* Start the thread; 0 or -errno. An armed state's descriptors must be open in the caller's table. */
+/* Start the thread; 0 or -errno. An armed state's descriptors are open in the caller's table. */
 int agent_start(struct agent_state *state);
 /* In a forked child, before anything else runs there: forget the parent's agent. */
 void agent_forget_parent(struct agent_state *state);

@@ -46,7 +46,7 @@ static int pages_prepare(uint64_t address, uint64_t bytes, int protection)
 
 	if (result < 0)
 		return result;
-	(void)raw_madvise(address, bytes, MADV_NOHUGEPAGE); /* EINVAL: a kernel without huge pages */
+	(void)raw_madvise(address, bytes, MADV_NOHUGEPAGE); /* EINVAL: a kernel without them */
 	return raw_madvise(address, bytes, MADV_WIPEONFORK);
 }
 
@@ -72,7 +72,8 @@ static int arena_prepare(const struct agent_state *state, bool forked, bool *ret
 	(void)RAW_2(__NR_munlock, state->arena + ARENA_BEACON, ARENA_BYTES - ARENA_BEACON);
 	result = pages_prepare(state->arena + ARENA_BEACON, AGENT_PAGE, writable);
 	if (result == 0 && !forked) /* read as zero by this process, when it was forked unmanaged */
-		result = raw_madvise(state->arena + ARENA_BEACON, AGENT_PAGE, RAW_MADV_DONTNEED_LOCKED);
+		result = raw_madvise(state->arena + ARENA_BEACON, AGENT_PAGE,
+				     RAW_MADV_DONTNEED_LOCKED);
 	if (result == 0)
 		result = pages_prepare(agent_staging(state, 0), AGENT_STAGING_BYTES, writable);
 	if (result == 0)
@@ -95,7 +96,8 @@ static int ring_map(const struct agent_state *state, int fd)
 	/* A page behind the end of a file is SIGBUS. */
 	if (RAW_2(__NR_fstat, fd, &status) < 0 || status.st_size < VSWAP_RING_BYTES)
 		return -EINVAL;
-	result = raw_mmap(address, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd);
+	result = raw_mmap(address, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE,
+			  MAP_SHARED | MAP_FIXED, fd);
 	if (result < 0)
 		return (int)result;
 	(void)raw_madvise(address, VSWAP_RING_BYTES, MADV_DONTDUMP);
@@ -276,7 +278,8 @@ static enum join_outcome introduce(struct agent_state *state, struct join *join,
 		hello.group[i] = state->config.group[i];
 	result = send_all(state, join->socket, &hello, sizeof hello, NULL, 0);
 	if (result == 0)
-		result = receive(state, join->socket, &welcome, sizeof welcome, fds, wanted, &count);
+		result = receive(state, join->socket, &welcome, sizeof welcome, fds, wanted,
+				 &count);
 	if (count > 0)
 		join->device = fds[0];
 	if (count > 1)
@@ -299,7 +302,8 @@ static enum join_outcome introduce(struct agent_state *state, struct join *join,
 }
 
 /* Userfaultfds, ring, arena: what ARM tells. */
-static int equip(struct agent_state *state, struct join *join, bool forked, struct vswap_arm *ret_arm)
+static int equip(struct agent_state *state, struct join *join, bool forked,
+		 struct vswap_arm *ret_arm)
 {
 	bool executable;
 	int result;

@@ -9,10 +9,12 @@
  *           most a second, then the agent looks whether the daemon hung up. If it did, nothing is
  *           closed: as long as a userfaultfd is open, faults wait and nobody reads zeros.
  * Trust     addresses and lengths come from the daemon, whom the process trusts with its memory
- *           anyway; they are checked against the window so that a bug there stays a refused command.
- * Parked    on request of preload.c (wire.h knows nothing of it): MOVE_OUT is answered EAGAIN without
- *           trying, all else is executed. So the daemon gets its answers, and what the thread that is
- *           about to replace this agent has just touched stays in memory until it has done so.
+ *           anyway; they are checked against the window so that a bug there stays a refused
+ *           command.
+ * Parked    on request of preload_replace.c (wire.h knows nothing of it): MOVE_OUT is answered
+ *           EAGAIN without trying, all else is executed. So the daemon gets its answers, and what
+ *           the thread that is about to replace this agent has just touched stays in memory until
+ *           it has done so.
  * Never     this thread touches no page of the program but in POPULATE, during which the daemon
  *           serves faults: it could wait for itself.
  *
@@ -47,8 +49,9 @@ static uint32_t move_range(int fd, uint64_t destination, uint64_t source, uint32
 
 	while (done < pages) {
 		uint64_t bytes;
-		int result = move_once(fd, destination + done * AGENT_PAGE, source + done * AGENT_PAGE,
-				       (pages - done) * AGENT_PAGE, &bytes);
+		int result = move_once(fd, destination + done * AGENT_PAGE,
+				       source + done * AGENT_PAGE, (pages - done) * AGENT_PAGE,
+				       &bytes);
 
 		if (bytes) {
 			done += (uint32_t)(bytes / AGENT_PAGE);
@@ -100,8 +103,8 @@ static void execute_move_out(const struct agent_state *state, struct vswap_comma
 		if (failed)
 			continue;
 		run->error = move_range(state->descriptors[AGENT_EVENTS],
-					destination + used * AGENT_PAGE, address, pages, &run->moved,
-					&run->busy);
+					destination + used * AGENT_PAGE, address, pages,
+					&run->moved, &run->busy);
 		used += pages;
 		/* An unread event: each further attempt would say the same. */
 		if (run->error == EAGAIN)
@@ -192,7 +195,7 @@ static void sleep_until_posted(struct agent_state *state, struct vswap_ring *rin
 	    atomic_get(&state->request) == request)
 		result = raw_futex_wait(&ring->posted, posted, AGENT_SLOW_NS, 0);
 	atomic_set(&ring->agent_sleeping, 0);
-	if (result != -ETIMEDOUT)
+	if (result != -ETIMEDOUT || request != AGENT_GO_ON)
 		return;
 	if (is_hung_up(state)) {
 		if (state->config.verbose && !(state->said & AGENT_SAID_HANGUP))

@@ -69,7 +69,8 @@ static inline long raw_clone(long flags, void *stack_end, uint32_t *tid, void (*
 			 "ud2\n"
 			 "1:"
 			 : "=a"(result)
-			 : "a"((long)__NR_clone), "D"(flags), "S"(stack), "d"(tid), "r"(r10), "r"(r8)
+			 : "a"((long)__NR_clone), "D"(flags), "S"(stack), "d"(tid), "r"(r10),
+			   "r"(r8)
 			 : "rcx", "r11", "memory");
 	return result;
 }

@@ -438,6 +438,7 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 	if (client->populated_address == left.command.runs[0].address)
 		return;
 	client->populated_address = client->hand = left.command.runs[0].address;
+	client->pss = true; /* a fork that we did not see, before we managed it */
 	client->populate_number = client_post(client, &left.command);
 	client->populating = true;
 	counter_add(client->engine, populated_pages, choice->page_count);
@@ -537,7 +538,7 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 	pthread_mutex_unlock(&client->gate);
 	if (moved)
 		store_and_release(client, evictor, &choice, moved);
-	if (ret_result->busy && client->pss && result == 0)
+	if (ret_result->busy && result == 0)
 		make_exclusive(client, &choice, moved);
 	ret_result->pages = (unsigned)__builtin_popcountll(moved);
 	return result;

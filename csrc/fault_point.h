@@ -5,7 +5,8 @@
  * fault_point("io/read") stands beside a system call that can fail and gives 0, or the errno to be
  * simulated in its stead. Without -DVSWAP_FAULT_POINTS it is the constant 0 and leaves no code.
  *
- * Names       io/submit, io/read, io/write (io.c, io_threads.c), spill/allocate, spill/punch (spill.c)
+ * Names       io/submit, io/read, io/write: io.c, io_threads.c
+ *             spill/allocate, spill/punch: spill.c
  * Threads     any; calls of one name are counted over all threads.
  */
 #ifndef VSWAP_FAULT_POINT_H

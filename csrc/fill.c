@@ -30,6 +30,7 @@
 
 #define READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
 #define STREAM_GAP_PAGES 16
+#define READ_AROUND_PAGES 8
 
 static const uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];
 
@@ -434,6 +435,8 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 
 	if (read_is_under_way(client, fault->page))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
+	/* A device takes hardly longer for eight pages than for one. */
+	window = max_of(window, (unsigned)READ_AROUND_PAGES);
 	while (slot < READS_MAX && client->reads[slot])
 		slot++;
 	if (slot == READS_MAX ||

@@ -64,7 +64,9 @@ uint64_t group_reserve_bytes(const struct group *group)
 
 uint64_t group_pool_cap_bytes(const struct group *group)
 {
-	uint64_t cap = group->limit_bytes / 100 * 80;
+	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
+	uint32_t mean = min_of(max_of(group->pool_percent, 60u), 95u);
+	uint64_t cap = group->limit_bytes / 100 * (80 - (mean - 60) * 2);
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
 }
@@ -75,6 +77,9 @@ void group_pool_changed(struct group *group)
 
 	pool_statistics(group->pool, &statistics);
 	__atomic_store_n(&group->pool_bytes, statistics.bytes, __ATOMIC_RELAXED);
+	if (statistics.object_count > 1024)
+		group->pool_percent = (uint32_t)(statistics.object_bytes * 100 / PAGE_BYTES /
+						 statistics.object_count);
 	note_usage(group);
 }
 

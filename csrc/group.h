@@ -33,6 +33,7 @@ struct group {
 	int64_t resident_pages;    /* sum over clients */
 	uint64_t unmanaged_bytes;
 	uint64_t pool_bytes;       /* as of the last store or free */
+	uint32_t pool_percent;     /* mean size of its objects, percent of a page */
 	int64_t metadata_bytes;
 	uint64_t usage_bytes_max;
 	uint64_t swapped_pages_max;
@@ -61,7 +62,10 @@ void group_uncharge(struct group *group, uint64_t pages);
 uint64_t group_register_bytes(const struct group *group);
 uint64_t group_reserve_bytes(const struct group *group);
 
-/* RAM that the pool may take. */
+/*
+ * RAM that the pool may take: most of the limit for pages that compress well, little for pages that do
+ * not, since a raw page in the pool takes as much as a resident one and costs a fault.
+ */
 uint64_t group_pool_cap_bytes(const struct group *group);
 
 void group_pool_changed(struct group *group);

@@ -2,12 +2,12 @@
 /*
  * io — see io.h. Here: the requests of a queue, and io_uring; the threads are in io_threads.c.
  *
- * The ring's own descriptor is what a caller polls: it is readable while a completion waits. The ring
- * has no SINGLE_ISSUER, COOP_TASKRUN or DEFER_TASKRUN: with them completions appear only when the
- * thread that submitted enters the kernel, but here one thread submits and another may poll.
+ * The ring's own descriptor is what a caller polls: it is readable while a completion waits. The
+ * ring has no SINGLE_ISSUER, COOP_TASKRUN or DEFER_TASKRUN: with them completions appear only when
+ * the thread that submitted enters the kernel, but here one thread submits and another may poll.
  *
- * A submission that fails must leave nothing behind: an entry that stays in the ring would go out with
- * the next submission, into a buffer that was freed long ago. It is made a NOP (cookie NULL).
+ * A submission that fails must leave nothing behind: an entry that stays in the ring would go out
+ * with the next submission, into a buffer that was freed long ago. It is made a NOP (cookie NULL).
  */
 #define _GNU_SOURCE
 #include "io.h"
@@ -211,7 +211,8 @@ static int queue_submit(struct io_queue *queue, struct io_request request)
 	return 0;
 }
 
-int io_read(struct io_queue *queue, int fd, void *buffer, size_t length, uint64_t offset, uint64_t cookie)
+int io_read(struct io_queue *queue, int fd, void *buffer, size_t length, uint64_t offset,
+	    uint64_t cookie)
 {
 	return queue_submit(queue, (struct io_request){
 					   .fd = fd,
@@ -270,7 +271,12 @@ unsigned io_wait(struct io_queue *queue, struct io_completion *completions, unsi
 
 int io_read_wait(int fd, void *buffer, size_t length, uint64_t offset)
 {
-	struct io_request request = { .fd = fd, .buffer = buffer, .length = length, .offset = offset };
+	struct io_request request = {
+		.fd = fd,
+		.buffer = buffer,
+		.length = length,
+		.offset = offset,
+	};
 
 	io_request_run(&request);
 	return (int)min_of(request.result, 0);

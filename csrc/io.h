@@ -11,8 +11,8 @@
  * Ownership   buffers belong to the caller and must stay valid until their completion is reaped.
  * Limits      at most `depth` requests in flight: more are refused with -EBUSY.
  * Errors      a request that was refused (io_read, io_write < 0) never touches its buffer. Short
- *             transfers are continued inside, EINTR and EAGAIN are retried; a completion's result is
- *             `length` or -errno (-EIO for an end of file inside the range).
+ *             transfers are continued inside, EINTR and EAGAIN are retried; a completion's result
+ *             is `length` or -errno (-EIO for an end of file inside the range).
  */
 #ifndef VSWAP_IO_H
 #define VSWAP_IO_H
@@ -42,7 +42,8 @@ void io_queue_destroy(struct io_queue *queue); /* waits for what is in flight; N
 int io_queue_fd(const struct io_queue *queue); /* poll for POLLIN */
 enum io_backend io_queue_backend(const struct io_queue *queue);
 
-int io_read(struct io_queue *queue, int fd, void *buffer, size_t length, uint64_t offset, uint64_t cookie);
+int io_read(struct io_queue *queue, int fd, void *buffer, size_t length, uint64_t offset,
+	    uint64_t cookie);
 int io_write(struct io_queue *queue, int fd, const void *buffer, size_t length, uint64_t offset,
 	     uint64_t cookie);
 

@@ -2,8 +2,8 @@
 /*
  * io_threads — see io_threads.h.
  *
- * The eventfd is written when the first completion comes and read when the last one goes, both under
- * the mutex: it is readable exactly while a completion waits.
+ * The eventfd is written when the first completion comes and read when the last one goes, both
+ * under the mutex: it is readable exactly while a completion waits.
  */
 #define _GNU_SOURCE
 #include "io_threads.h"
@@ -54,7 +54,7 @@ static int64_t request_transfer(const struct io_request *request)
 
 bool io_request_advance(struct io_request *request, int64_t count)
 {
-	/* io_uring gives ECANCELED when the thread that submitted has ended: the request is still ours. */
+	/* ECANCELED: the thread that submitted to io_uring has ended. The request is still ours. */
 	if (count == -EINTR || count == -EAGAIN || count == -ECANCELED) {
 		if (request->retry_count++ < IO_RETRIES_MAX)
 			return false;

@@ -30,8 +30,8 @@ struct io_request {
 };
 
 /*
- * Take note of what one transfer of the rest gave: `count` bytes or -errno. True when the request is
- * complete (result is set), false when the rest must be asked for (again).
+ * Take note of what one transfer of the rest gave: `count` bytes or -errno. True when the request
+ * is complete (result is set), false when the rest must be asked for (again).
  */
 bool io_request_advance(struct io_request *request, int64_t count);
 

@@ -86,8 +86,8 @@ uint64_t pool_growth_bytes(struct pool *pool, unsigned units);
 
 /*
  * Compaction. pool_evacuate marks the emptiest slabs EVACUATING, as many as would free at least
- * `bytes` if their objects were moved elsewhere in the pool, but none whose objects would need a new
- * slab; returns how many. The caller then walks the slot table, and for every object for which
+ * `bytes` if their objects were moved elsewhere in the pool, but none whose objects would need a
+ * new slab; returns how many. The caller then walks the slot table, and for every object for which
  * pool_is_evacuating() is true stores a copy, updates the slot and frees the old one.
  * pool_evacuate_end makes what is left PARTIAL again.
  */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * preload — the LD_PRELOAD library: starts the agent, starts it again in forked children, and makes
- * it step aside where a second thread is in the way.
+ * preload — the LD_PRELOAD library: starts the agent, starts it again in forked children, and
+ * makes it step aside where a second thread is in the way.
  *
  * Everything else of the client is agent*.c. The library keeps nothing in the program's descriptor
  * table, changes no signal and writes nothing to stdout; what calls it interposes are those below.
@@ -9,8 +9,8 @@
  *   unshare, setns   NEWUSER, NEWNS, NEWTIME and the like want a process with one task: the agent
  *                    ends before the call and a new one is started after it.
  *   set*id, setgroups, initgroups
- *                    after the call, when it succeeded, the agent is replaced by a new one, which has
- *                    the credentials of the thread it was cloned from: all of them, by construction.
+ *                    after the call, when it succeeded, the agent is replaced by a new one, which
+ *                    has the credentials of the thread it was cloned from: all, by construction.
  *                    (Keeping CAP_SETUID in the agent to follow would be the larger hole.)
  *   prctl, seccomp   a filter could kill the process for a system call of the agent: the agent ends
  *                    for good before one is installed. Its pages are served, but no longer evicted;
@@ -18,17 +18,7 @@
  *   syscall          dispatches unshare, setns, prctl and seccomp to the above (libseccomp calls
  *                    seccomp in no other way); anything else goes straight to the kernel.
  *
- * Replacing  the old agent's descriptors are in its private table; pidfd_getfd brings them into the
- *            program's (close-on-exec, for some 50 us), the old agent ends, the new one is cloned and
- *            takes them into a table of its own. Under a seccomp filter pidfd_getfd is not tried: the
- *            agent of a managed process then ends without a successor. If unshare(NEWPID) came with
- *            the call no thread can be cloned any more, with the same consequence.
- * Lock       one, held while an agent is being replaced and across fork (so that a child never
- *            inherits the descriptors in passing). Holding it, a thread has all signals blocked and
- *            touches nothing that can be swapped out, for the daemon may be waiting for the agent:
- *            no malloc, no memory of the program.
- * Threads    any. A vfork or raw clone child shares or copies this state but is not the process that
- *            it describes (tgid): for it all wrappers are transparent.
+ * Threads    any.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -48,204 +38,16 @@
 
 #include "agent.h"
 #include "agent_sys.h"
+#include "preload_replace.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define SOCKET_DEFAULT "/run/vswapd/vswapd.sock"
 #define MINIMUM_BYTES_DEFAULT (16ULL << 20)
 #define LOOK_US_DEFAULT 10000
 #define LOOK_US_MAX 1000000
-#define PARK_TRIES 2000 /* of a millisecond: how long a wrapper waits for an agent that is busy */
-#define YIELD_TRIES 50
-#define GONE_TRIES 20000 /* of 50 us: an exiting thread always gets there */
-#define STACK_TOUCH_BYTES 2048 /* more than this file's functions use; small, for signal stacks */
 #define SINGLE_TASK_FLAGS \
-	(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWTIME | CLONE_FS | CLONE_THREAD | CLONE_SIGHAND | CLONE_VM)
-
-static struct agent_state *agent; /* NULL: no address space for one */
-
-/* ---- lock ---- */
-
-static uint32_t lock_word; /* futex; 0 free, 1 held, 2 held and awaited */
-static uint32_t lock_owner; /* tid */
-
-/* False when this thread holds it already: fork, or a wrapper, in a handler during fork. */
-static bool lock(void)
-{
-	uint32_t tid = (uint32_t)raw_gettid(), expected = 0;
-
-	if (atomic_get(&lock_owner) == tid)
-		return false;
-	if (!__atomic_compare_exchange_n(&lock_word, &expected, 1, false, __ATOMIC_SEQ_CST,
-					 __ATOMIC_SEQ_CST))
-		while (__atomic_exchange_n(&lock_word, 2, __ATOMIC_SEQ_CST) != 0)
-			(void)raw_futex_wait(&lock_word, 2, AGENT_SLOW_NS, FUTEX_PRIVATE_FLAG);
-	atomic_set(&lock_owner, tid);
-	return true;
-}
-
-static void unlock(void)
-{
-	if (atomic_get(&lock_owner) != (uint32_t)raw_gettid())
-		return;
-	atomic_set(&lock_owner, 0);
-	if (__atomic_exchange_n(&lock_word, 0, __ATOMIC_SEQ_CST) == 2)
-		raw_futex_wake(&lock_word, FUTEX_PRIVATE_FLAG);
-}
-
-/* ---- replacing the agent ---- */
-
-struct replacement {
-	uint64_t signals;
-	bool engaged;    /* lock held, signals blocked */
-	bool had_agent;  /* and it has ended: a new one is due */
-};
-
-static void descriptors_close(int *descriptors)
-{
-	for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++)
-		if (descriptors[i] >= 0)
-			raw_close(descriptors[i]);
-}
-
-/* Bring the parked agent's descriptors into this table. */
-static bool descriptors_take(uint32_t tid, int *ret_descriptors)
-{
-	int pidfd, fds[AGENT_DESCRIPTORS] = { -1, -1, -1 };
-	bool all = true;
-
-	if (RAW_1(__NR_prctl, PR_GET_SECCOMP) != 0)
-		return false;
-	pidfd = (int)RAW_2(__NR_pidfd_open, tid, RAW_PIDFD_THREAD);
-	if (pidfd < 0)
-		return false;
-	for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++) {
-		fds[i] = (int)RAW_3(__NR_pidfd_getfd, pidfd, agent->descriptors[i], 0);
-		all = all && fds[i] >= 0;
-	}
-	raw_close(pidfd);
-	if (!all) {
-		descriptors_close(fds);
-		return false;
-	}
-	for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++)
-		ret_descriptors[i] = fds[i];
-	return true;
-}
-
-static void agent_ask(enum agent_request request)
-{
-	atomic_set(&agent->request, request);
-	raw_futex_wake(&agent->request, FUTEX_PRIVATE_FLAG);
-	if (atomic_get(&agent->armed)) /* it may sleep on its ring instead */
-		raw_futex_wake(&agent_ring(agent)->posted, 0);
-}
-
-/* Whether the agent came to rest; it may be waiting for the daemon, which nobody can hurry. */
-static bool agent_park(void)
-{
-	for (unsigned i = 0; i < PARK_TRIES; i++) {
-		agent_ask(AGENT_PARK); /* again and again: a wake may come a moment before its wait */
-		(void)raw_futex_wait(&agent->parked, 0, 1000000, FUTEX_PRIVATE_FLAG);
-		if (atomic_get(&agent->parked) || !atomic_get(&agent->tid))
-			return true;
-	}
-	return false;
-}
-
-/* Have the parked agent end, and wait until the kernel counts the thread no more. */
-static void agent_wait_gone(uint32_t tid)
-{
-	struct timespec moment = { 0, 50000 };
-	unsigned i = 0;
-
-	do {
-		agent_ask(AGENT_LEAVE);
-		(void)raw_futex_wait(&agent->tid, tid, 1000000, 0); /* cleared as it ends: a shared wake */
-	} while (atomic_get(&agent->tid) && ++i < PARK_TRIES);
-	for (i = 0; i < GONE_TRIES && RAW_3(__NR_tgkill, agent->tgid, tid, 0) != -ESRCH; i++)
-		(void)(i < YIELD_TRIES ? RAW_1(__NR_sched_yield, 0) : RAW_2(__NR_nanosleep, &moment, 0));
-}
-
-/*
- * A stack in ordinary memory may be swapped out, and from here on nobody may be there to bring it
- * back: the daemon may wait for the agent. A parked agent moves nothing out, so once is enough.
- */
-static __attribute__((noinline)) void stack_touch(void)
-{
-	volatile char room[STACK_TOUCH_BYTES];
-
-	room[0] = room[STACK_TOUCH_BYTES - 1] = 0;
-}
-
-/* Let the agent end. `for_good`: without a successor, so that its descriptors may go with it. */
-static void agent_dismiss(struct replacement *replacement, bool for_good)
-{
-	uint32_t tid = atomic_get(&agent->tid);
-	int descriptors[AGENT_DESCRIPTORS];
-
-	if (tid == 0)
-		return;
-	if (!agent_park()) {
-		agent_ask(AGENT_LEAVE); /* when it can */
-		return;
-	}
-	stack_touch();
-	if (atomic_get(&agent->armed) && atomic_get(&agent->tid) && !for_good) {
-		if (!descriptors_take(tid, descriptors))
-			for_good = true;
-		else
-			for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++)
-				agent->descriptors[i] = descriptors[i];
-	}
-	agent_wait_gone(tid);
-	if (for_good)
-		agent->armed = 0;
-	replacement->had_agent = !for_good || !agent->beacon_armed;
-}
-
-static void replacement_begin(struct replacement *replacement)
-{
-	replacement->engaged = replacement->had_agent = false;
-	if (!agent || agent->tgid != (uint32_t)raw_getpid())
-		return;
-	raw_signals_block(&replacement->signals);
-	replacement->engaged = lock();
-	if (!replacement->engaged)
-		raw_signals_restore(&replacement->signals);
-}
-
-static void replacement_end(struct replacement *replacement)
-{
-	if (!replacement->engaged)
-		return;
-	if (replacement->had_agent) {
-		int descriptors[AGENT_DESCRIPTORS] = { -1, -1, -1 };
-
-		if (agent->armed)
-			for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++)
-				descriptors[i] = agent->descriptors[i];
-		if (agent_start(agent) == 0) {
-			while (agent->armed && !atomic_get(&agent->settled) && atomic_get(&agent->tid))
-				(void)raw_futex_wait(&agent->settled, 0, 1000000, FUTEX_PRIVATE_FLAG);
-		} else {
-			agent->armed = 0;
-		}
-		descriptors_close(descriptors);
-	}
-	unlock();
-	raw_signals_restore(&replacement->signals);
-}
-
-/* After a successful change of credentials. errno is left alone: nothing here touches it. */
-static void agent_follow(void)
-{
-	struct replacement replacement;
-
-	replacement_begin(&replacement);
-	if (replacement.engaged)
-		agent_dismiss(&replacement, false);
-	replacement_end(&replacement);
-}
+	(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWTIME | CLONE_FS | CLONE_THREAD | CLONE_SIGHAND | \
+	 CLONE_VM)
 
 static int result_of(long result)
 {
@@ -262,11 +64,11 @@ static long call_alone(long number, long a, long b)
 	struct replacement replacement;
 	long result;
 
-	replacement_begin(&replacement);
+	replace_begin(&replacement);
 	if (replacement.engaged)
-		agent_dismiss(&replacement, false);
+		replace_dismiss(&replacement, false);
 	result = raw_call(number, a, b, 0, 0, 0, 0);
-	replacement_end(&replacement);
+	replace_end(&replacement);
 	return result;
 }
 
@@ -295,23 +97,23 @@ static long call_sandboxing(long number, long a, long b, long c, bool asks_only)
 	bool due;
 	long result;
 
-	replacement_begin(&replacement);
+	replace_begin(&replacement);
 	if (asks_only || !replacement.engaged) {
-		replacement_end(&replacement);
+		replace_end(&replacement);
 		return RAW_3(number, a, b, c);
 	}
-	agent_dismiss(&replacement, true);
+	replace_dismiss(&replacement, true);
 	due = replacement.had_agent;
 	replacement.had_agent = false;
 	agent->sandboxed = 1;
 	/* Before the call: after it every system call that the program did not make counts. */
-	replacement_end(&replacement);
+	replace_end(&replacement);
 	result = RAW_3(number, a, b, c);
 	if (result < 0) {
-		replacement_begin(&replacement);
+		replace_begin(&replacement);
 		agent->sandboxed = 0;
 		replacement.had_agent = due;
-		replacement_end(&replacement);
+		replace_end(&replacement);
 	}
 	return result;
 }
@@ -418,7 +220,7 @@ __asm__(".text\n"
 			real = (int(*) parameters)(uintptr_t)dlsym(RTLD_NEXT, #name);           \
 		result = real arguments;                                                        \
 		if (result == 0)                                                                \
-			agent_follow();                                                         \
+			replace_agent();                                                         \
 		return result;                                                                  \
 	}
 
@@ -439,7 +241,7 @@ static int filesystem_id(long number, uint32_t id)
 	int before = (int)RAW_1(number, id);
 
 	if ((uint32_t)before != id && raw_gettid() == raw_getpid())
-		agent_follow();
+		replace_agent();
 	return before;
 }
 
@@ -448,13 +250,13 @@ EXPORT int setfsgid(gid_t gid) { return filesystem_id(__NR_setfsgid, gid); }
 
 /* ---- fork ---- */
 
-static void fork_prepare(void) { (void)lock(); }
+static void fork_prepare(void) { (void)replace_lock(); }
 
-static void fork_in_parent(void) { unlock(); }
+static void fork_in_parent(void) { replace_unlock(); }
 
 static void fork_in_child(void)
 {
-	lock_owner = lock_word = 0;
+	replace_lock_reset();
 	agent_forget_parent(agent);
 	if (agent->sandboxed)
 		agent->tgid = 0; /* no agent: no wrapper has anything to do */
@@ -508,6 +310,7 @@ __attribute__((constructor)) static void preload_start(void)
 	agent = agent_create(&config);
 	if (!agent)
 		return;
-	if (pthread_atfork(fork_prepare, fork_in_parent, fork_in_child) != 0 || agent_start(agent) < 0)
+	if (pthread_atfork(fork_prepare, fork_in_parent, fork_in_child) != 0 ||
+	    agent_start(agent) < 0)
 		agent->tgid = 0;
 }

@@ -160,7 +160,7 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 	if (evict_drop_kept(client, 64, &cursor) == 0)
 		cursor = 0;
 	group_pool_changed(group);
-	/* Nothing to spill to: the cap only divides the budget, the limit itself is what counts,
+	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */
 	return group->pool_limit_bytes == 0 || group->pool_bytes + POOL_SLAB_BYTES <= cap;
 }

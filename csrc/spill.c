@@ -2,18 +2,18 @@
 /*
  * spill — see spill.h for format, states, invariants.
  *
- * Segment records (12 bytes) live in chunks of CHUNK_SEGMENTS, made when the first segment of a chunk
- * is taken: a backend costs RAM for the part that was ever used, 12.25 bytes for each MiB. A chunk has
- * two bitmaps, FREE and EMPTY; the lowest segment of either is taken first, so that a file stays
- * compact, and EMPTY ones that are taken again save the punch.
+ * Segment records (12 bytes) live in chunks of CHUNK_SEGMENTS, made when the first segment of a
+ * chunk is taken: a backend costs RAM for the part that was ever used, 12.25 bytes for each MiB. A
+ * chunk has two bitmaps, FREE and EMPTY; the lowest segment of either is taken first, so that a
+ * file stays compact, and EMPTY ones that are taken again save the punch.
  *
- * Trimming has a thread of its own because it is slow (ext4: 0.3 ms a segment) while extents are freed
- * on the fault path. The file's reads wait for it: one punch behind the other, a read took 500 us
- * instead of 60. So the trimmer rests most of the time, unless someone waits for it.
+ * Trimming has a thread of its own because it is slow (ext4: 0.3 ms a segment) while extents are
+ * freed on the fault path. The file's reads wait for it: one punch behind the other, a read took
+ * 500 us instead of 60. So the trimmer rests most of the time, unless someone waits for it.
  *
- * A segment is written by one pwrite of its used part: the block layer cuts it and has all pieces in
- * flight anyway (measured: io_uring is as fast with 1 x 1 MiB, slower with 4 x 256 KiB). And a thread
- * that dies inside pwrite is gone only when its write is, which a ring does not promise.
+ * A segment is written by one pwrite of its used part: the block layer cuts it and has all pieces
+ * in flight anyway (measured: io_uring is as fast with 1 x 1 MiB, slower with 4 x 256 KiB). And a
+ * thread that dies inside pwrite is gone only when its write is, which a ring does not promise.
  */
 #define _GNU_SOURCE
 #include "spill.h"
@@ -259,8 +259,8 @@ static void chunk_destroy(struct chunk *chunk)
 }
 
 /*
- * The lowest segment that can be filled; -ENOSPC when there is none; -EAGAIN when it lies in the chunk
- * *ret_chunk, which has to be made first.
+ * The lowest segment that can be filled; -ENOSPC when there is none; -EAGAIN when it lies in the
+ * chunk *ret_chunk, which has to be made first.
  */
 static int64_t segment_lowest(struct spill *spill, uint64_t *ret_chunk)
 {
@@ -275,7 +275,8 @@ static int64_t segment_lowest(struct spill *spill, uint64_t *ret_chunk)
 			uint64_t bits = chunk->free[word] | chunk->empty[word];
 
 			if (bits)
-				return (int64_t)(i * CHUNK_SEGMENTS + word * 64) + __builtin_ctzll(bits);
+				return (int64_t)(i * CHUNK_SEGMENTS + word * 64) +
+				       __builtin_ctzll(bits);
 		}
 	}
 	spill->first_reusable = spill->chunk_count;
@@ -285,7 +286,9 @@ static int64_t segment_lowest(struct spill *spill, uint64_t *ret_chunk)
 /* The first run of EMPTY segments; returns its length, 0 for none. */
 static uint64_t run_lowest_empty(struct spill *spill, uint64_t *ret_number)
 {
-	for (uint64_t i = spill->first_empty; i < spill->chunk_count && spill->empty_count > 0; i++) {
+	uint64_t max = spill->is_device ? TRIM_DEVICE_SEGMENTS : TRIM_FILE_SEGMENTS;
+
+	for (uint64_t i = spill->first_empty; i < spill->chunk_count && spill->empty_count; i++) {
 		const struct chunk *chunk = spill->chunks[i];
 
 		spill->first_empty = i;
@@ -298,7 +301,7 @@ static uint64_t run_lowest_empty(struct spill *spill, uint64_t *ret_number)
 			bits = ~(bits >> first);
 			count = bits ? (uint64_t)__builtin_ctzll(bits) : 64;
 			*ret_number = i * CHUNK_SEGMENTS + word * 64 + first;
-			return min_of(count, spill->is_device ? TRIM_DEVICE_SEGMENTS : TRIM_FILE_SEGMENTS);
+			return min_of(count, max);
 		}
 	}
 	return 0;
@@ -395,8 +398,10 @@ void spill_trim_wait(struct spill *spill)
 
 /* ---- lifecycle ---- */
 
+/* Make *size_bytes what the descriptor has room for, in whole segments. */
 static int size_prepare(int fd, uint64_t *size_bytes, bool *ret_is_device)
 {
+	uint64_t bytes = min_of(*size_bytes, SEGMENTS_MAX * SEGMENT_BYTES);
 	struct stat status;
 	off_t end;
 
@@ -409,13 +414,14 @@ static int size_prepare(int fd, uint64_t *size_bytes, bool *ret_is_device)
 		end = lseek(fd, 0, SEEK_END);
 		if (end < 0)
 			return -errno;
-		*size_bytes = min_of(*size_bytes, (uint64_t)end);
+		bytes = min_of(bytes, (uint64_t)end);
 	}
-	*size_bytes = min_of(*size_bytes, SEGMENTS_MAX * SEGMENT_BYTES) / SEGMENT_BYTES * SEGMENT_BYTES;
-	if (*size_bytes == 0)
+	bytes -= bytes % SEGMENT_BYTES;
+	if (bytes == 0)
 		return -EINVAL;
-	if (!*ret_is_device && status.st_size < (off_t)*size_bytes && ftruncate(fd, (off_t)*size_bytes) < 0)
+	if (!*ret_is_device && status.st_size < (off_t)bytes && ftruncate(fd, (off_t)bytes) < 0)
 		return -errno;
+	*size_bytes = bytes;
 	return 0;
 }
 
@@ -515,8 +521,8 @@ static struct spill_segment *segment_create(struct spill *spill)
 	if (!segment)
 		return NULL;
 	segment->spill = spill;
-	segment->buffer = mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-			       -1, 0);
+	segment->buffer = mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (segment->buffer == MAP_FAILED) {
 		free(segment);
 		return NULL;
@@ -629,11 +635,12 @@ int64_t spill_segment_add(struct spill_segment *segment, uint64_t owner, const v
 		.units = (uint16_t)units,
 	};
 	uint64_t table = table_bytes(segment->extent_count + 1);
+	uint64_t start = segment->end_unit * POOL_UNIT_BYTES, bytes = units * POOL_UNIT_BYTES;
 
 	VS_CHECK(units >= 1 && units <= POOL_UNITS_MAX);
-	if ((segment->end_unit + units) * POOL_UNIT_BYTES + table > SEGMENT_BYTES)
+	if (start + bytes + table > SEGMENT_BYTES)
 		return -ENOSPC;
-	memcpy(segment->buffer + segment->end_unit * POOL_UNIT_BYTES, object, units * POOL_UNIT_BYTES);
+	memcpy(segment->buffer + start, object, bytes);
 	memcpy(segment->buffer + SEGMENT_BYTES - table, &entry, sizeof entry);
 	segment->end_unit += units;
 	segment->extent_count++;
@@ -700,7 +707,8 @@ static bool header_is_sound(const struct segment_header *header)
 	return header->magic == SEGMENT_MAGIC && memcmp(header->zero, zero, sizeof zero) == 0 &&
 	       header->used_bytes <= SEGMENT_BYTES && header->extent_count >= 1 &&
 	       header->extent_count <= SEGMENT_BYTES / sizeof(struct table_entry) &&
-	       header->table_bytes_in >= sizeof *header && header->table_bytes_in % POOL_UNIT_BYTES == 0 &&
+	       header->table_bytes_in >= sizeof *header &&
+	       header->table_bytes_in % POOL_UNIT_BYTES == 0 &&
 	       header->table_bytes_in + table_bytes(header->extent_count) == header->used_bytes;
 }
 
@@ -729,8 +737,8 @@ static int segment_verify(const struct spill *spill, uint64_t number, uint32_t g
 	if (!header_is_sound(&header) || header.identity != spill->identity ||
 	    header.segment != number || (uint32_t)header.generation != generation)
 		return -EBADMSG;
-	if (segment_checksum(header, bytes + header.table_bytes_in, table_bytes(header.extent_count)) !=
-	    header.checksum)
+	if (segment_checksum(header, bytes + header.table_bytes_in,
+			     table_bytes(header.extent_count)) != header.checksum)
 		return -EBADMSG;
 	return table_is_sound(bytes, &header) ? (int)header.extent_count : -EBADMSG;
 }
@@ -744,8 +752,9 @@ int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes)
 	if (spill->chunks[segment / CHUNK_SEGMENTS])
 		record = *record_of(spill, segment);
 	pthread_mutex_unlock(&spill->mutex);
-	return record.state == SEGMENT_LIVE ? segment_verify(spill, segment, record.generation, bytes)
-					    : -EBADMSG;
+	if (record.state != SEGMENT_LIVE)
+		return -EBADMSG;
+	return segment_verify(spill, segment, record.generation, bytes);
 }
 
 struct spill_entry spill_table_entry(const void *bytes, unsigned index)
@@ -778,9 +787,14 @@ static uint64_t *live_map_create(const struct spill_segment *segment)
 	return map;
 }
 
+static uint64_t **live_map_of(struct spill *spill, uint64_t number)
+{
+	return &spill->chunks[number / CHUNK_SEGMENTS]->live_map[number % CHUNK_SEGMENTS];
+}
+
 static void live_map_install(struct spill *spill, uint64_t number, uint64_t *map)
 {
-	uint64_t **place = &spill->chunks[number / CHUNK_SEGMENTS]->live_map[number % CHUNK_SEGMENTS];
+	uint64_t **place = live_map_of(spill, number);
 
 	free(*place);
 	*place = map;
@@ -788,7 +802,7 @@ static void live_map_install(struct spill *spill, uint64_t number, uint64_t *map
 
 static void live_map_clear(struct spill *spill, uint64_t number, uint64_t unit, unsigned units)
 {
-	uint64_t *map = spill->chunks[number / CHUNK_SEGMENTS]->live_map[number % CHUNK_SEGMENTS];
+	uint64_t *map = *live_map_of(spill, number);
 
 	for (uint64_t i = unit; i < unit + units; i++) {
 		VS_CHECK(map[i / 64] >> (i % 64) & 1); /* not live: freed twice, or never written */
@@ -824,8 +838,8 @@ static bool can_allocate(const struct spill *spill)
 }
 
 /*
- * Blocks first: want of room is then found before a byte is written. Some file systems take O_DIRECT
- * as a flag and refuse it at the first write: the first write switches it off for all.
+ * Blocks first: want of room is then found before a byte is written. Some file systems take
+ * O_DIRECT as a flag and refuse it at the first write: the first write switches it off for all.
  */
 static int segment_transfer(struct spill_segment *segment, uint64_t write_bytes)
 {
@@ -848,7 +862,8 @@ static int segment_transfer(struct spill_segment *segment, uint64_t write_bytes)
 	return result;
 }
 
-static void segment_make_live(struct spill_segment *segment, uint64_t generation, uint64_t write_bytes)
+static void segment_make_live(struct spill_segment *segment, uint64_t generation,
+			      uint64_t write_bytes)
 {
 	struct spill *spill = segment->spill;
 	uint64_t *map = live_map_create(segment);
@@ -985,7 +1000,8 @@ void spill_count_read(struct spill *spill, uint64_t bytes, int result)
 
 /* ---- compaction and drain ---- */
 
-static void chunk_emptiest(struct spill *spill, uint64_t index, int64_t *number, uint64_t *live_units)
+static void chunk_emptiest(struct spill *spill, uint64_t index, int64_t *number,
+			   uint64_t *live_units)
 {
 	SCOPED_LOCK(&spill->mutex);
 	const struct chunk *chunk = spill->chunks[index];
@@ -1101,7 +1117,8 @@ static bool chunk_is_valid(const struct spill *spill, uint64_t index, struct cen
 		if (chunk->free[i / 64] >> (i % 64) & 1 || chunk->records[i].state != SEGMENT_FREE)
 			return false;
 	census->chunks++;
-	return (!reusable || spill->first_reusable <= index) && (!empty || spill->first_empty <= index);
+	return (!reusable || spill->first_reusable <= index) &&
+	       (!empty || spill->first_empty <= index);
 }
 
 bool spill_is_valid(struct spill *spill)
@@ -1110,7 +1127,9 @@ bool spill_is_valid(struct spill *spill)
 	struct census census = { 0 };
 
 	for (uint64_t i = 0; i < spill->chunk_count; i++) {
-		if (spill->chunks[i] ? !chunk_is_valid(spill, i, &census) : spill->first_reusable > i)
+		if (!spill->chunks[i] && spill->first_reusable > i)
+			return false;
+		if (spill->chunks[i] && !chunk_is_valid(spill, i, &census))
 			return false;
 	}
 	return census.empty == spill->empty_count && census.trimming == spill->trimming_count &&

@@ -22,9 +22,9 @@
  *     T  count * { u64 owner; u32 unit offset in the segment; u16 units; u16 zero }, last object
  *        first: the table grows from the buffer's end and is moved down once, so no room is set
  *        aside and 16 bytes an extent is all it costs
- * `owner` is opaque to this file (the slot table's name of the page); it lets a drain and an offline
- * check know whose extent it is. The table says what was written; which of it is still live only the
- * owner knows.
+ * `owner` is opaque to this file (the slot table's name of the page); it lets a drain and an
+ * offline check know whose extent it is. The table says what was written; which of it is still live
+ * only the owner knows.
  *
  * Segment states
  *     FREE         nothing on disk
@@ -35,8 +35,8 @@
  *     LIVE         at least one live extent
  *     QUARANTINED  a write failed: never used again by this daemon
  * Transitions     FREE, EMPTY -> FILLING -> WRITING -> LIVE -> EMPTY -> TRIMMING -> FREE;
- *                 FILLING -> where it came from (abandoned); WRITING -> QUARANTINED (error), or EMPTY
- *                 when only room was missing (ENOSPC, EDQUOT, ENOMEM): the medium is sound
+ *                 FILLING -> where it came from (abandoned); WRITING -> QUARANTINED (error), or
+ *                 EMPTY when only room was missing (ENOSPC, EDQUOT, ENOMEM): the medium is sound
  * Invariants      1 a live extent lies wholly inside the objects of a LIVE segment
  *                 2 live_units and live_count of a segment are the sums over its live extents; they
  *                   are both zero or both not; not zero exactly when LIVE
@@ -44,8 +44,8 @@
  *                 4 used_bytes == SEGMENT_BYTES * segments that are FILLING, WRITING, LIVE or
  *                   QUARANTINED
  *                 spill_is_valid() checks 2 and 4 and the free lists; each free checks 1.
- * Locking         one mutex per backend, innermost; never held across a system call. spill_free makes
- *                 none but a wake-up: it may be called on the fault path.
+ * Locking         one mutex per backend, innermost; never held across a system call. spill_free
+ *                 makes none but a wake-up: it may be called on the fault path.
  */
 #ifndef VSWAP_SPILL_H
 #define VSWAP_SPILL_H
@@ -75,10 +75,10 @@ struct spill_statistics {
 
 /*
  * Open a backend on descriptor `fd`: a regular file or block device, open for reading and writing;
- * ownership passes on success. A file is made size_bytes long at once, but sparse: a segment gets its
- * blocks when it is written. Of a device at most its own size is used. O_DIRECT is switched on where
- * the file system takes it. Starts the trimming thread. Returns 0 or -errno: -EINVAL when smaller than
- * one segment or neither file nor device.
+ * ownership passes on success. A file is made size_bytes long at once, but sparse: a segment gets
+ * its blocks when it is written. Of a device at most its own size is used. O_DIRECT is switched on
+ * where the file system takes it. Starts the trimming thread. Returns 0 or -errno: -EINVAL when
+ * smaller than one segment or neither file nor device.
  */
 int spill_create(int fd, uint64_t size_bytes, struct spill **ret_spill);
 
@@ -109,16 +109,20 @@ unsigned spill_segment_count(const struct spill_segment *segment);
 
 /*
  * Write the segment, wait for the completion, make it LIVE and consume it. On error all its extents
- * are void, the segment is consumed and quarantined (see Transitions), and the error is returned: the
- * caller still has every object (nothing may be dropped before this returns 0). An extent whose owner
- * went away meanwhile is freed after this has returned 0, not before. Without extents: as _abandon.
+ * are void, the segment is consumed and quarantined (see Transitions), and the error is returned:
+ * the caller still has every object (nothing may be dropped before this returns 0). An extent whose
+ * owner went away meanwhile is freed after this has returned 0, not before. Without extents: as
+ * _abandon.
  */
 int spill_segment_write(struct spill_segment *segment);
 
 /* Give up without writing. */
 void spill_segment_abandon(struct spill_segment *segment);
 
-/* Once per extent: a second free ends the daemon, at once in debug builds, else when the sums go wrong. */
+/*
+ * Once per extent: a second free ends the daemon, at once in debug builds, else when the sums of the
+ * segment go wrong.
+ */
 void spill_free(struct spill *spill, uint64_t extent, unsigned units);
 
 /* Wait until every EMPTY segment has been trimmed (or could not be). */
@@ -159,8 +163,8 @@ struct spill_entry {
 };
 
 /*
- * Check the SEGMENT_BYTES read from offset segment * SEGMENT_BYTES: that it is what this backend last
- * wrote there, and well formed whatever the bytes are. Returns the number of its entries, or
+ * Check the SEGMENT_BYTES read from offset segment * SEGMENT_BYTES: that it is what this backend
+ * last wrote there, and well formed whatever the bytes are. Returns the number of its entries, or
  * -EBADMSG. The objects themselves are not checked: their owners have checks of their own.
  */
 int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes);

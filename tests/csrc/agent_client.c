@@ -181,8 +181,8 @@ int agent_client_main(void)
 	char line[64];
 	unsigned used = 0;
 
-	buffer = mmap(NULL, CLIENT_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-		      0);
+	buffer = mmap(NULL, CLIENT_PAGES * PAGE, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (buffer == MAP_FAILED)
 		return 92;
 	answer("ready", (long)buffer);

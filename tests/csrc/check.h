@@ -2,8 +2,8 @@
 /*
  * check — what every C test needs: a check that ends the test, and random numbers from a seed.
  *
- * usage: test_X [SEED [bench]]   exit status 0: passed. SEED 0 takes one from the clock; the seed in
- * use is printed, and the same seed gives the same run (but for the order of threads).
+ * usage: test_X [SEED [bench]]   exit status 0: passed. SEED 0 takes one from the clock; the seed
+ * in use is printed, and the same seed gives the same run (but for the order of threads).
  */
 #ifndef VSWAP_TEST_CHECK_H
 #define VSWAP_TEST_CHECK_H

@@ -201,7 +201,8 @@ static void ring_make(struct peer *peer)
 	peer->ring_fd = memfd_create("ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	CHECK(peer->ring_fd >= 0 && ftruncate(peer->ring_fd, VSWAP_RING_BYTES) == 0);
 	CHECK(fcntl(peer->ring_fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) == 0);
-	peer->ring = mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, peer->ring_fd, 0);
+	peer->ring = mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, peer->ring_fd,
+			  0);
 	CHECK(peer->ring != MAP_FAILED);
 	peer->ring->magic = VSWAP_MAGIC;
 	peer->ring->version = VSWAP_WIRE_VERSION;
@@ -247,7 +248,8 @@ void peer_arm(struct peer *peer, struct peer *parent)
 	send_message(peer->socket, &welcome, sizeof welcome, fds, forked ? 3 : 2);
 	close(fds[0]);
 
-	CHECK(receive_message(peer->socket, &peer->arm, sizeof peer->arm, fds) == (forked ? 1u : 2u));
+	CHECK(receive_message(peer->socket, &peer->arm, sizeof peer->arm, fds) ==
+	      (forked ? 1u : 2u));
 	arena_check(&peer->arm);
 	if (!forked) {
 		peer->events = fds[0];
@@ -260,8 +262,8 @@ void peer_arm(struct peer *peer, struct peer *parent)
 		watch(peer->events, peer->arm.staging[i],
 		      VSWAP_WINDOWS * VSWAP_WINDOW_PAGES * TEST_PAGE,
 		      UFFDIO_REGISTER_MODE_MISSING);
-		/* MOVE only wants its destination registered. Nobody reads this userfaultfd, so it must
-		 * have no missing faults: mlockall of the program would wait for ever (mlockall). */
+		/* MOVE only wants its destination registered. Nobody reads this userfaultfd, so
+		 * it must have no missing faults: mlockall of the program would wait for ever. */
 		watch(peer->trash, peer->arm.trash[i], VSWAP_WINDOW_PAGES * TEST_PAGE,
 		      UFFDIO_REGISTER_MODE_WP);
 	}

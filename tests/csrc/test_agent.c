@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * test_agent — libvswap.so against a miniature daemon: real agent, real userfaultfd, real processes.
+ * test_agent — libvswap.so against a miniature daemon: real agent, real userfaultfd, real
+ * processes.
  *
  *     test_agent LIBRARY [NAME...]      path of libvswap.so; names of tests, all by default
  *
@@ -11,7 +12,8 @@
  *         pic: true, gnu_symbol_visibility: 'hidden', override_options: ['b_sanitize=none'],
  *         c_args: ['-ffreestanding', '-fno-stack-protector', '-fno-builtin',
  *                  '-fno-tree-loop-distribute-patterns'])
- *     vswap = shared_module('vswap', 'csrc/preload.c', name_prefix: 'lib',
+ *     vswap = shared_module('vswap', 'csrc/preload.c', 'csrc/preload_replace.c',
+ *         name_prefix: 'lib', c_args: ['-fvisibility=hidden'],
  *         objects: agent_lib.extract_all_objects(recursive: false),
  *         gnu_symbol_visibility: 'hidden', override_options: ['b_sanitize=none', 'b_lto=false'],
  *         link_args: ['-Wl,--version-script=' + meson.current_source_dir() / 'csrc/preload.map',
@@ -67,7 +69,8 @@ static struct program run(char **argv, int extra)
 	struct program program = { 0 };
 	int in[2], out[2], err[2];
 
-	CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0);
+	CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0);
+	CHECK(pipe2(err, O_CLOEXEC) == 0);
 	program.pid = fork();
 	CHECK(program.pid >= 0);
 	if (program.pid == 0) {

@@ -2,7 +2,7 @@
 /*
  * test_codec — round trips, the object format, and hostile objects.
  *
- * Build: tests/csrc/test_codec.c csrc/codec.c csrc/base.c; -Icsrc; liblz4, libzstd, xxhash.h, threads
+ * Build: tests/csrc/test_codec.c csrc/codec.c csrc/base.c; -Icsrc; lz4, zstd, threads
  *
  * liblz4 and libzstd are not instrumented by ASan, so objects and pages lie between inaccessible
  * pages here: a read or write outside them is a SIGSEGV in any build.
@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <zstd.h>
 
 #include "base.h"
 #include "check.h"
@@ -22,7 +23,9 @@
 
 enum page_kind { PAGE_SPARSE, PAGE_POINTERS, PAGE_TEXT, PAGE_MIXED, PAGE_RANDOM, PAGE_KINDS };
 
-static const char *const kind_names[PAGE_KINDS] = { "sparse", "pointers", "text", "mixed", "random" };
+static const char *const kind_names[PAGE_KINDS] = {
+	"sparse", "pointers", "text", "mixed", "random",
+};
 
 static uint8_t secret[CODEC_SECRET_BYTES];
 
@@ -46,7 +49,7 @@ static uint64_t page_word(enum page_kind kind, uint64_t *random)
 	case PAGE_POINTERS:
 		return 0x7f1200000000u + random_below(random, 1 << 16) * 16;
 	case PAGE_MIXED:
-		return random_below(random, 3) == 0 ? random_below(random, 1000) : random_next(random);
+		return random_below(random, 3) ? random_next(random) : random_below(random, 1000);
 	default:
 		return random_next(random);
 	}
@@ -168,7 +171,8 @@ static void test_same_filled(uint64_t *random)
 		word = i == 0 ? 0 : random_next(random);
 		codec_fill(page, word);
 		CHECK(codec_same_filled(page, &found) && found == word);
-		page[i * sizeof word + random_below(random, 8)] ^= (uint8_t)(1 << random_below(random, 8));
+		page[i * sizeof word + random_below(random, 8)] ^=
+			(uint8_t)(1 << random_below(random, 8));
 		CHECK(!codec_same_filled(page, &found) && found == word);
 	}
 	/* The same byte everywhere is not the only way; the same 16 bytes everywhere is no way. */
@@ -264,6 +268,7 @@ static void test_hostile(uint64_t *random)
 static void test_malformed(void)
 {
 	uint8_t object[POOL_UNIT_BYTES] = { 0 }, page[PAGE_BYTES];
+	size_t bytes;
 
 	object[sizeof object - 1] = 63;
 	CHECK(codec_expand(object, 1, page) == -EBADMSG); /* no byte of block */
@@ -275,6 +280,10 @@ static void test_malformed(void)
 	CHECK(codec_expand(object, 1, page) == -EBADMSG);
 	object[0] = 4 << 4; /* LZ4: four literals, and the end */
 	object[sizeof object - 1] = 63 - 5;
+	CHECK(codec_expand(object, 1, page) == -EBADMSG);
+	bytes = ZSTD_compress(object, sizeof object - 1, "short", 5, 1);
+	CHECK(!ZSTD_isError(bytes));
+	object[sizeof object - 1] = (uint8_t)((63 - bytes) | CODEC_ZSTD << 6);
 	CHECK(codec_expand(object, 1, page) == -EBADMSG);
 }
 
@@ -332,11 +341,15 @@ static void bench_same_filled(struct bench *bench, unsigned i)
 	bench->sink += codec_same_filled(bench->pages + i * PAGE_BYTES, &word) + word;
 }
 
-static void bench_fill(struct bench *bench, unsigned i) { codec_fill(bench->pages + i * PAGE_BYTES, i); }
+static void bench_fill(struct bench *bench, unsigned i)
+{
+	codec_fill(bench->pages + i * PAGE_BYTES, i);
+}
 
 static void bench_compress(struct bench *bench, unsigned i)
 {
-	bench->units[i] = codec_compress(bench->scratch, bench->method, bench->pages + i * PAGE_BYTES,
+	bench->units[i] = codec_compress(bench->scratch, bench->method,
+					 bench->pages + i * PAGE_BYTES,
 					 bench->objects + i * PAGE_BYTES);
 }
 
@@ -376,8 +389,8 @@ static void bench_methods(struct bench *bench, const char *name)
 		for (unsigned i = 0; i < BENCH_PAGES; i++)
 			units += bench->units[i];
 		printf("%-8s %-4s ratio %5.2f compress %7.0f ns expand %7.0f ns\n", name,
-		       method_names[method], (double)BENCH_PAGES * POOL_UNITS_MAX / units, compress_ns,
-		       expand_ns);
+		       method_names[method], (double)BENCH_PAGES * POOL_UNITS_MAX / units,
+		       compress_ns, expand_ns);
 	}
 }
 

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * io against a model file in memory, over both backends: random transfers, depth, end of file, poll,
- * a submitting thread that ends, and every fault point at every call.
+ * io against a model file in memory, over both backends: random transfers, depth, end of file,
+ * poll, a submitting thread that ends, and every fault point at every call.
  *
- * Build: this file, csrc/io.c, csrc/io_threads.c, csrc/fault_point.c, csrc/base.c; -luring -pthread.
- *        Fault points are tried with -DVSWAP_FAULT_POINTS.
+ * Build: this file, csrc/io.c, csrc/io_threads.c, csrc/fault_point.c, csrc/base.c; -luring
+ *        -pthread. Fault points are tried with -DVSWAP_FAULT_POINTS.
  * Usage: test_io [SEED [bench]]; files in $TMPDIR or /var/tmp, unlinked at once.
  */
 #define _GNU_SOURCE
@@ -100,8 +100,15 @@ static void transfer_complete(struct transfer *transfer, const uint8_t *model, i
 	transfer->used = false;
 }
 
-static void transfer_begin(struct io_queue *queue, int fd, struct transfer *transfers, unsigned slot,
-			   uint8_t *model)
+static void transfers_complete(struct transfer *transfers, const uint8_t *model,
+			       const struct io_completion *completions, unsigned count)
+{
+	for (unsigned i = 0; i < count; i++)
+		transfer_complete(&transfers[completions[i].cookie], model, completions[i].result);
+}
+
+static void transfer_begin(struct io_queue *queue, int fd, struct transfer *transfers,
+			   unsigned slot, uint8_t *model)
 {
 	unsigned count = 1 + random_below(&seed_state, 4);
 	unsigned page = random_below(&seed_state, FILE_PAGES - count + 1);
@@ -147,14 +154,14 @@ static void test_random(enum io_backend backend, bool direct)
 
 		if (!transfers[slot].used)
 			transfer_begin(queue, fd, transfers, slot, model);
-		count = (step & 3) ? io_reap(queue, completions, 1 + random_below(&seed_state, DEPTH))
-				   : io_wait(queue, completions, DEPTH);
-		for (unsigned i = 0; i < count; i++)
-			transfer_complete(&transfers[completions[i].cookie], model, completions[i].result);
+		if (step & 3)
+			count = io_reap(queue, completions, 1 + random_below(&seed_state, DEPTH));
+		else
+			count = io_wait(queue, completions, DEPTH);
+		transfers_complete(transfers, model, completions, count);
 	}
 	for (unsigned count; (count = io_wait(queue, completions, DEPTH)) > 0;)
-		for (unsigned i = 0; i < count; i++)
-			transfer_complete(&transfers[completions[i].cookie], model, completions[i].result);
+		transfers_complete(transfers, model, completions, count);
 	for (unsigned i = 0; i < DEPTH; i++) {
 		CHECK(!transfers[i].used);
 		free(transfers[i].buffer);
@@ -195,7 +202,8 @@ static void test_depth(enum io_backend backend)
 	close(fd);
 }
 
-static int64_t read_one(struct io_queue *queue, int fd, void *buffer, size_t length, uint64_t offset)
+static int64_t read_one(struct io_queue *queue, int fd, void *buffer, size_t length,
+			uint64_t offset)
 {
 	struct io_completion completion;
 
@@ -244,8 +252,8 @@ static void test_poll(enum io_backend backend)
 		unsigned count = 1 + random_below(&seed_state, 4), reaped = 0;
 
 		for (unsigned i = 0; i < count; i++)
-			CHECK(io_read(queue, fd, buffer + i * PAGE_BYTES, PAGE_BYTES, i * PAGE_BYTES,
-				      i) == 0);
+			CHECK(io_read(queue, fd, buffer + i * PAGE_BYTES, PAGE_BYTES,
+				      i * PAGE_BYTES, i) == 0);
 		while (reaped < count) {
 			CHECK(poll(&poll_fd, 1, POLL_MS) == 1);
 			reaped += io_reap(queue, completions, 1 + random_below(&seed_state, 4));
@@ -301,7 +309,11 @@ static void *submit_and_end(void *argument)
 
 static void test_other_thread(enum io_backend backend, bool direct)
 {
-	struct hand_over hand = { queue_create(DEPTH, backend), file_create(direct), pages_create(DEPTH) };
+	struct hand_over hand = {
+		queue_create(DEPTH, backend),
+		file_create(direct),
+		pages_create(DEPTH),
+	};
 	struct io_completion completions[DEPTH];
 	uint8_t *model = pages_create(DEPTH);
 
@@ -358,8 +370,12 @@ static unsigned fault_round(struct fault_run *run, bool is_write, int error)
 	for (unsigned i = 0; i < DEPTH; i++) {
 		uint8_t *page = run->buffer + i * PAGE_BYTES;
 
-		results[i] = is_write ? io_write(run->queue, run->fd, page, PAGE_BYTES, i * PAGE_BYTES, i)
-				      : io_read(run->queue, run->fd, page, PAGE_BYTES, i * PAGE_BYTES, i);
+		if (is_write)
+			results[i] = io_write(run->queue, run->fd, page, PAGE_BYTES,
+					      i * PAGE_BYTES, i);
+		else
+			results[i] = io_read(run->queue, run->fd, page, PAGE_BYTES,
+					     i * PAGE_BYTES, i);
 		CHECK(results[i] == 0 || results[i] == -error);
 	}
 	for (unsigned count; (count = io_wait(run->queue, completions, DEPTH)) > 0;)

@@ -134,7 +134,7 @@ class ControlPlane:
         self.engine = FakeEngine()
         self.log = FakeLog()
         self.daemon = Daemon(self.engine, self.log)  # type: ignore[arg-type]
-        self.daemon.clients.is_descriptor_valid = lambda _: True
+        self.daemon.clients.is_descriptor_valid = lambda descriptor: descriptor >= 0
         self.nursery = nursery
         self._peers: list[trio.socket.SocketType] = []
 

@@ -212,6 +212,21 @@ class Samples:
     status_last: dict[str, Any] = field(default_factory=dict)
     socket_path: str = ""
     daemon_pid: int = 0
+    history: list[tuple[float, int, int]] = field(default_factory=list)  # (seconds, tree, pool + metadata)
+
+    def excursions(self, limit_bytes: float) -> list[tuple[float, float, int]]:
+        """When the cost was above `limit_bytes`: (from, to, highest), seconds since the start."""
+        found: list[tuple[float, float, int]] = []
+        was_above = False
+        for seconds, resident, cost in self.history:
+            above = resident + cost > limit_bytes
+            if above and was_above:
+                start, _, highest = found[-1]
+                found[-1] = (start, seconds, max(highest, resident + cost))
+            elif above:
+                found.append((seconds, seconds, resident + cost))
+            was_above = above
+        return found
 
     @property
     def unmanaged(self) -> list[Member]:
@@ -234,6 +249,7 @@ class Sampler:
         self._connected = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
         self._status: dict[str, Any] = {}
+        self._started = 0.0
 
     def __enter__(self) -> Sampler:
         self._thread.start()
@@ -254,12 +270,14 @@ class Sampler:
     # ---- the thread ----
 
     def _run(self) -> None:
+        self._started = time.monotonic()
         before = self._cost_of_daemon()
         while not self._stop.is_set():
             started = time.monotonic()
             resident = self._walk(started)
             after = self._cost_of_daemon()
             self._note(resident, min(before, after))
+            self.samples.history.append((started - self._started, resident, min(before, after)))
             before = after
             # At most half of one CPU, whatever a look costs.
             spent = time.monotonic() - started

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
-from support.fake_log import FakeLog
 
+from support.fake_log import FakeLog
 from vswapd import config
 from vswapd.accept import Acceptor, Peer, peer_of
 

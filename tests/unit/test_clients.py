@@ -7,8 +7,8 @@ import os
 
 import pytest
 import trio
-from support.control_plane import AgentPeer, control_plane, open_descriptors
 
+from support.control_plane import AgentPeer, control_plane, open_descriptors
 from vswapd import clients, config, wire
 from vswapd.accept import Peer
 

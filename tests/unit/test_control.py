@@ -8,8 +8,8 @@ import os
 
 import pytest
 import trio
-from support.control_plane import LIMIT, ControlPeer, ControlPlane, control_plane
 
+from support.control_plane import LIMIT, ControlPeer, ControlPlane, control_plane
 from vswapd import config, records
 from vswapd.accept import Peer
 
@@ -88,7 +88,11 @@ async def test_group_lives_as_long_as_its_session() -> None:
         reply = await peer.request("group-create", limit_bytes=LIMIT, pool_limit_bytes=_MIB, torture=True)
         assert reply["group"] == f"run-{os.getpid()}"
         group = plane.engine.groups()[0]
-        assert (group.limit_bytes, group.pool_limit_bytes, group.flags) == (LIMIT, _MIB, records.GROUP_TORTURE)
+        assert (group.limit_bytes, group.pool_limit_bytes, group.flags) == (
+            LIMIT,
+            _MIB,
+            records.GROUP_TORTURE,
+        )
         peer.sock.close()
         await plane.wait_calls("group_destroy")
         assert plane.engine.groups() == []
@@ -112,7 +116,8 @@ async def test_group_with_clients_outlives_its_session_until_the_last_ends() -> 
 async def test_taken_names_get_a_number() -> None:
     async with control_plane() as plane:
         names = [
-            (await plane.control().request("group-create", name="job", limit_bytes=LIMIT))["group"] for _ in range(3)
+            (await plane.control().request("group-create", name="job", limit_bytes=LIMIT))["group"]
+            for _ in range(3)
         ]
         assert names == ["job", "job.2", "job.3"]
 
@@ -171,7 +176,9 @@ async def test_pageout_and_pagein_say_what_is_where() -> None:
             assert (op, os.getpid(), 10) in plane.engine.calls
 
 
-@pytest.mark.parametrize(("number", "code"), [(3, "no-process"), (110, "timeout"), (12, "no-room"), (5, "failed")])
+@pytest.mark.parametrize(
+    ("number", "code"), [(3, "no-process"), (110, "timeout"), (12, "no-room"), (5, "failed")]
+)
 async def test_what_the_engine_cannot_do_is_explained(number: int, code: str) -> None:
     async with control_plane() as plane:
         await _plane_with_client(plane)
@@ -217,7 +224,9 @@ async def test_owner_may_act_on_its_process() -> None:
         owner = plane.control(Peer(os.getpid(), 777, 777))
         assert (await owner.request("pageout", pid=os.getpid()))["ok"]
         assert (await owner.request("limit", pid=os.getpid(), limit_bytes=LIMIT))["ok"]
-        await _refused(owner, "bad-request", "pageout", pid=os.getpid(), timeout_ms=config.PAGE_TIMEOUT_MS + 1)
+        await _refused(
+            owner, "bad-request", "pageout", pid=os.getpid(), timeout_ms=config.PAGE_TIMEOUT_MS + 1
+        )
 
 
 # ---- status ----
@@ -265,7 +274,9 @@ async def test_session_is_told_of_its_group_only() -> None:
         await other.request("group-create", name="b", limit_bytes=LIMIT)
         await visitor.request("ping")
         number = next(group.group for group in plane.engine.groups() if group.name == name)
-        event = records.Event(records.EVENT_OUT_OF_MEMORY, os.getpid(), number, 70 * _MIB, 64 * _MIB, 60 * _MIB)
+        event = records.Event(
+            records.EVENT_OUT_OF_MEMORY, os.getpid(), number, 70 * _MIB, 64 * _MIB, 60 * _MIB
+        )
         plane.engine.add_event(event)
         plane.daemon.drain_events()
         notice = await session.line()

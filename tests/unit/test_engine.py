@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 
 import pytest
-from support import header
-from support.fake_engine import FakeEngine
 
 import vswapd
+from support import header
+from support.fake_engine import FakeEngine
 from vswapd import records
 
 _HEADER = "engine.h"
@@ -87,12 +87,16 @@ def test_wrapper_uses_only_what_the_header_declares() -> None:
 def test_only_engine_imports_the_extension() -> None:
     for path in _ENGINE.parent.rglob("*.py"):
         if path != _ENGINE:
-            assert not re.search(r"import.*\b_engine\b|_engine import", path.read_text(encoding="utf-8")), path
+            assert not re.search(r"import.*\b_engine\b|_engine import", path.read_text(encoding="utf-8")), (
+                path
+            )
 
 
 def test_extension_where_it_is_built() -> None:
     """Everything that can be called without making an engine."""
-    engine = pytest.importorskip("vswapd.engine", reason="the extension is not built here", exc_type=ImportError)
+    engine = pytest.importorskip(
+        "vswapd.engine", reason="the extension is not built here", exc_type=ImportError
+    )
     names = {name for name, _ in engine.ffi.typeof("struct engine_counters").fields}
     assert "faults" in names
     bounds = engine.Engine(engine.ffi.NULL).latency_bounds_us()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.testing
+
 from support.control_plane import control_plane
 from support.fake_log import FakeLog
-
 from vswapd import config, processes
+from vswapd.accept import Peer
 from vswapd.groups import GroupRegistry
 
 if TYPE_CHECKING:
@@ -56,6 +57,22 @@ async def test_members_that_are_no_clients_are_charged_from_the_second_scan(
         plane.engine.add_client(child.pid, number)
         registry.scan()
         assert plane.engine.groups()[0].unmanaged_bytes < _CHILD_MIB * config.MIB
+
+
+async def test_member_that_becomes_a_client_is_not_counted_twice(child: subprocess.Popen[str]) -> None:
+    async with control_plane() as plane:
+        plane.add_group(root_pid=os.getpid())
+        plane.daemon.groups.scan()
+        plane.daemon.groups.scan()
+        assert plane.engine.groups()[0].unmanaged_bytes >= _CHILD_MIB * config.MIB
+        agent = plane.agent(Peer(child.pid, os.geteuid(), os.getegid()))
+        await agent.join()
+        assert plane.engine.groups()[0].unmanaged_bytes < _CHILD_MIB * config.MIB
+        calls = [call[0] for call in plane.engine.calls]
+        # Before the engine begins to count it: too little for an instant, never too much.
+        assert calls.index("client_arm") > max(
+            i for i, name in enumerate(calls) if name == "group_set_unmanaged"
+        )
 
 
 async def test_excluded_processes_are_no_members(child: subprocess.Popen[str]) -> None:

@@ -81,4 +81,6 @@ assert processes.own_bytes() - before < 1 << 20, processes.own_bytes() - before
 private = bytearray(os.urandom(8 << 20))
 assert processes.own_bytes() - before > 8 << 20
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,9 +37,8 @@ def empty_library(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def environment(tmp_path: Path, empty_library: str) -> Iterator[dict[str, str]]:
     """An environment in which sockets and spill files go to a directory that has to be empty at the end."""
-    places = {name: tmp_path / name for name in ("tmp", "spill")}
-    for place in places.values():
-        place.mkdir()
+    # Short: the paths of sockets have 107 bytes.
+    places = {name: Path(tempfile.mkdtemp(prefix=f"vswapd-test-{name}-")) for name in ("tmp", "spill")}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VSWAP", "LD_PRELOAD"))}
     yield {
         **kept,
@@ -49,6 +49,7 @@ def environment(tmp_path: Path, empty_library: str) -> Iterator[dict[str, str]]:
     }
     for place in places.values():
         wait_until(lambda place=place: not list(place.iterdir()), f"{place} is empty")  # type: ignore[misc]
+        place.rmdir()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -59,10 +60,17 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def run(environment: dict[str, str], *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run(
+    environment: dict[str, str], *arguments: str, stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
     """vswapctl to its end."""
     return subprocess.run(
-        [*CTL, *arguments], env=environment, input=stdin, capture_output=True, timeout=_SECONDS_MAX, check=False
+        [*CTL, *arguments],
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        timeout=_SECONDS_MAX,
+        check=False,
     )
 
 
@@ -127,19 +135,25 @@ def test_no_other_descriptors_and_no_changed_signals(environment: dict[str, str]
         "print([line for line in open('/proc/self/status') if line.startswith(('SigBlk', 'SigIgn'))])\n"
     )
     arguments = [sys.executable, "-c", code]
-    native = subprocess.run(arguments, env=environment, capture_output=True, stdin=subprocess.DEVNULL, check=True)
+    native = subprocess.run(
+        arguments, env=environment, capture_output=True, stdin=subprocess.DEVNULL, check=True
+    )
     assert run(environment, "run", "--", *arguments).stdout == native.stdout
 
 
 def test_ignored_hangup_stays_ignored(environment: dict[str, str]) -> None:
     script = f"trap '' HUP; exec {' '.join(CTL)} run -- sh -c 'kill -HUP $$; echo survived'"
-    result = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, timeout=30, check=False)
+    result = subprocess.run(
+        ["sh", "-c", script], env=environment, capture_output=True, timeout=30, check=False
+    )
     assert result.stdout == b"survived\n"
 
 
 def test_closed_streams_are_survived(environment: dict[str, str]) -> None:
     script = f"exec {' '.join(CTL)} run -- sh -c 'exit 4' <&- >&-"
-    result = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, timeout=30, check=False)
+    result = subprocess.run(
+        ["sh", "-c", script], env=environment, capture_output=True, timeout=30, check=False
+    )
     assert (result.returncode, result.stderr) == (4, b"")
 
 
@@ -254,15 +268,12 @@ def test_killed_daemon_ends_the_command_clearly(environment: dict[str, str]) -> 
 
 def test_out_of_memory_is_one_line_and_137(environment: dict[str, str]) -> None:
     environment["VSWAP_FAKE_KILL"] = "1"
-    result = run(environment, "run", "--limit", "64M", "--", *_CLIENT, "stay")
-    assert result.returncode == 137
-    lines = result.stderr.decode().splitlines()
-    assert len(lines) == 1
-    for part in ("out of memory: group run-", "limit 64 MiB", "usage 65 MiB", "pool 0 B", "resident 7 MiB", "python"):
-        assert part in lines[0], lines[0]
+    _check_out_of_memory(run(environment, "run", "--limit", "64M", "--", *_CLIENT, "stay"))
 
 
-def test_engine_that_cannot_start_leaves_the_command_unstarted(environment: dict[str, str], tmp_path: Path) -> None:
+def test_engine_that_cannot_start_leaves_the_command_unstarted(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     environment["VSWAP_FAKE_REFUSE"] = "1"
     result = run(environment, "run", "--", "touch", str(tmp_path / "ran"))
     assert result.returncode == 1
@@ -322,6 +333,29 @@ def test_statistics_are_written(environment: dict[str, str], tmp_path: Path) -> 
 # ---- a system daemon ----
 
 
+def _check_out_of_memory(result: subprocess.CompletedProcess[bytes]) -> None:
+    assert result.returncode == 137
+    lines = result.stderr.decode().splitlines()
+    assert len(lines) == 1, lines
+    for part in ("out of memory: group run-", "limit 64 MiB", "usage 65 MiB", "resident 7 MiB", "python"):
+        assert part in lines[0], lines[0]
+
+
+def test_out_of_memory_under_a_system_daemon_is_told_too(environment: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "vswapd.sock"
+    killing = environment | {"VSWAP_FAKE_KILL": "1"}
+    daemon = subprocess.Popen([*_DAEMON, "--socket", str(path)], env=killing, stderr=subprocess.PIPE)
+    assert daemon.stderr is not None
+    assert b"event=ready" in daemon.stderr.readline()
+    _check_out_of_memory(
+        run(environment, "run", "--socket", str(path), "--limit", "64M", "--", *_CLIENT, "stay")
+    )
+    daemon.terminate()
+    log = daemon.communicate(timeout=_SECONDS_MAX)[1].decode()
+    assert "level=error" in log
+    assert "limit_bytes=67108864" in log
+
+
 @pytest.fixture
 def system_daemon(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """vswapd over the fake engine, at $VSWAPD_SOCKET."""
@@ -354,7 +388,7 @@ def test_system_daemon_is_used_when_it_answers(
     assert b"system-spill" in run(environment, "status").stdout
     # A private one on demand.
     result = run(environment, "run", "--private", "--", *CTL, "swaps")
-    assert b"private spill" in result.stdout
+    assert b".unlinked" in result.stdout
     result = run(environment, "run", "--spill", str(tmp_path / "x"), "--", "true")
     assert result.returncode == 1
     assert b"add --private" in result.stderr
@@ -369,7 +403,10 @@ def test_limit_and_page_operations_reach_the_daemon_of_a_process(
     pid = next(child for child in children if int(child) != daemon_of(process.pid))
     # Not the system daemon's: found by the process's own environment.
     assert run(environment, "pageout", pid).returncode == 0
-    assert run(environment, "pagein", "--timeout", "1", pid).stdout == f"{pid}: resident 0 B, swapped 0 B\n".encode()
+    assert (
+        run(environment, "pagein", "--timeout", "1", pid).stdout
+        == f"{pid}: resident 0 B, swapped 0 B\n".encode()
+    )
     result = run(environment, "limit", pid, "128M")
     assert result.stdout.endswith(b"limit 128 MiB\n")
     process.communicate(b"", timeout=_SECONDS_MAX)
@@ -388,7 +425,9 @@ def test_run_returns_at_once_from_a_system_daemon(
     assert len(status["clients"]) == 1
     with fifo.open("wb"):
         pass
-    wait_until(lambda: not json.loads(run(environment, "status", "--json").stdout)["groups"], "the group is gone")
+    wait_until(
+        lambda: not json.loads(run(environment, "status", "--json").stdout)["groups"], "the group is gone"
+    )
 
 
 def test_stopping_daemon_waits_for_its_clients(environment: dict[str, str], tmp_path: Path) -> None:
@@ -403,7 +442,10 @@ def test_stopping_daemon_waits_for_its_clients(environment: dict[str, str], tmp_
         line = daemon.stderr.readline()
         assert line
     result = run(environment, "run", "--socket", str(path), "--", "true")
-    assert (result.returncode, result.stderr) == (1, b"vswapctl: the daemon is stopping; try again when it runs\n")
+    assert (result.returncode, result.stderr) == (
+        1,
+        b"vswapctl: the daemon is stopping; try again when it runs\n",
+    )
     process.communicate(b"", timeout=_SECONDS_MAX)
     daemon.communicate(timeout=_SECONDS_MAX)
     assert daemon.returncode == 0
@@ -414,6 +456,11 @@ def test_second_daemon_on_a_socket_is_refused(
 ) -> None:
     assert system_daemon.poll() is None
     path = environment["VSWAPD_SOCKET"]
-    result = subprocess.run([*_DAEMON, "--socket", path], env=environment, capture_output=True, timeout=30, check=False)
+    result = subprocess.run(
+        [*_DAEMON, "--socket", path], env=environment, capture_output=True, timeout=30, check=False
+    )
     assert result.returncode == 1
-    assert result.stderr.decode() == f"vswapd: a daemon answers on {path} already; stop it, or name another with --socket\n"
+    assert (
+        result.stderr.decode()
+        == f"vswapd: a daemon answers on {path} already; stop it, or name another with --socket\n"
+    )

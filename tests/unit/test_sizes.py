@@ -34,7 +34,24 @@ def test_size_is_understood(text: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "M", "12X", "-1", "1e3", "1_0", "0x10", "1.", "1.2.3", "1 2", "nan", "inf", "٣", "1,5G", "9" * 40, "1Gi B"],
+    [
+        "",
+        "M",
+        "12X",
+        "-1",
+        "1e3",
+        "1_0",
+        "0x10",
+        "1.",
+        "1.2.3",
+        "1 2",
+        "nan",
+        "inf",
+        "٣",
+        "1,5G",
+        "9" * 40,
+        "1Gi B",
+    ],
 )
 def test_anything_else_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size; write") as caught:
@@ -57,7 +74,14 @@ def test_no_text_does_anything_but_parse_or_refuse(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (1 << 30, "1 GiB"), (5 << 42, "20 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (1 << 30, "1 GiB"),
+        (5 << 42, "20 TiB"),
+    ],
 )
 def test_size_is_written_short(count: int, text: str) -> None:
     assert format_size(count) == text

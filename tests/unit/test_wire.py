@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import header
 
+from support import header
 from vswapd import wire
 from vswapd.wire import WireError
 
@@ -16,7 +16,12 @@ _HEADER = "wire.h"
 
 @pytest.mark.parametrize(
     ("struct", "packing"),
-    [("vswap_hello", wire.HELLO), ("vswap_welcome", wire.WELCOME), ("vswap_arm", wire.ARM), ("vswap_ready", wire.READY)],
+    [
+        ("vswap_hello", wire.HELLO),
+        ("vswap_welcome", wire.WELCOME),
+        ("vswap_arm", wire.ARM),
+        ("vswap_ready", wire.READY),
+    ],
 )
 def test_sizes_are_the_headers(struct: str, packing: object) -> None:
     assert packing.size == header.asserted_sizes(_HEADER)[struct]  # type: ignore[attr-defined]

@@ -12,13 +12,12 @@ import signal
 from typing import TYPE_CHECKING
 
 from support.fake_engine import FakeEngine
-
 from vswapd import clients, records
 
 if TYPE_CHECKING:
     from vswapd.wire import Arena
 
-clients.is_userfaultfd = lambda descriptor: True
+clients.is_userfaultfd = lambda descriptor: descriptor >= 0
 
 _MIB = 1 << 20
 

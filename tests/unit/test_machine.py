@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""What a machine has and allows, out of a fake root."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vswapd import machine
+from vswapd.failure import Failure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_GIB = 1 << 30
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """8 GiB, 6 available, no cgroup."""
+    _write(
+        tmp_path / "proc/meminfo",
+        "MemTotal: 8388608 kB\nMemFree: 1 kB\nMemAvailable: 6291456 kB\nHugePages: 3\n",
+    )
+    return tmp_path
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="ascii")
+
+
+def test_memory_of_the_machine(root: Path) -> None:
+    assert machine.ram_bytes(str(root)) == 8 * _GIB
+    assert machine.available_bytes(str(root)) == 6 * _GIB
+
+
+@pytest.mark.parametrize(
+    ("membership", "file"),
+    [
+        ("0::/job\n", "sys/fs/cgroup/job/memory.max"),
+        ("0::/../elsewhere\n", "sys/fs/cgroup/memory.max"),
+        ("4:memory:/job\n0::/\n", "sys/fs/cgroup/memory/job/memory.limit_in_bytes"),
+        ("4:cpu,memory:/host/path\n", "sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ],
+)
+def test_memory_of_a_cgroup(root: Path, membership: str, file: str) -> None:
+    _write(root / "proc/self/cgroup", membership)
+    _write(root / file, f"{_GIB}\n")
+    assert machine.ram_bytes(str(root)) == _GIB
+    assert machine.available_bytes(str(root)) == _GIB
+
+
+def test_cgroup_without_a_limit(root: Path) -> None:
+    _write(root / "proc/self/cgroup", "0::/\n1:name=systemd:/\n")
+    _write(root / "sys/fs/cgroup/memory.max", "max\n")
+    assert machine.ram_bytes(str(root)) == 8 * _GIB
+
+
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [("6.12.3-amd64", (6, 12)), ("6.18", (6, 18)), ("7.0-rc1", (7, 0)), ("6.1rc", (6, 1)), ("x", (0, 0))],
+)
+def test_kernel_version(release: str, version: tuple[int, int]) -> None:
+    assert machine.kernel_version(release) == version
+
+
+def test_old_kernel_is_refused() -> None:
+    machine.check_kernel("6.12.0")
+    with pytest.raises(Failure, match=r"Linux 6\.11\.9 is too old; vswapd needs 6\.12 or later"):
+        machine.check_kernel("6.11.9")
+
+
+def test_privilege(tmp_path: Path) -> None:
+    _write(tmp_path / "proc/self/status", "Name: x\nCapEff:\t000001ffffffffff\n")
+    machine.check_privilege(str(tmp_path))
+    _write(tmp_path / "proc/self/status", "CapEff:\t0000000000000000\n")
+    with pytest.raises(Failure, match=r"needs root \(CAP_SYS_PTRACE\).*; use sudo"):
+        machine.check_privilege(str(tmp_path))
+
+
+def test_userfaultfd(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="no .*userfaultfd; use a kernel with CONFIG_USERFAULTFD"):
+        machine.check_userfaultfd(str(tmp_path / "userfaultfd"))
+    with pytest.raises(Failure, match="cannot open .*; run as root"):
+        machine.check_userfaultfd(str(tmp_path))
+    (tmp_path / "userfaultfd").touch()
+    machine.check_userfaultfd(str(tmp_path / "userfaultfd"))

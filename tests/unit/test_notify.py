@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""systemd's protocols, with ourselves as the manager."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vswapd.notify import notify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[socket.socket]:
+    """A socket that NOTIFY_SOCKET names."""
+    path = str(tmp_path / "notify") if request.param == "path" else f"@vswapd-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path.replace("@", "\0"))
+        sock.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        yield sock
+
+
+def test_state_is_told(manager: socket.socket) -> None:
+    assert notify("READY=1")
+    assert manager.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("path", ["", "relative", "/nonexistent/notify"])
+def test_no_manager_is_no_error(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    assert not notify("READY=1")
+
+
+_TAKE = """
+import os, sys
+sys.path.insert(0, {root!r})
+os.environ["LISTEN_PID"] = str(os.getpid() + {other})
+os.environ["LISTEN_FDS"] = "2"
+os.dup2({null}, 3) ; os.dup2({listener}, 4)
+from vswapd.notify import take_listener
+sock = take_listener()
+print(sock and sock.getsockname(), os.environ.get("LISTEN_FDS"), sock and sock.get_inheritable())
+"""
+
+
+@pytest.mark.parametrize(("other", "taken"), [(0, True), (1, False)])
+def test_passed_listener_is_taken(tmp_path: Path, other: int, taken: bool) -> None:
+    path = str(tmp_path / "listener")
+    root = str(Path(__file__).resolve().parents[2])
+    with socket.socket(socket.AF_UNIX) as listener, open("/dev/null", "rb") as null:
+        listener.bind(path)
+        listener.listen()
+        code = _TAKE.format(root=root, other=other, null=null.fileno(), listener=listener.fileno())
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            pass_fds=(listener.fileno(), null.fileno()),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert result.stdout == (f"{path} None False\n" if taken else "None None None\n")

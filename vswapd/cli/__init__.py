@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""cli — vswapctl: the parser; one file per verb does the work.
+
+Starts in a few ms: standard library only, and each verb's module is imported when it is asked for
+(tests/unit/test_startup.py). Whatever goes wrong ends in one line on stderr and exit status 2 (wrong
+usage) or 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from vswapd import __version__
+from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.sizes import parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, instead of usage and error in several."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Failure(message, f"see {self.prog} --help", STATUS_USAGE)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1 << 22):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a PID")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds up to 3600")
+    return value
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit",
+        type=_size,
+        metavar="SIZE",
+        help="RAM that the command and all it starts may cost: resident, compressed pool and metadata "
+        "(default: 80%% of the available RAM; at least 16M)",
+    )
+    parser.add_argument(
+        "--pool", type=_size, metavar="SIZE", help="cap the compressed pool's part of it (default: adapts)"
+    )
+    parser.add_argument(
+        "--spill",
+        action="append",
+        default=[],
+        metavar="PATH[:SIZE]",
+        help="swap to this file or block device; repeat for more, in order of preference "
+        "(default: a private sparse file in $VSWAPD_SPILL_DIR or /var/tmp)",
+    )
+    parser.add_argument("--no-spill", action="store_true", help="RAM only: running out of it is a clear end")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="use the daemon that listens there (default: $VSWAPD_SOCKET or /run/vswapd/vswapd.sock "
+        "if it answers, else a private one)",
+    )
+    where.add_argument(
+        "--private", action="store_true", help="use a private daemon for the life of the command"
+    )
+    parser.add_argument(
+        "--stats",
+        metavar="FILE",
+        help="write status as JSON at the end, with exit status, peak usage and time",
+    )
+    parser.add_argument(
+        "--torture",
+        action="store_true",
+        help="evict random runs of pages all the time, whatever the limit (for tests)",
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the program and its arguments"
+    )
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+
+
+def _add_pid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pid", type=_pid, metavar="PID", help="a managed process")
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="wait no longer (default 60)"
+    )
+    _add_pid(parser)
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    _add_pid(parser)
+    parser.add_argument(
+        "size", type=_size, metavar="SIZE", help="new limit of all processes that share one with it"
+    )
+
+
+_VERBS = {
+    "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
+    "status": (_add_status, "show where the memory is", "vswapctl status --json"),
+    "swaps": (lambda _: None, "list spill files and devices like /proc/swaps", "vswapctl swaps"),
+    "pageout": (_add_page, "swap out all of a process that can be", "vswapctl pageout 4711"),
+    "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
+    "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="vswapctl",
+        description="Run programs inside a memory limit, with swap in user space.",
+        epilog="example: vswapctl run --limit 2G -- sort -S 8G big.txt",
+    )
+    parser.add_argument("--version", action="version", version=f"vswapctl {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, (add_arguments, summary, example) in _VERBS.items():
+        verb = verbs.add_parser(
+            name, help=summary, description=summary, epilog=f"example: {example}", allow_abbrev=False
+        )
+        if name == "run":  # argparse has no words for "the rest is the command's"
+            verb.usage = "vswapctl run [OPTIONS] -- COMMAND [ARGUMENT...]"
+        add_arguments(verb)
+        if name != "run":
+            verb.add_argument(
+                "--socket",
+                metavar="PATH",
+                help="ask the daemon that listens there (default: the system's, else the only private one)",
+            )
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line. What follows the first `--` is the command's, untouched."""
+    before, rest = list(arguments), []
+    if "--" in before:
+        cut = before.index("--")
+        before, rest = before[:cut], before[cut:]
+    options = make_parser().parse_args(before)
+    if rest and options.verb != "run":
+        raise Failure(
+            f"'--' means nothing to {options.verb}", f"see vswapctl {options.verb} --help", STATUS_USAGE
+        )
+    if options.verb == "run":
+        # `run sh -c … -- x`: the command began before the `--`, which is then its own.
+        options.command += rest if options.command else rest[1:]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`vswapctl`."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        verb = importlib.import_module(f"vswapd.cli.{options.verb}")
+        return int(verb.main(options))
+    except Failure as error:
+        # One line, whatever names the user gave.
+        print("vswapctl:", " ".join(str(error).split("\n")), file=sys.stderr)
+        return error.status
+    except BrokenPipeError:
+        return 1  # `vswapctl status | head`
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""status — `vswapctl status`: where the memory is, for people or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from vswapd import connection
+from vswapd.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from rich.table import Table
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _memory_table(status: dict[str, Any]) -> Table:
+    table = _table("Memory", ("where",), ("pages", "bytes"))
+    page_bytes = 4096
+    rows = (
+        ("resident", None, status["resident_bytes"]),
+        ("compressed pool (RAM)", status["pool_pages"], status["pool_bytes"]),
+        ("spill (disk)", status["spill_pages"], status["spill_bytes"]),
+        ("all zero", status["zero_pages"], 0),
+        ("same-filled", status["same_pages"], 0),
+        ("on the way out", status["staged_pages"], status["staged_pages"] * page_bytes),
+        ("metadata", None, status["metadata_bytes"]),
+        ("daemon itself", None, status["daemon_bytes"]),
+    )
+    for name, pages, count in rows:
+        table.add_row(name, "" if pages is None else str(pages), format_size(count))
+    return table
+
+
+def _group_table(status: dict[str, Any]) -> Table:
+    columns = ("limit", "usage", "peak", "resident", "unmanaged", "pool", "swapped", "faults", "clients")
+    table = _table("Groups", ("name",), columns)
+    for group in status["groups"]:
+        sizes = (
+            group[key]
+            for key in (
+                "limit_bytes",
+                "usage_bytes",
+                "usage_bytes_max",
+                "resident_bytes",
+                "unmanaged_bytes",
+                "pool_bytes",
+                "swapped_bytes",
+            )
+        )
+        table.add_row(
+            group["name"], *map(format_size, sizes), str(group["faults"]), str(group["client_count"])
+        )
+    return table
+
+
+def _client_table(status: dict[str, Any]) -> Table:
+    table = _table("Processes", ("pid", "command", "group"), ("resident", "swapped", "faults", "regions"))
+    for client in sorted(status["clients"], key=lambda client: -client["resident_bytes"]):
+        table.add_row(
+            str(client["pid"] or "?"),
+            client["comm"] or "(forking)",
+            client["group"],
+            format_size(client["resident_bytes"]),
+            format_size(client["swapped_bytes"]),
+            str(client["faults"]),
+            str(client["region_count"]),
+        )
+    return table
+
+
+def _backend_table(status: dict[str, Any]) -> Table:
+    table = _table("Spill", ("path", "state"), ("size", "used", "priority"))
+    for backend in status["backends"]:
+        table.add_row(
+            backend["path"],
+            backend["state"],
+            format_size(backend["size_bytes"]),
+            format_size(backend["used_bytes"]),
+            str(backend["priority"]),
+        )
+    return table
+
+
+def _latency_table(status: dict[str, Any]) -> Table:
+    table = _table("Fault latency, µs", ("from",), ("count", "mean", "p50", "p99", "p99.9"))
+    for backing, latency in status["latency_us"].items():
+        if latency["count"]:
+            figures = (f"{latency[key]:.1f}" for key in ("mean", "p50", "p99", "p999"))
+            table.add_row(backing, str(latency["count"]), *figures)
+    return table
+
+
+def _print_tables(status: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    # Not a terminal: never cut a path or a number to fit 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(_memory_table(status))
+    for entries, make in (
+        (status["groups"], _group_table),
+        (status["clients"], _client_table),
+        (status["backends"], _backend_table),
+        (status["faults"], _latency_table),
+    ):
+        if entries:
+            console.print()
+            console.print(make(status))
+
+
+def main(options: argparse.Namespace) -> int:
+    """`vswapctl status`."""
+    daemon = connection.connect_any(options.socket)
+    status = daemon.request("status")["status"]
+    if options.json:
+        json.dump(status, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        _print_tables(status)
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: MIT
+"""daemon — the control plane's life: what starts in which order, and what has to end first.
+
+Start   listen -> engine -> backends -> event, member and connection tasks -> READY
+Stop    asked by SIGTERM or SIGINT (system daemon) or by the end of the session (embedded): nobody new
+        comes in, forked children still do; once the last client has ended the engine stops. A
+        client's memory is in our hands, so the daemon never leaves one behind, unless it is told a
+        second time.
+
+The same daemon runs in two ways. `vswapd` serves a machine. run_embedded() is what `vswapctl run`
+forks where no vswapd answers: its socket is private, and its first control connection, the session, is
+a socket pair instead of an accepted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import resource
+import signal
+import socket
+import stat
+import sys
+from typing import TYPE_CHECKING
+
+import trio
+
+from vswapd import __version__, backends, config, events, machine, notify, paths, processes
+from vswapd.accept import Acceptor
+from vswapd.clients import ClientServer
+from vswapd.control import ControlServer
+from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.groups import GroupRegistry
+from vswapd.log import LEVELS, PlainLog, make_daemon_log
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from vswapd.engine import Engine
+    from vswapd.log import Log
+
+_STOP_REMINDER_SECONDS = 30.0
+
+
+class Daemon:
+    """The control plane over one engine. Make it inside trio.run."""
+
+    def __init__(self, engine: Engine, log: Log, *, log_told: bool = True) -> None:
+        """`log_told`: log also what a session was told (its front writes it to the user)."""
+        self._engine = engine
+        self._log = log
+        self._log_told = log_told
+        self.groups = GroupRegistry(engine, log)
+        self.clients = ClientServer(engine, self.groups, log)
+        self.control = ControlServer(engine, self.groups, self.clients, log)
+        self.control.operations.drain_events = self.drain_events
+        self.acceptor = Acceptor(self.clients.serve, self.control.serve, log)
+
+    # ---- events ----
+
+    def drain_events(self) -> None:
+        """Log and pass on all that the engine has reported."""
+        gone = False
+        while event := self._engine.event_next():
+            record = next((group for group in self._engine.groups() if group.group == event.group), None)
+            comm = self.clients.comm(event.pid) or processes.comm(event.pid)
+            notice = events.describe(event, record, comm)
+            told = self.control.notify(notice)
+            if self._log_told or not told:
+                getattr(self._log, notice.level)(notice.text, **notice.fields)
+            gone = gone or notice.kind == "client-gone"
+        if gone:
+            self.groups.note_change()
+
+    async def _watch_events(self) -> None:
+        descriptor = self._engine.event_fd
+        while True:
+            await trio.lowlevel.wait_readable(descriptor)
+            try:
+                os.read(descriptor, 8)  # before the queue is drained: nothing that comes later is missed
+            except BlockingIOError:
+                pass
+            self.drain_events()
+
+    # ---- life ----
+
+    async def run(
+        self,
+        listener: socket.socket,
+        wait_stop: Callable[[Daemon, trio.Nursery], Awaitable[None]],
+        *,
+        on_ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Serve until `wait_stop` (async; gets the nursery for its own tasks) returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_running, self._watch_events)
+            nursery.start_soon(self._keep_running, self.groups.watch_members)
+            nursery.start_soon(self._keep_running, self.acceptor.run, listener)
+            on_ready()
+            await wait_stop(self, nursery)
+            nursery.cancel_scope.cancel()
+
+    async def _keep_running(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """A mistake of ours in one task must not end the daemon: clients' memory is in its hands."""
+        while True:
+            try:
+                await task(*arguments)
+            except Exception as error:  # noqa: BLE001 -- whatever it is
+                self._log.error("task failed, starting it again", task=task.__qualname__, error=repr(error))
+            await trio.sleep(config.TASK_RESTART_SECONDS)
+
+    async def wait_no_clients(self) -> None:
+        """Refuse new clients and wait until all have ended."""
+        self.clients.is_stopping = True
+        while clients := self._engine.clients():
+            self._log.info("waiting for clients to end", count=len(clients))
+            deadline = trio.current_time() + _STOP_REMINDER_SECONDS
+            while self._engine.clients() and trio.current_time() < deadline:
+                await self.groups.wait_change(0.1)
+
+
+def _raise_descriptor_limit() -> None:
+    """Every client takes about six descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _make_engine(spills: Sequence[backends.Spill]) -> Engine:
+    from vswapd.engine import Engine  # late: loads the extension; tests run this module without it
+
+    engine = Engine.create()
+    try:
+        for spill in spills:
+            engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority)
+    except BaseException:
+        engine.destroy()
+        raise
+    return engine
+
+
+# ---- embedded ----
+
+
+def run_embedded(
+    listener: socket.socket, session: socket.socket, spills: Sequence[backends.Spill], front_pid: int
+) -> None:
+    """Serve for the life of `session`, then until the last client has ended; then end the process.
+    OSError, Failure.
+    """
+    _raise_descriptor_limit()
+    engine = _make_engine(spills)
+    gc.freeze()  # what the start made stays: later collections need not look at it
+    gc.enable()
+
+    async def wait_stop(daemon: Daemon, _: trio.Nursery) -> None:
+        footprint = daemon.control.operations.footprint_pids
+        footprint.append(front_pid)
+        await daemon.acceptor.serve(trio.socket.from_stdlib_socket(session))
+        footprint.remove(front_pid)
+        await daemon.wait_no_clients()
+
+    async def serve() -> None:
+        await Daemon(engine, PlainLog("warning"), log_told=False).run(listener, wait_stop)
+
+    trio.run(serve)
+    # No engine.destroy(): joining its threads takes 0.1 s that the user would wait for, and the process
+    # ends here, with no client left and nothing in memory or spill that anybody will read again.
+
+
+# ---- system ----
+
+
+def listen(path: str, mode: int) -> socket.socket:
+    """A listening socket at `path`; a dead one is replaced. Failure when it is in use."""
+    paths.check_socket_path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
+        _remove_dead_socket(path)
+        sock.bind(path)
+        os.chmod(path, mode)
+        sock.listen(config.LISTEN_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise Failure(f"cannot listen on {path}: {error.strerror}", "name another with --socket") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_dead_socket(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise Failure(f"{path} is not a socket", "remove it, or name another with --socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        raise Failure(f"a daemon answers on {path} already", "stop it, or name another with --socket")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vswapd",
+        description="Swap daemon in user space for programs that run inside a memory limit.",
+        epilog="example: vswapd --spill /var/lib/vswapd/spill:64G",
+    )
+    parser.add_argument(
+        "--socket", metavar="PATH", default=paths.default_socket(), help="listen here (default %(default)s)"
+    )
+    parser.add_argument(
+        "--spill",
+        metavar="PATH[:SIZE]",
+        action="append",
+        default=[],
+        help="swap to this file or block device; repeat for more, in order of preference (default: RAM only)",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="default %(default)s")
+    parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
+    return parser
+
+
+async def _serve_system(engine: Engine, listener: socket.socket, log: Log) -> None:
+    async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await signals.__anext__()
+            log.info("stopping")
+            notify.notify("STOPPING=1")
+            nursery.start_soon(_end_when_unused, daemon, nursery)
+            await signals.__anext__()
+            log.warning("stopped at once: clients that are left wait for ever", clients=len(engine.clients()))
+
+    def on_ready() -> None:
+        log.info("ready", version=__version__, socket=listener.getsockname())
+        notify.notify("READY=1")
+
+    await Daemon(engine, log).run(listener, wait_stop, on_ready=on_ready)
+
+
+async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
+    await daemon.wait_no_clients()
+    nursery.cancel_scope.cancel()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`vswapd`."""
+    options = _parser().parse_args(arguments)
+    spills: list[backends.Spill] = []
+    try:
+        try:
+            named = [backends.split_argument(text) for text in options.spill]
+        except ValueError as error:
+            raise Failure(str(error), status=STATUS_USAGE) from None
+        machine.check_all()
+        log = make_daemon_log(options.log_level)
+        for index, (path, size) in enumerate(named):
+            spills.append(backends.open_spill(path, size, 0, -index))
+        passed = notify.take_listener()
+        listener = passed or listen(options.socket, 0o666)
+        _raise_descriptor_limit()
+        try:
+            engine = _make_engine(spills)
+        except OSError as error:
+            raise Failure(error.strerror or str(error)) from None
+    except Failure as error:
+        print(f"vswapd: {error}", file=sys.stderr)
+        return error.status
+    gc.freeze()
+    try:
+        trio.run(_serve_system, engine, listener, log)
+    finally:
+        if not passed:
+            os.unlink(options.socket)
+    if engine.clients():
+        return 1  # told twice to stop: their memory is given up, but nothing of it is taken apart
+    engine.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

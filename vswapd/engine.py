@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""engine — the data plane for Python: the only module that imports the extension.
+
+Calls go straight to csrc/engine.h, which says what each does. Here -errno becomes OSError whose text
+says what was asked, C structs become the frozen objects of records.py, and descriptors stay whose
+they are in the header. Every method but hold_gil may be called from any thread and releases the GIL
+while it is in C; those marked *slow* may take milliseconds or longer and belong in a worker thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vswapd import records
+from vswapd._engine import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vswapd.wire import Arena
+
+_MESSAGE_BYTES = 256
+_LIST_SLACK = 16  # records that may have come between asking how many and reading them
+
+_Record = TypeVar("_Record")
+
+
+def _python_value(value: Any) -> Any:
+    """A field of a C struct: numbers as they are, char arrays as str, other arrays as tuples."""
+    if not isinstance(value, ffi.CData):
+        return value
+    kind = ffi.typeof(value)
+    if kind.kind == "array":
+        if kind.item.cname == "char":
+            return ffi.string(value).decode("utf-8", "surrogateescape")
+        return tuple(_python_value(item) for item in value)
+    return {name: int(getattr(value, name)) for name, _ in kind.fields}
+
+
+def _record(cls: type[_Record], struct: Any) -> _Record:
+    names = (item.name for item in fields(cls))  # type: ignore[arg-type]
+    return cls(**{name: _python_value(getattr(struct, name)) for name in names})
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+class Engine:
+    """One running data plane. Make it with Engine.create(), end it with destroy()."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._bounds_us: tuple[float, ...] | None = None
+
+    @classmethod
+    def create(
+        cls, *, pool_capacity_bytes: int = 0, evictor_count: int = 0, io_threads: bool = False
+    ) -> Engine:
+        """Make the state and start the threads (slow). OSError with the reason and what to do."""
+        config = ffi.new(
+            "struct engine_config *",
+            {
+                "pool_capacity_bytes": pool_capacity_bytes,
+                "evictor_count": evictor_count,
+                "io_threads": int(io_threads),
+            },
+        )
+        ret_engine = ffi.new("struct engine **")
+        message = ffi.new("char[]", _MESSAGE_BYTES)
+        result = lib.engine_create(config, ret_engine, message)
+        if result < 0:
+            text = ffi.string(message).decode("utf-8", "replace") or os.strerror(-result)
+            raise OSError(-result, text)
+        return cls(ret_engine[0])
+
+    def destroy(self) -> None:
+        """Stop and close everything (slow). Clients must have ended. Again: no effect."""
+        handle, self._handle = self._handle, ffi.NULL
+        if handle:
+            lib.engine_destroy(handle)
+
+    @property
+    def userfaultfd_device(self) -> int:
+        """Descriptor of /dev/userfaultfd, owned by the engine."""
+        return _check(lib.engine_userfaultfd_device(self._handle), "/dev/userfaultfd")
+
+    # ---- groups ----
+
+    def group_create(self, name: str, limit_bytes: int, pool_limit_bytes: int = 0, flags: int = 0) -> int:
+        """Number of the new group. EEXIST: the name is taken; ENOSPC: too many groups."""
+        result = lib.engine_group_create(self._handle, name.encode(), limit_bytes, pool_limit_bytes, flags)
+        return _check(result, f"group {name}")
+
+    def group_set_limit(self, group: int, limit_bytes: int, pool_limit_bytes: int = 0) -> None:
+        """Takes effect at once for new pages; reclaim follows."""
+        _check(
+            lib.engine_group_set_limit(self._handle, group, limit_bytes, pool_limit_bytes),
+            "limit of the group",
+        )
+
+    def group_destroy(self, group: int) -> None:
+        """EBUSY while it has clients."""
+        _check(lib.engine_group_destroy(self._handle, group), "group")
+
+    def group_set_unmanaged(self, group: int, count_bytes: int) -> None:
+        """Charge the anonymous memory of members that are not clients."""
+        _check(lib.engine_group_set_unmanaged(self._handle, group, count_bytes), "group")
+
+    # ---- backends ----
+
+    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int) -> int:
+        """Use `fd` for spilling; it belongs to the engine when this returns."""
+        result = lib.engine_backend_add(
+            self._handle, fd, path.encode("utf-8", "surrogateescape"), size_bytes, priority
+        )
+        return _check(result, f"spill {path}")
+
+    # ---- clients ----
+
+    def client_begin(self, pid: int, group: int) -> tuple[int, int]:
+        """(token, ring descriptor owned by the engine) for a process that said HELLO NEW."""
+        ret_token, ret_ring = ffi.new("uint64_t *"), ffi.new("int *")
+        _check(lib.engine_client_begin(self._handle, pid, group, ret_token, ret_ring), f"process {pid}")
+        return ret_token[0], ret_ring[0]
+
+    def client_begin_forked(self, pid: int, token: int) -> tuple[int, int]:
+        """(ring, userfaultfd), both owned by the engine, for a child that said HELLO FORKED."""
+        ret_ring, ret_userfaultfd = ffi.new("int *"), ffi.new("int *")
+        result = lib.engine_client_begin_forked(self._handle, pid, token, ret_ring, ret_userfaultfd)
+        _check(result, f"forked process {pid}")
+        return ret_ring[0], ret_userfaultfd[0]
+
+    def client_arm(self, token: int, arena: Arena, events_fd: int, trash_fd: int) -> None:
+        """Start serving (slow). Takes over both descriptors in every case; events_fd -1: FORKED."""
+        struct = ffi.new(
+            "struct engine_arena *",
+            {item.name: getattr(arena, item.name) for item in fields(arena)},
+        )
+        _check(lib.engine_client_arm(self._handle, token, struct, events_fd, trash_fd), "client")
+
+    def client_lost(self, token: int) -> None:
+        """The agent's socket closed or its handshake failed (slow). Unknown tokens are ignored."""
+        result = lib.engine_client_lost(self._handle, token)
+        if result not in (-errno.ENOENT, -errno.ESRCH):
+            _check(result, "client")
+
+    def pageout(self, pid: int, timeout_ms: int) -> None:
+        """Evict all that can be (slow). ESRCH: not managed; ETIMEDOUT."""
+        _check(lib.engine_client_pageout(self._handle, pid, timeout_ms), f"pageout of {pid}")
+
+    def pagein(self, pid: int, timeout_ms: int) -> None:
+        """Bring everything back (slow). ESRCH; ETIMEDOUT; ENOMEM: more than the group's limit."""
+        _check(lib.engine_client_pagein(self._handle, pid, timeout_ms), f"pagein of {pid}")
+
+    # ---- statistics ----
+
+    def statistics(self) -> records.Statistics:
+        """A snapshot of the whole data plane."""
+        struct = ffi.new("struct engine_statistics *")
+        _check(lib.engine_statistics(self._handle, struct), "statistics")
+        return _record(records.Statistics, struct)
+
+    def groups(self) -> list[records.GroupStatistics]:
+        """All groups."""
+        return self._list(lib.engine_group_list, "engine_group_statistics", records.GroupStatistics)
+
+    def clients(self) -> list[records.ClientStatistics]:
+        """All clients, forked children that have not said hello included."""
+        return self._list(lib.engine_client_list, "engine_client_statistics", records.ClientStatistics)
+
+    def backends(self) -> list[records.BackendStatistics]:
+        """All spill backends."""
+        return self._list(lib.engine_backend_list, "engine_backend_statistics", records.BackendStatistics)
+
+    def _list(self, call: Callable[..., int], struct: str, cls: type[_Record]) -> list[_Record]:
+        count = 0
+        while True:
+            room = count + _LIST_SLACK
+            array = ffi.new(f"struct {struct}[]", room)
+            count = _check(call(self._handle, array, room), struct)
+            if count <= room:
+                return [_record(cls, array[index]) for index in range(count)]
+
+    def latency_bounds_us(self) -> tuple[float, ...]:
+        """Upper bound of each latency bucket, µs."""
+        if self._bounds_us is None:
+            count = ffi.typeof("struct engine_statistics").fields
+            buckets = dict(count)["latency"].type.item.length
+            self._bounds_us = tuple(lib.engine_latency_bucket_us(bucket) for bucket in range(buckets))
+        return self._bounds_us
+
+    # ---- events ----
+
+    @property
+    def event_fd(self) -> int:
+        """Readable while events may be queued; owned by the engine."""
+        return _check(lib.engine_event_fd(self._handle), "event descriptor")
+
+    def event_next(self) -> records.Event | None:
+        """The oldest event, or None."""
+        struct = ffi.new("struct engine_event *")
+        if _check(lib.engine_event_next(self._handle, struct), "event") == 0:
+            return None
+        return _record(records.Event, struct)
+
+    # ---- test support ----
+
+    def is_valid(self) -> bool:
+        """Check all invariants of the data plane; stops it meanwhile (slow)."""
+        result = lib.engine_is_valid(self._handle)
+        if result == -errno.EUCLEAN:
+            return False
+        _check(result, "validity check")
+        return True
+
+    def hold_gil(self, milliseconds: int) -> None:
+        """Sleep in C with the GIL held: no Python runs in this process meanwhile (a test needs that)."""
+        lib.hold_gil_ms(milliseconds)

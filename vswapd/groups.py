@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""groups — who shares which budget, and what their unmanaged members cost.
+
+A group is made by a control request and belongs to the user who made it. Its *members* are the
+processes below its root process, clients or not; `vswapctl run` is that root (a subreaper, so that
+orphans stay below it) and excludes itself and an embedded daemon. A *doomed* group takes nobody
+new and is destroyed as soon as its last client has ended.
+
+All methods run in trio's thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from vswapd import config, policy, processes, wire
+from vswapd.records import GROUP_NO_SPILL, GROUP_TORTURE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vswapd.accept import Peer
+    from vswapd.engine import Engine
+    from vswapd.log import Log
+    from vswapd.records import GroupStatistics
+
+
+class GroupError(Exception):
+    """A group cannot be made or used as asked; the text is for the user."""
+
+
+@dataclass
+class Group:
+    """One budget. `root_pid` 0: no process tree, members are its clients only."""
+
+    name: str
+    number: int
+    owner_uid: int
+    root_pid: int = 0
+    excluded: frozenset[int] = frozenset()
+    doomed: bool = False
+    sizes: dict[int, int] = field(default_factory=dict)  # unmanaged members' memory in the last scan
+    charged: dict[int, int] = field(default_factory=dict)  # ... and what of it counts
+
+    def admits(self, peer: Peer) -> bool:
+        """Whether `peer` may come into it: its owner, root, or a member that changed its user."""
+        if self.doomed:
+            return False
+        return peer.uid in (0, self.owner_uid) or self.has_member(peer.pid)
+
+    def has_member(self, pid: int) -> bool:
+        """Whether `pid` is the root process or below it."""
+        return self.root_pid != 0 and (pid == self.root_pid or processes.descends(pid, self.root_pid))
+
+
+class GroupRegistry:
+    """All groups of the daemon, by name."""
+
+    def __init__(self, engine: Engine, log: Log) -> None:
+        self._engine = engine
+        self._log = log
+        self._groups: dict[str, Group] = {}
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(tuple(self._groups.values()))
+
+    def find(self, name: str) -> Group | None:
+        """The group of that name, doomed or not."""
+        return self._groups.get(name)
+
+    def by_number(self, number: int) -> Group | None:
+        """The group with that number in the engine."""
+        return next((group for group in self._groups.values() if group.number == number), None)
+
+    def create(
+        self,
+        name: str,
+        owner_uid: int,
+        limit_bytes: int,
+        *,
+        pool_limit_bytes: int = 0,
+        torture: bool = False,
+        no_spill: bool = False,
+        root_pid: int = 0,
+        excluded: frozenset[int] = frozenset(),
+    ) -> Group:
+        """Make a group; `name` gets a number behind it when it is taken. GroupError; OSError."""
+        owned = sum(group.owner_uid == owner_uid for group in self._groups.values())
+        if owner_uid != 0 and owned >= config.GROUPS_PER_UID_MAX:
+            raise GroupError(f"user {owner_uid} has {owned} groups already; end some of them first")
+        flags = GROUP_TORTURE * torture | GROUP_NO_SPILL * no_spill
+        for attempt in range(1, config.GROUPS_PER_UID_MAX):
+            unique = name if attempt == 1 else f"{name}.{attempt}"
+            if not wire.is_group_name(unique):
+                raise GroupError(
+                    f"{unique!r} cannot be the name of a group; use letters, digits, '.', '_', '-'"
+                )
+            if unique in self._groups:
+                continue
+            number = self._engine.group_create(unique, limit_bytes, pool_limit_bytes, flags)
+            group = Group(unique, number, owner_uid, root_pid, excluded)
+            self._groups[unique] = group
+            return group
+        raise GroupError(f"the name {name} is taken; choose another")
+
+    def statistics(self, group: Group) -> GroupStatistics | None:
+        """What the engine says about the group now."""
+        records = self._engine.groups()
+        return next((record for record in records if record.group == group.number), None)
+
+    def doom(self, group: Group) -> None:
+        """Destroy the group now, or when its last client has ended."""
+        group.doomed = True
+        self.note_change()
+
+    def note_change(self) -> None:
+        """A client came or went: wake the waiting, destroy doomed groups that are empty."""
+        for group in self:
+            if group.doomed:
+                self._destroy_if_empty(group)
+        self._changed.unpark_all()
+
+    def _destroy_if_empty(self, group: Group) -> None:
+        try:
+            self._engine.group_destroy(group.number)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return
+            self._log.error("group not destroyed", group=group.name, error=str(error))
+        del self._groups[group.name]
+
+    async def wait_change(self, seconds_max: float) -> None:
+        """Until a client of any group came or went, at most `seconds_max`."""
+        with trio.move_on_after(seconds_max):
+            await self._changed.park()
+
+    async def wait_empty(self, group: Group, seconds_max: float) -> int:
+        """Until the group has no clients or the time is up; returns how many it has."""
+        deadline = trio.current_time() + seconds_max
+        while True:
+            record = self.statistics(group)
+            count = record.client_count if record else 0
+            remaining = deadline - trio.current_time()
+            if count == 0 or remaining <= 0:
+                return count
+            # Not every end of a client is announced at the very instant: look again now and then.
+            await self.wait_change(min(remaining, 0.1))
+
+    # ---- members that are not clients ----
+
+    def scan(self) -> float:
+        """Charge every group for its unmanaged members. Returns seconds until the next scan."""
+        started = time.monotonic()
+        rooted = [group for group in self if group.root_pid]
+        if rooted:
+            clients = self._engine.clients()
+            all_parents = None if processes.has_children_lists() else processes.parents()
+            for group in rooted:
+                managed = {client.pid for client in clients}
+                pending = sum(client.pid == 0 and client.group == group.number for client in clients)
+                self._scan_group(group, managed, pending, all_parents)
+        shares = [
+            record.usage_bytes / record.limit_bytes for record in self._engine.groups() if record.limit_bytes
+        ]
+        return policy.scan_seconds(shares, time.monotonic() - started)
+
+    def _scan_group(
+        self, group: Group, managed: set[int], pending: int, all_parents: dict[int, int] | None
+    ) -> None:
+        members = processes.tree(group.root_pid, group.excluded, all_parents)
+        sizes = {pid: processes.anonymous_bytes(pid) for pid in members if pid not in managed}
+        group.charged = policy.unmanaged_sizes(sizes, group.sizes, members, managed, pending)
+        group.sizes = sizes
+        self._charge(group)
+
+    def note_managed(self, pid: int) -> None:
+        """A process is about to become a client. From then on the engine counts its memory; until the
+        next scan it would be counted twice, which near the limit means needless eviction or worse."""
+        for group in self:
+            if pid in group.sizes:
+                del group.sizes[pid]
+                if group.charged.pop(pid, 0):
+                    self._charge(group)
+
+    def _charge(self, group: Group) -> None:
+        try:
+            self._engine.group_set_unmanaged(group.number, sum(group.charged.values()))
+        except OSError as error:
+            self._log.error("unmanaged memory not charged", group=group.name, error=str(error))
+
+    async def watch_members(self) -> None:
+        """Scan for ever."""
+        while True:
+            seconds = self.scan()
+            await self.wait_scan(seconds)
+
+    async def wait_scan(self, seconds: float) -> None:
+        """Until it is time for the next scan."""
+        await trio.sleep(seconds)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""machine — what this machine has and allows. Reads files; `root` stands for '/' in tests."""
+
+from __future__ import annotations
+
+import os
+
+from vswapd import config
+from vswapd.failure import Failure
+
+_CAP_SYS_PTRACE = 19
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def memory(root: str = "/") -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+    figures = {}
+    for line in _read(os.path.join(root, "proc/meminfo")).splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            figures[name] = int(words[0]) * (config.KIB if words[-1] == "kB" else 1)
+    return figures
+
+
+def _cgroup_limits(root: str) -> list[int]:
+    """memory.max of the cgroups (v2 and v1) this process is in, where they are set and visible."""
+    limits = []
+    for line in _read(os.path.join(root, "proc/self/cgroup")).splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        names: tuple[tuple[str, str], ...] = (
+            ("sys/fs/cgroup", "memory.max"),
+            ("sys/fs/cgroup/unified", "memory.max"),
+        )
+        if "memory" in controllers.split(","):
+            names = (("sys/fs/cgroup/memory", "memory.limit_in_bytes"),)
+        elif controllers:
+            continue
+        for base, name in names:
+            # Inside a container the path may be the host's: its own cgroup is then mounted at the top.
+            for place in (path.lstrip("/"), ""):
+                text = _read(os.path.join(root, base, place, name)).strip()
+                if text.isdigit():
+                    limits.append(int(text))
+    return limits
+
+
+def ram_bytes(root: str = "/") -> int:
+    """RAM of the machine, or of the cgroup where that has less."""
+    return min([memory(root).get("MemTotal", 0), *_cgroup_limits(root)])
+
+
+def available_bytes(root: str = "/") -> int:
+    """RAM that a new job can have without pushing others out."""
+    figures = memory(root)
+    return min([figures.get("MemAvailable", figures.get("MemFree", 0)), *_cgroup_limits(root)])
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """(6, 12) of '6.12.3-amd64'."""
+    numbers = []
+    for part in release.split(".")[:2]:
+        digits = ""
+        for character in part:
+            if not character.isdigit():
+                break
+            digits += character
+        numbers.append(int(digits or "0"))
+    major, minor = [*numbers, 0, 0][:2]
+    return major, minor
+
+
+def check_kernel(release: str) -> None:
+    """Failure when the kernel is too old."""
+    if kernel_version(release) < config.KERNEL_MIN:
+        wanted = ".".join(map(str, config.KERNEL_MIN))
+        raise Failure(
+            f"Linux {release} is too old",
+            f"vswapd needs {wanted} or later (before that UFFDIO_MOVE loses pages)",
+        )
+
+
+def check_privilege(root: str = "/") -> None:
+    """Failure when this process cannot host a daemon."""
+    capabilities = 0
+    for line in _read(os.path.join(root, "proc/self/status")).splitlines():
+        if line.startswith("CapEff:"):
+            capabilities = int(line.split()[1], 16)
+    if not capabilities >> _CAP_SYS_PTRACE & 1:
+        raise Failure(
+            "a private daemon needs root (CAP_SYS_PTRACE), and no system daemon answers",
+            "use sudo, or ask the administrator to start vswapd",
+        )
+
+
+def check_userfaultfd(path: str = "/dev/userfaultfd") -> None:
+    """Failure when the kernel or the container does not give us userfaultfd."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise Failure(
+            f"no {path}",
+            "use a kernel with CONFIG_USERFAULTFD; in a container pass it in (--device=/dev/userfaultfd)",
+        ) from None
+    except OSError as error:
+        raise Failure(
+            f"cannot open {path}: {error.strerror}", "run as root, or ask for access to the device"
+        ) from None
+
+
+def check_all() -> None:
+    """Everything a private daemon needs, in the order in which a user can do something about it."""
+    check_kernel(os.uname().release)
+    check_privilege()
+    check_userfaultfd()

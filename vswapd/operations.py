@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""operations — what control requests do: one op_… method each, named as the request's "op".
+
+A request is a dict somebody sent: every value is checked by a take_… function. Root and the daemon's own
+user may do everything; others see and change what is their own. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from vswapd import __version__, config, processes
+from vswapd.sizes import format_size
+from vswapd.status import build_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vswapd.accept import Peer
+    from vswapd.clients import ClientServer
+    from vswapd.control import Session
+    from vswapd.engine import Engine
+    from vswapd.groups import Group, GroupRegistry
+    from vswapd.log import Log
+    from vswapd.records import ClientStatistics
+
+Request = dict[str, Any]
+Reply = dict[str, Any]
+
+_WORKERS_MAX = 8
+_PID_MAX = 1 << 22  # of any Linux
+
+
+class RequestError(Exception):
+    """A request cannot be carried out. `code` is for programs, text and remedy for people."""
+
+    def __init__(self, code: str, text: str, remedy: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.remedy = remedy
+
+    def reply(self) -> Reply:
+        """The answer to the request."""
+        return {"ok": False, "code": self.code, "error": str(self), "remedy": self.remedy}
+
+
+def take_int(request: Request, key: str, low: int, high: int, default: int | None = None) -> int:
+    """A whole number of a request, checked."""
+    value = request.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(
+            "bad-request", f"'{key}' is not a number from {low} to {high}", "correct the request"
+        )
+    return value
+
+
+def take_bool(request: Request, key: str) -> bool:
+    """A flag of a request; absent: false."""
+    value = request.get(key, False)
+    if not isinstance(value, bool):
+        raise RequestError("bad-request", f"'{key}' is neither true nor false", "correct the request")
+    return value
+
+
+def take_text(request: Request, key: str) -> str:
+    """A string of a request; absent: ''."""
+    value = request.get(key, "")
+    if not isinstance(value, str):
+        raise RequestError("bad-request", f"'{key}' is not a string", "correct the request")
+    return value
+
+
+class Operations:
+    """All requests, over one engine."""
+
+    def __init__(self, engine: Engine, groups: GroupRegistry, clients: ClientServer, log: Log) -> None:
+        self._engine = engine
+        self._groups = groups
+        self._clients = clients
+        self._log = log
+        # Apart: page operations may take minutes, and status must answer meanwhile.
+        self._workers = trio.CapacityLimiter(_WORKERS_MAX)
+        self._page_workers = trio.CapacityLimiter(_WORKERS_MAX)
+        self._own_uid = os.geteuid()
+        # GIL and validity tests only where whoever started the daemon asked for them.
+        self._test_operations = os.environ.get("VSWAPD_TEST_OPERATIONS") == "1"
+        self.footprint_pids = [os.getpid()]  # processes whose own memory is daemon_bytes
+        self.excluded_pids = frozenset({os.getpid()})  # never members of a group
+        self.drain_events: Callable[[], None] = lambda: None
+
+    async def answer(self, request: Request, session: Session) -> Reply:
+        """Carry out a request. RequestError, GroupError, OSError."""
+        name = str(request.get("op", ""))
+        operation = getattr(self, f"op_{name.replace('-', '_')}", None) if "_" not in name else None
+        if operation is None:
+            raise RequestError("bad-request", f"unknown operation '{name[:40]}'", "update vswapctl or vswapd")
+        result: Reply = await operation(request, session)
+        return result
+
+    # ---- what a peer may do ----
+
+    def _is_admin(self, peer: Peer) -> bool:
+        return peer.uid in (0, self._own_uid)
+
+    def _client_uid(self, record: ClientStatistics) -> int | None:
+        client = self._clients.by_token(record.token)
+        return client.uid if client else None
+
+    def _client_for(self, pid: int, peer: Peer) -> ClientStatistics:
+        """The client `pid` that `peer` may act on. RequestError."""
+        record = next((record for record in self._engine.clients() if record.pid == pid), None)
+        uid = processes.uid(pid)
+        if uid is None:
+            raise RequestError("no-process", f"no process {pid}", "give the PID of a running process")
+        owner = uid if record is None else self._client_uid(record)
+        if not self._is_admin(peer) and owner != peer.uid:
+            raise RequestError(
+                "denied", f"process {pid} is not yours", "run vswapctl as root or as its owner"
+            )
+        if record is None:
+            raise RequestError(
+                "not-managed",
+                f"process {pid} is not managed",
+                "start it with vswapctl run; small processes are not managed",
+            )
+        return record
+
+    def _group_named(self, request: Request, session: Session) -> Group:
+        name = take_text(request, "group")
+        group = self._groups.find(name)
+        if group is None or not (self._is_admin(session.peer) or group.owner_uid == session.peer.uid):
+            raise RequestError("no-group", f"no group '{name[:40]}' of yours", "see vswapctl status")
+        return group
+
+    # ---- operations ----
+
+    async def op_ping(self, request: Request, session: Session) -> Reply:
+        """Version and PID of the daemon."""
+        return {"version": __version__, "pid": os.getpid()}
+
+    async def op_status(self, request: Request, session: Session) -> Reply:
+        """status.py's document, without what other users own."""
+        self.drain_events()
+        admin, uid = self._is_admin(session.peer), session.peer.uid
+        visible = {group.name for group in self._groups if admin or group.owner_uid == uid}
+        # Looked up here: the tables belong to this thread.
+        owners = {record.token: self._client_uid(record) for record in self._engine.clients()}
+        document = await trio.to_thread.run_sync(
+            lambda: build_status(
+                self._engine,
+                pids=self.footprint_pids,
+                uid_of=lambda record: owners.get(record.token),
+                may_see_client=lambda owner: admin or owner == uid,
+                may_see_group=lambda name: admin or name in visible,
+            ),
+            limiter=self._workers,
+        )
+        return {"status": document}
+
+    async def op_group_create(self, request: Request, session: Session) -> Reply:
+        """Takes name (default run-PID), limit_bytes, pool_limit_bytes, torture, no_spill.
+
+        The peer is the root of the group's process tree, and this connection its session.
+        """
+        if self._clients.is_stopping:
+            raise RequestError("stopping", "the daemon is stopping", "try again when it runs")
+        limit = take_int(request, "limit_bytes", config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX)
+        group = self._groups.create(
+            take_text(request, "name") or f"run-{session.peer.pid}",
+            session.peer.uid,
+            limit,
+            pool_limit_bytes=take_int(request, "pool_limit_bytes", 0, config.LIMIT_BYTES_MAX, 0),
+            torture=take_bool(request, "torture"),
+            no_spill=take_bool(request, "no_spill"),
+            root_pid=session.peer.pid,
+            excluded=self.excluded_pids,
+        )
+        session.groups.append(group)
+        self._log.info("group created", group=group.name, limit=format_size(limit), uid=session.peer.uid)
+        return {"group": group.name}
+
+    async def op_group_wait(self, request: Request, session: Session) -> Reply:
+        """Takes group, timeout_ms: wait until it has no clients. Answers how many it has, and who."""
+        group = self._group_named(request, session)
+        seconds = take_int(request, "timeout_ms", 0, config.PAGE_TIMEOUT_MS_MAX) / 1000
+        count = await self._groups.wait_empty(group, seconds)
+        self.drain_events()
+        pids = [record.pid for record in self._engine.clients() if record.group == group.number]
+        return {"clients": count, "pids": pids}
+
+    async def op_limit(self, request: Request, session: Session) -> Reply:
+        """Takes pid, limit_bytes: change the limit of the group of a process."""
+        limit = take_int(request, "limit_bytes", config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX)
+        pid = take_int(request, "pid", 1, _PID_MAX)
+        group = self._group_of(pid, session.peer)
+        record = self._groups.statistics(group)
+        pool_limit = record.pool_limit_bytes if record else 0
+        self._engine.group_set_limit(group.number, limit, pool_limit)
+        return {"group": group.name, "limit_bytes": limit}
+
+    def _group_of(self, pid: int, peer: Peer) -> Group:
+        """The group that `pid` is a client or an unmanaged member of."""
+        for group in self._groups:
+            may_change = self._is_admin(peer) or group.owner_uid == peer.uid
+            if may_change and group.has_member(pid):
+                return group
+        record = self._client_for(pid, peer)
+        group_or_none = self._groups.by_number(record.group)
+        if group_or_none is None:
+            raise RequestError("no-group", f"process {pid} has no group any more", "see vswapctl status")
+        return group_or_none
+
+    async def op_pageout(self, request: Request, session: Session) -> Reply:
+        """Takes pid, timeout_ms: evict all that can be evicted of a process."""
+        return await self._page(request, session, self._engine.pageout)
+
+    async def op_pagein(self, request: Request, session: Session) -> Reply:
+        """Takes pid, timeout_ms: bring everything back."""
+        return await self._page(request, session, self._engine.pagein)
+
+    async def _page(self, request: Request, session: Session, call: Callable[[int, int], None]) -> Reply:
+        pid = take_int(request, "pid", 1, _PID_MAX)
+        longest_ms = config.PAGE_TIMEOUT_MS_MAX if self._is_admin(session.peer) else config.PAGE_TIMEOUT_MS
+        timeout_ms = take_int(request, "timeout_ms", 0, longest_ms, config.PAGE_TIMEOUT_MS)
+        self._client_for(pid, session.peer)
+        try:
+            await trio.to_thread.run_sync(call, pid, timeout_ms, limiter=self._page_workers)
+        except OSError as error:
+            raise self._page_error(pid, timeout_ms, error) from error
+        record = next((record for record in self._engine.clients() if record.pid == pid), None)
+        swapped = record.swapped_pages * config.PAGE_BYTES if record else 0
+        return {"resident_bytes": record.resident_bytes if record else 0, "swapped_bytes": swapped}
+
+    @staticmethod
+    def _page_error(pid: int, timeout_ms: int, error: OSError) -> RequestError:
+        if error.errno == errno.ESRCH:
+            return RequestError("no-process", f"process {pid} ended meanwhile", "nothing is left to do")
+        if error.errno == errno.ETIMEDOUT:
+            text = f"process {pid}: not finished after {timeout_ms / 1000:g} s"
+            return RequestError("timeout", text, "ask again: what was done stays done")
+        if error.errno == errno.ENOMEM:
+            text = f"process {pid}: more than its limit has room for"
+            return RequestError("no-room", text, "raise its limit first: vswapctl limit PID SIZE")
+        return RequestError("failed", str(error.strerror or error), "see the daemon's log")
+
+    # ---- operations for tests ----
+
+    def _require_test_operations(self, session: Session) -> None:
+        if not self._test_operations or not self._is_admin(session.peer):
+            raise RequestError("denied", "not a test daemon", "start it with VSWAPD_TEST_OPERATIONS=1")
+
+    async def op_test_hold_gil(self, request: Request, session: Session) -> Reply:
+        """Takes ms: no Python runs in the daemon for so long."""
+        self._require_test_operations(session)
+        self._engine.hold_gil(take_int(request, "ms", 0, 60_000))
+        return {}
+
+    async def op_test_check(self, request: Request, session: Session) -> Reply:
+        """Check the invariants of the whole data plane."""
+        self._require_test_operations(session)
+        valid = await trio.to_thread.run_sync(self._engine.is_valid, limiter=self._workers)
+        return {"valid": valid}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""records — what the engine reports, as frozen objects.
+
+Field by field the structs of csrc/engine.h (meaning and units there; test_engine.py compares the
+names), apart from the extension so that pure code and tests need not load it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BACKINGS = ("zero", "same", "pool", "spill", "staged")  # order of enum engine_backing
+BACKEND_STATES = ("active", "draining", "failed")
+
+GROUP_TORTURE = 1
+GROUP_NO_SPILL = 2
+
+# order of enum engine_event_kind
+EVENT_NONE = 0
+EVENT_OUT_OF_MEMORY = 1
+EVENT_POISONED = 2
+EVENT_CLIENT_GONE = 3
+EVENT_CLIENT_ERROR = 4
+EVENT_BACKEND_ERROR = 5
+EVENT_REGISTERED = 6
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """struct engine_statistics. `latency` holds one histogram per backing, in order of BACKINGS."""
+
+    virtual_pages: int = 0
+    zero_pages: int = 0
+    same_pages: int = 0
+    pool_pages: int = 0
+    spill_pages: int = 0
+    staged_pages: int = 0
+    poisoned_pages: int = 0
+    kept_pages: int = 0
+    pool_bytes: int = 0
+    pool_object_bytes: int = 0
+    spill_bytes: int = 0
+    resident_bytes: int = 0
+    metadata_bytes: int = 0
+    group_count: int = 0
+    client_count: int = 0
+    backend_count: int = 0
+    events_dropped: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
+    latency_ns_sum: tuple[int, ...] = (0,) * len(BACKINGS)
+    latency: tuple[tuple[int, ...], ...] = ((),) * len(BACKINGS)
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """struct engine_group_statistics."""
+
+    group: int
+    flags: int
+    name: str
+    limit_bytes: int
+    pool_limit_bytes: int
+    usage_bytes: int = 0
+    usage_bytes_max: int = 0
+    resident_bytes: int = 0
+    unmanaged_bytes: int = 0
+    pool_bytes: int = 0
+    metadata_bytes: int = 0
+    swapped_pages: int = 0
+    swapped_pages_max: int = 0
+    client_count: int = 0
+    managed_count: int = 0
+    faults: int = 0
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """struct engine_client_statistics. pid 0: a forked child that has not said hello yet."""
+
+    token: int
+    pid: int
+    group: int
+    resident_bytes: int = 0
+    swapped_pages: int = 0
+    zero_pages: int = 0
+    same_pages: int = 0
+    pool_pages: int = 0
+    spill_pages: int = 0
+    kept_pages: int = 0
+    metadata_bytes: int = 0
+    faults: int = 0
+    evicted_pages: int = 0
+    region_count: int = 0
+    registered: int = 0
+
+
+@dataclass(frozen=True)
+class BackendStatistics:
+    """struct engine_backend_statistics. `state` indexes BACKEND_STATES."""
+
+    backend: int
+    priority: int
+    state: int
+    is_device: int
+    path: str
+    size_bytes: int = 0
+    used_bytes: int = 0
+    live_bytes: int = 0
+    extent_count: int = 0
+    written_bytes: int = 0
+    read_bytes: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """struct engine_event; a, b, c depend on the kind."""
+
+    kind: int
+    pid: int
+    group: int
+    a: int = 0
+    b: int = 0
+    c: int = 0

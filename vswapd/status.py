@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""status — the document that `vswapctl status --json` prints and `run --stats` writes.
+
+Sums agree with their parts: every total is the engine's, taken in one call. RAM is counted once:
+resident_bytes (clients' own memory), pool_bytes, metadata_bytes, and daemon_bytes for everything
+else — the private and file-backed memory of the daemon's process(es), without its memfds, which are
+the pool and the metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vswapd import __version__, config, policy, processes
+from vswapd.records import BACKEND_STATES, BACKINGS, GROUP_NO_SPILL, GROUP_TORTURE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from vswapd.engine import Engine
+    from vswapd.records import BackendStatistics, ClientStatistics, GroupStatistics, Statistics
+
+_TOTALS = (
+    "virtual_pages",
+    "zero_pages",
+    "same_pages",
+    "pool_pages",
+    "spill_pages",
+    "staged_pages",
+    "poisoned_pages",
+    "kept_pages",
+    "pool_bytes",
+    "pool_object_bytes",
+    "spill_bytes",
+    "resident_bytes",
+    "metadata_bytes",
+    "events_dropped",
+)
+
+
+def _latencies(statistics: Statistics, bounds_us: tuple[float, ...]) -> dict[str, dict[str, float]]:
+    latencies = {}
+    for index, backing in enumerate(BACKINGS):
+        counts = statistics.latency[index]
+        count = sum(counts)
+        mean = statistics.latency_ns_sum[index] / 1000 / count if count else 0.0
+        latencies[backing] = {
+            "p50": round(policy.percentile(counts, bounds_us, 0.5), 3),
+            "p99": round(policy.percentile(counts, bounds_us, 0.99), 3),
+            "p999": round(policy.percentile(counts, bounds_us, 0.999), 3),
+            "mean": round(mean, 3),
+            "count": count,
+        }
+    return latencies
+
+
+def _backend(record: BackendStatistics) -> dict[str, Any]:
+    state = BACKEND_STATES[record.state] if record.state < len(BACKEND_STATES) else str(record.state)
+    return asdict(record) | {"state": state, "type": "partition" if record.is_device else "file"}
+
+
+def _group(record: GroupStatistics) -> dict[str, Any]:
+    return asdict(record) | {
+        "torture": bool(record.flags & GROUP_TORTURE),
+        "no_spill": bool(record.flags & GROUP_NO_SPILL),
+        "swapped_bytes": record.swapped_pages * config.PAGE_BYTES,
+    }
+
+
+def _client(record: ClientStatistics, groups: dict[int, GroupStatistics], uid: int | None) -> dict[str, Any]:
+    group = groups.get(record.group)
+    document = asdict(record) | {
+        "comm": processes.comm(record.pid) if record.pid else "",
+        "uid": uid,
+        "group": group.name if group else "",
+        "limit_bytes": group.limit_bytes if group else 0,
+        "swapped_bytes": record.swapped_pages * config.PAGE_BYTES,
+        "registered": bool(record.registered),
+    }
+    del document["token"]  # it lets a child of the client come in: nobody else's business
+    return document
+
+
+def build_status(
+    engine: Engine,
+    *,
+    pids: Iterable[int],
+    uid_of: Callable[[ClientStatistics], int | None] = lambda _: None,
+    may_see_client: Callable[[int | None], bool] = lambda _: True,
+    may_see_group: Callable[[str], bool] = lambda _: True,
+) -> dict[str, Any]:
+    """The document. `pids`: processes whose own memory is daemon_bytes; the callables restrict what
+    an unprivileged user sees of others. Slow enough (some ms) for a worker thread."""
+    groups = {record.group: record for record in engine.groups()}
+    clients = engine.clients()
+    statistics = engine.statistics()
+    totals = {name: getattr(statistics, name) for name in _TOTALS}
+    owners = [(record, uid_of(record)) for record in clients]
+    return {
+        "version": __version__,
+        "daemon_bytes": sum(processes.own_bytes(pid) for pid in pids),
+        **totals,
+        "faults": statistics.counters.get("faults", 0),
+        "backends": [_backend(record) for record in engine.backends()],
+        "groups": [_group(record) for record in groups.values() if may_see_group(record.name)],
+        "clients": [_client(record, groups, uid) for record, uid in owners if may_see_client(uid)],
+        "latency_us": _latencies(statistics, engine.latency_bounds_us()),
+        "counters": dict(statistics.counters),
+    }
