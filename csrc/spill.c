@@ -13,7 +13,8 @@
  *
  * A segment is written by one pwrite of its used part: the block layer cuts it and has all pieces
  * in flight anyway (measured: io_uring is as fast with 1 x 1 MiB, slower with 4 x 256 KiB). And a
- * thread that dies inside pwrite is gone only when its write is, which a ring does not promise.
+ * thread killed inside an O_DIRECT pwrite is gone only when its write is: a ring promises no such
+ * thing.
  */
 #define _GNU_SOURCE
 #include "spill.h"

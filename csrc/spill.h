@@ -59,8 +59,8 @@ struct spill; /* one backend */
 
 struct spill_statistics {
 	uint64_t size_bytes;       /* capacity: whole segments */
-	uint64_t used_bytes;       /* segments that cannot be filled now, whole */
-	uint64_t quarantined_bytes; /* of these: quarantined */
+	uint64_t used_bytes;       /* FILLING, WRITING, LIVE and QUARANTINED segments, whole */
+	uint64_t quarantined_bytes; /* of these: QUARANTINED */
 	uint64_t untrimmed_bytes;  /* EMPTY and TRIMMING segments: free, but still on disk */
 	uint64_t live_bytes;       /* in live extents */
 	uint64_t extent_count;     /* live extents */
@@ -120,8 +120,8 @@ int spill_segment_write(struct spill_segment *segment);
 void spill_segment_abandon(struct spill_segment *segment);
 
 /*
- * Once per extent: a second free ends the daemon, at once in debug builds, else when the sums of the
- * segment go wrong.
+ * Once per extent: a second free ends the daemon, at once in debug builds, else when the sums of
+ * the segment go wrong.
  */
 void spill_free(struct spill *spill, uint64_t extent, unsigned units);
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from support.fake_log import FakeLog
 from vswapd import config
@@ -71,7 +72,7 @@ async def test_users_do_not_exhaust_connections(monkeypatch: pytest.MonkeyPatch)
 
 async def test_mistake_in_serving_one_peer_stays_there() -> None:
     async def broken(sock: trio.socket.SocketType, peer: Peer) -> None:
-        raise RuntimeError("a mistake")
+        raise RuntimeError("a mistake", sock, peer)
 
     log = FakeLog()
     acceptor = Acceptor(broken, broken, log)
@@ -96,8 +97,8 @@ async def test_accepts_from_a_listener(tmp_path: Path) -> None:
             streams = [await trio.open_unix_socket(path) for _ in range(3)]
             for stream in streams:
                 await stream.send_all(b"V")
-            while len(servers.agents) < 3:
-                await trio.sleep(0)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(servers.agents) == 3
             servers.release.set()
             for stream in streams:
                 # Its byte was not read: that is a reset.

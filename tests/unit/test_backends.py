@@ -131,5 +131,5 @@ def test_private_file_without_tmpfile_support(tmp_path: Path, monkeypatch: pytes
 
 def test_unwritable_directory_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VSWAPD_SPILL_DIR", "/proc/self")
-    with pytest.raises(Failure, match="cannot make a spill file in /proc/self.*set VSWAPD_SPILL_DIR"):
+    with pytest.raises(Failure, match=r"cannot make a spill file in /proc/self.*set VSWAPD_SPILL_DIR"):
         backends.open_private_spill(_LIMIT)

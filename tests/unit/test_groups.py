@@ -16,10 +16,11 @@ from support.control_plane import control_plane
 from support.fake_log import FakeLog
 from vswapd import config, processes
 from vswapd.accept import Peer
-from vswapd.groups import GroupRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from vswapd.groups import GroupRegistry
 
 _CHILD_MIB = 8
 _CHILD = f"""

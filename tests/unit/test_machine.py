@@ -81,9 +81,9 @@ def test_privilege(tmp_path: Path) -> None:
 
 
 def test_userfaultfd(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="no .*userfaultfd; use a kernel with CONFIG_USERFAULTFD"):
+    with pytest.raises(Failure, match=r"no .*userfaultfd; use a kernel with CONFIG_USERFAULTFD"):
         machine.check_userfaultfd(str(tmp_path / "userfaultfd"))
-    with pytest.raises(Failure, match="cannot open .*; run as root"):
+    with pytest.raises(Failure, match=r"cannot open .*; run as root"):
         machine.check_userfaultfd(str(tmp_path))
     (tmp_path / "userfaultfd").touch()
     machine.check_userfaultfd(str(tmp_path / "userfaultfd"))
