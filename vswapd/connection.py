@@ -13,7 +13,7 @@ from vswapd.failure import Failure
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Self
 
 _CONNECT_SECONDS_MAX = 5.0
 
@@ -25,6 +25,12 @@ class Connection:
         self._sock = sock
         self._buffer = bytearray()
         self.on_notice: Callable[[dict[str, Any]], None] = lambda _: None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def fileno(self) -> int:
         """For poll."""

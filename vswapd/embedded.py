@@ -41,6 +41,7 @@ def start(spills: list[backends.Spill]) -> EmbeddedDaemon:
 
     Its first answer says whether it could start.
     """
+    front_pid = os.getpid()
     directory = paths.make_private_directory()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -50,15 +51,14 @@ def start(spills: list[backends.Spill]) -> EmbeddedDaemon:
         os.chmod(path, 0o666)
         listener.listen(config.LISTEN_BACKLOG)
         front_end, daemon_end = socket.socketpair()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed before we began
+                stream.flush()
+        pid = os.fork()
     except BaseException:
         listener.close()
         paths.remove_private_directory(directory)
         raise
-    front_pid = os.getpid()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed before we began
-            stream.flush()
-    pid = os.fork()
     if pid == 0:
         front_end.close()
         _be_daemon(listener, daemon_end, spills, front_pid, directory)

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from support.sampler import Sampler, Samples, tree
 
 if TYPE_CHECKING:
@@ -44,6 +42,8 @@ def need_program(name: str) -> str:
     """Path of a program that scripts/setup installs; skips the test without it."""
     path = shutil.which(name)
     if path is None:
+        import pytest  # noqa: PLC0415 (scripts/demo.py uses this module without it)
+
         pytest.skip(f"{name} is not installed (scripts/setup as root installs it)")
     return path
 

@@ -22,7 +22,7 @@ VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit"]
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No daemon answers, and an embedded one cannot be started by mistake."""
     monkeypatch.setenv("VSWAPD_SOCKET", str(tmp_path / "nosuch.sock"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(paths, "private_sockets", list)
     library = tmp_path / "libvswap.so"
     library.touch()
     monkeypatch.setenv("VSWAP_LIBRARY", str(library))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
@@ -85,6 +85,12 @@ def test_every_number_is_finite(document: dict[str, Any]) -> None:
 class _Daemon:
     def __init__(self, document: dict[str, Any]) -> None:
         self._document = document
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def request(self, op: str) -> dict[str, Any]:
         assert op == "status"

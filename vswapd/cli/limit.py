@@ -19,7 +19,7 @@ def main(options: argparse.Namespace) -> int:
         raise Failure(
             f"a limit of {format_size(options.size)} is out of range", f"give {low} to {high}", STATUS_USAGE
         )
-    daemon = connection.connect_serving(options.pid, options.socket)
-    reply = daemon.request("limit", pid=options.pid, limit_bytes=options.size)
+    with connection.connect_serving(options.pid, options.socket) as daemon:
+        reply = daemon.request("limit", pid=options.pid, limit_bytes=options.size)
     print(f"{options.pid}: group {reply['group']}, limit {format_size(reply['limit_bytes'])}")
     return 0

@@ -15,13 +15,13 @@ _ANSWER_SECONDS = 10.0  # more than the daemon's own time limit
 
 def page(op: str, options: argparse.Namespace) -> int:
     """Ask for `op` ('pageout' or 'pagein') of a process, say what became of it."""
-    daemon = connection.connect_serving(options.pid, options.socket)
-    reply = daemon.request(
-        op,
-        seconds_max=options.timeout + _ANSWER_SECONDS,
-        pid=options.pid,
-        timeout_ms=int(options.timeout * 1000),
-    )
+    with connection.connect_serving(options.pid, options.socket) as daemon:
+        reply = daemon.request(
+            op,
+            seconds_max=options.timeout + _ANSWER_SECONDS,
+            pid=options.pid,
+            timeout_ms=int(options.timeout * 1000),
+        )
     resident, swapped = (format_size(reply[key]) for key in ("resident_bytes", "swapped_bytes"))
     print(f"{options.pid}: resident {resident}, swapped {swapped}")
     return 0

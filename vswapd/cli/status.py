@@ -124,8 +124,8 @@ def _print_tables(status: dict[str, Any]) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """`vswapctl status`."""
-    daemon = connection.connect_any(options.socket)
-    status = daemon.request("status")["status"]
+    with connection.connect_any(options.socket) as daemon:
+        status = daemon.request("status")["status"]
     if options.json:
         json.dump(status, sys.stdout, indent=1)
         sys.stdout.write("\n")

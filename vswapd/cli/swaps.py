@@ -37,7 +37,8 @@ def format_swaps(backends: list[dict[str, Any]]) -> str:
 
 def main(options: argparse.Namespace) -> int:
     """`vswapctl swaps`."""
-    status = connection.connect_any(options.socket).request("status")["status"]
+    with connection.connect_any(options.socket) as daemon:
+        status = daemon.request("status")["status"]
     sys.stdout.write(format_swaps(status["backends"]))
     sys.stdout.flush()
     return 0
