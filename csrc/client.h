@@ -135,6 +135,7 @@ struct client {
 	unsigned cold_capacity, cold_first, cold_count;
 
 	int64_t resident_pages;
+	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
 	bool pss;           /* has forked relatives: resident is Pss */
 	uint64_t pss_next_ns;
 	uint64_t faults, evicted_pages;

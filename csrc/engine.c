@@ -14,6 +14,7 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base.h"
@@ -76,6 +77,29 @@ void engine_kick_writer(struct engine *engine)
 	SCOPED_LOCK(&engine->work_lock);
 	engine->write_requests++;
 	pthread_cond_broadcast(&engine->write_work);
+}
+
+void engine_kick_look(struct engine *engine)
+{
+	SCOPED_LOCK(&engine->work_lock);
+	engine->look_requests++;
+	pthread_cond_broadcast(&engine->look_work);
+}
+
+void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,
+			      uint64_t *seen, unsigned ms)
+{
+	struct timespec deadline;
+
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_nsec += (long)ms * 1000000L;
+	deadline.tv_sec += deadline.tv_nsec / 1000000000L;
+	deadline.tv_nsec %= 1000000000L;
+	SCOPED_LOCK(&engine->work_lock);
+	while (*seen == *requests && !engine->stopping)
+		if (pthread_cond_clockwait(work, &engine->work_lock, CLOCK_MONOTONIC, &deadline) != 0)
+			break;
+	*seen = *requests;
 }
 
 void engine_room_made(struct engine *engine, struct group *group)
@@ -167,6 +191,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_mutex_init(&engine->event_lock, NULL);
 	pthread_cond_init(&engine->evict_work, NULL);
 	pthread_cond_init(&engine->write_work, NULL);
+	pthread_cond_init(&engine->look_work, NULL);
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	result = make_state(engine);
 	if (result == 0)
@@ -204,6 +229,7 @@ void engine_destroy(struct engine *engine)
 	__atomic_store_n(&engine->stopping, true, __ATOMIC_RELEASE);
 	engine_kick_evictors(engine);
 	engine_kick_writer(engine);
+	engine_kick_look(engine);
 	for (unsigned i = 0; i < engine->evictor_count; i++)
 		pthread_join(engine->evictors[i], NULL);
 	pthread_join(engine->writer_thread, NULL);
@@ -503,6 +529,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 		result = client_start(client);
 		client->serving = result == 0;
 	}
+	engine_kick_look(engine);
 	client_put(client);
 	return result;
 }
@@ -570,7 +597,7 @@ static void ask_for_pages(struct client *client, uint64_t *cursor)
 int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
 {
 	struct client *client = client_get_pid(engine, pid);
-	uint64_t cursor = 0, pages, deadline_ns = sys_now_ns() + (uint64_t)timeout_ms * 1000000ULL;
+	uint64_t cursor = 0, pages, deadline_ns = sys_now_ns() + (uint64_t)timeout_ms * 1000000UL;
 	int result = 0;
 
 	if (!client)

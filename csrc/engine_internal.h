@@ -48,8 +48,8 @@ struct engine {
 	pthread_t evictors[EVICTORS_MAX], look_thread, writer_thread;
 	unsigned evictor_count;
 	pthread_mutex_t work_lock; /* evictors and writer wait here */
-	pthread_cond_t evict_work, write_work;
-	uint64_t evict_requests, write_requests;
+	pthread_cond_t evict_work, write_work, look_work;
+	uint64_t evict_requests, write_requests, look_requests;
 
 	struct engine_counters counters;
 	uint64_t latency_ns_sum[ENGINE_BACKING_COUNT];
@@ -71,6 +71,12 @@ void engine_event_push(struct engine *engine, const struct engine_event *event);
 /* Ask for work: evictors look at all groups; the writer looks at all pools. */
 void engine_kick_evictors(struct engine *engine);
 void engine_kick_writer(struct engine *engine);
+/* A client is new: do not sleep over its first megabytes. */
+void engine_kick_look(struct engine *engine);
+
+/* Wait until *requests is not *seen, the engine stops, or `ms` have passed. */
+void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,
+			      uint64_t *seen, unsigned ms);
 
 /* Faults of this group that wait for room may try again. */
 void engine_room_made(struct engine *engine, struct group *group);

@@ -197,9 +197,22 @@ static unsigned run_of_zeros(struct client *client, uint64_t page, unsigned wind
 	return count;
 }
 
+/* A write to a mapped zero page allocates without a fault of ours, unseen until the next look: so no
+ * more of them than the reserve covers. Beyond that a read gets memory of its own, and pays for it. */
+static bool may_map_zero_page(struct client *client, const struct fault *fault, unsigned count)
+{
+	uint64_t most = group_reserve_bytes(client->group) / PAGE_BYTES;
+
+	if (fault->write || client->zero_mapped_pages + count > most)
+		return false;
+	client->zero_mapped_pages += count;
+	return true;
+}
+
 static enum fill_result fill_zeros(struct client *client, const struct fault *fault, unsigned window)
 {
 	unsigned count = charge_some(client, run_of_zeros(client, fault->page, window));
+	bool zero_page = may_map_zero_page(client, fault, count);
 	enum fill_outcome outcome;
 	uint64_t bytes, done;
 
@@ -207,7 +220,7 @@ static enum fill_result fill_zeros(struct client *client, const struct fault *fa
 		return FILL_DEFER;
 retry:
 	bytes = count * PAGE_BYTES;
-	if (fault->write)
+	if (!zero_page)
 		outcome = sys_userfaultfd_copy(client->events_fd, address_of(fault->page), zero_pages,
 					       bytes, &done);
 	else
@@ -225,7 +238,7 @@ retry:
 		(void)slot_set(client->engine->slots, &client->record->map, fault->page + i,
 			       (struct slot){ .tag = SLOT_NONE });
 	filled(client, fault->page, done);
-	if (!fault->write)
+	if (zero_page)
 		counter_add(client->engine, zeropage_pages, done);
 	return FILL_ANSWERED;
 }

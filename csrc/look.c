@@ -234,8 +234,10 @@ static uint64_t look_at_all(struct engine *engine)
 void *look_thread_main(void *argument)
 {
 	struct engine *engine = argument;
+	uint64_t seen = 0;
 
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
-		sys_sleep_ms((unsigned)look_at_all(engine));
+		engine_wait_for_requests(engine, &engine->look_work, &engine->look_requests, &seen,
+					 (unsigned)look_at_all(engine));
 	return NULL;
 }

@@ -17,7 +17,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base.h"
@@ -228,23 +227,6 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 		sys_sleep_ms(TORTURE_PAUSE_MS);
 }
 
-static void wait_for_requests(struct engine *engine, uint64_t *seen)
-{
-	struct timespec deadline;
-
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	deadline.tv_nsec += IDLE_MS * 1000000L;
-	if (deadline.tv_nsec >= 1000000000L) {
-		deadline.tv_nsec -= 1000000000L;
-		deadline.tv_sec++;
-	}
-	SCOPED_LOCK(&engine->work_lock);
-	if (*seen == engine->evict_requests && !engine->stopping)
-		pthread_cond_clockwait(&engine->evict_work, &engine->work_lock, CLOCK_MONOTONIC,
-				       &deadline);
-	*seen = engine->evict_requests;
-}
-
 void *evictor_main(void *argument)
 {
 	struct engine *engine = argument;
@@ -257,7 +239,8 @@ void *evictor_main(void *argument)
 		struct group *group = pick_group(engine, &cursor);
 
 		if (!group) {
-			wait_for_requests(engine, &seen);
+			engine_wait_for_requests(engine, &engine->evict_work, &engine->evict_requests,
+						 &seen, IDLE_MS);
 			continue;
 		}
 		reclaim_group(engine, group, &evictor);

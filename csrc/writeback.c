@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base.h"
 #include "engine_internal.h"
@@ -271,23 +270,6 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 	return NULL;
 }
 
-static void wait_for_requests(struct engine *engine, uint64_t *seen)
-{
-	struct timespec deadline;
-
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	deadline.tv_nsec += IDLE_MS * 1000000L;
-	if (deadline.tv_nsec >= 1000000000L) {
-		deadline.tv_nsec -= 1000000000L;
-		deadline.tv_sec++;
-	}
-	SCOPED_LOCK(&engine->work_lock);
-	if (*seen == engine->write_requests && !engine->stopping)
-		pthread_cond_clockwait(&engine->write_work, &engine->work_lock, CLOCK_MONOTONIC,
-				       &deadline);
-	*seen = engine->write_requests;
-}
-
 void *writer_main(void *argument)
 {
 	struct writer *writer = calloc(1, sizeof *writer);
@@ -303,7 +285,8 @@ void *writer_main(void *argument)
 		bool wrote;
 
 		if (!group) {
-			wait_for_requests(writer->engine, &seen);
+			engine_wait_for_requests(writer->engine, &writer->engine->write_work, &writer->engine->write_requests,
+						 &seen, IDLE_MS);
 			continue;
 		}
 		wrote = write_one(writer, group);
