@@ -124,11 +124,17 @@ struct client *client_get(struct engine *engine, uint64_t token)
 
 struct client *client_get_pid(struct engine *engine, pid_t pid)
 {
+	struct client *newest = NULL; /* after exec the old address space may still be listed */
+
 	SCOPED_LOCK(&engine->registry);
-	for (unsigned i = 0; i < engine->clients_end; i++)
-		if (engine->clients[i] && engine->clients[i]->pid == pid)
-			return take(engine->clients[i]);
-	return NULL;
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = engine->clients[i];
+
+		if (client && client->pid == pid &&
+		    (!newest || client->record->token > newest->record->token))
+			newest = client;
+	}
+	return take(newest);
 }
 
 struct client *client_get_index(struct engine *engine, unsigned index)

@@ -428,6 +428,8 @@ int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t toke
 	if (result == 0) {
 		*ret_ring_fd = client->ring_fd;
 		*ret_userfaultfd = client->events_fd;
+	} else if (result != -EPERM) {
+		client->pid = client->record->pid = 0; /* nobody yet; the look thread finds its end */
 	}
 	pthread_mutex_unlock(&client->gate);
 	client_put(client);
@@ -474,8 +476,8 @@ static int arm_descriptors(struct client *client, const struct engine_arena *are
 		result = sys_userfaultfd_register(client->events_fd, arena->staging[i],
 						  VSWAP_WINDOWS * BATCH_PAGES_MAX * PAGE_BYTES);
 		if (result == 0)
-			result = sys_userfaultfd_register(client->trash_fd, arena->trash[i],
-							  VSWAP_WINDOW_PAGES * PAGE_BYTES);
+			result = sys_userfaultfd_register_quiet(client->trash_fd, arena->trash[i],
+								VSWAP_WINDOW_PAGES * PAGE_BYTES);
 	}
 	return result;
 }

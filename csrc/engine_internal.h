@@ -21,13 +21,15 @@
 #define EVICTORS_MAX 4
 #define EVENTS_MAX 256
 
+enum backend_state { BACKEND_ACTIVE, BACKEND_DRAINING, BACKEND_FAILED };
+
 struct backend {
 	struct spill *spill; /* NULL: unused */
 	int32_t priority;
 	bool is_device;
 	char path[256];
-	uint64_t errors;
-	uint32_t state;
+	uint64_t errors; /* of writing */
+	uint32_t state;  /* enum backend_state */
 };
 
 struct engine {

@@ -236,10 +236,11 @@ static int poll_timeout_ms(const struct client *client)
 
 static void wait_for_work(struct client *client)
 {
+	const struct io_queue *io = __atomic_load_n(&client->io, __ATOMIC_ACQUIRE);
 	struct pollfd fds[3] = {
 		{ .fd = client->events_fd, .events = POLLIN },
 		{ .fd = client->wake_fd, .events = POLLIN },
-		{ .fd = client->io ? io_queue_fd(client->io) : -1, .events = POLLIN },
+		{ .fd = io ? io_queue_fd(io) : -1, .events = POLLIN },
 	};
 
 	(void)poll(fds, 3, poll_timeout_ms(client));

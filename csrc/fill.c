@@ -439,6 +439,16 @@ static void read_plan(struct client *client, struct spill_read *read, unsigned w
 	read->buffer_bytes = (uint32_t)(end - read->range_start);
 }
 
+/* The client's queue, made at its first read. Other fault threads poll it without the gate. */
+static struct io_queue *io_queue_of(struct client *client)
+{
+	struct io_queue *queue = client->io;
+
+	if (!queue && io_queue_create(READS_MAX, IO_AUTOMATIC, &queue) == 0)
+		__atomic_store_n(&client->io, queue, __ATOMIC_RELEASE);
+	return client->io;
+}
+
 static enum fill_result fill_from_spill(struct client *client, const struct fault *fault,
 					struct slot word, unsigned window)
 {
@@ -452,8 +462,7 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	window = max_of(window, (unsigned)READ_AROUND_PAGES);
 	while (slot < READS_MAX && client->reads[slot])
 		slot++;
-	if (slot == READS_MAX ||
-	    (!client->io && io_queue_create(READS_MAX, IO_AUTOMATIC, &client->io) < 0))
+	if (slot == READS_MAX || !io_queue_of(client))
 		return FILL_DEFER;
 	window = charge_some(client, window);
 	if (window == 0)

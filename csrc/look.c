@@ -153,18 +153,13 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 
 static void look_at_client(struct client *client, uint64_t now, bool near)
 {
-	uint64_t size;
+	uint64_t size = client->dead ? 0 : look_at_size(client, now);
 
-	if (client->dead)
-		return;
-	if (client->pid == 0 || client->agent_gone) {
-		if (client->serving && sys_userfaultfd_is_gone(client->events_fd))
-			client_bury(client);
-		if (client->pid == 0)
-			return;
-	}
-	size = look_at_size(client, now);
-	if (size == 0 || !client->serving || !client->ring)
+	/* Not to be seen, or nobody would tell us: is its address space still there? */
+	if ((size == 0 || client->agent_gone) && client->serving && !client->dead &&
+	    sys_userfaultfd_is_gone(client->events_fd))
+		client_bury(client);
+	if (size == 0 || client->dead || !client->serving || !client->ring)
 		return;
 	if ((near && !client->registered) || (client->registered && size != client->size_pages_seen)) {
 		SCOPED_LOCK(&client->gate);

@@ -58,13 +58,21 @@ int sys_userfaultfd_api(int fd, uint64_t features)
 	return ioctl_errno(fd, UFFDIO_API, &api);
 }
 
+static int register_mode(int fd, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+	struct uffdio_register range = { .range = { address, bytes }, .mode = mode };
+
+	return ioctl_errno(fd, UFFDIO_REGISTER, &range);
+}
+
 int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes)
 {
-	struct uffdio_register range = {
-		.range = { address, bytes },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-	return ioctl_errno(fd, UFFDIO_REGISTER, &range);
+	return register_mode(fd, address, bytes, UFFDIO_REGISTER_MODE_MISSING);
+}
+
+int sys_userfaultfd_register_quiet(int fd, uint64_t address, uint64_t bytes)
+{
+	return register_mode(fd, address, bytes, UFFDIO_REGISTER_MODE_WP);
 }
 
 int sys_userfaultfd_unregister(int fd, uint64_t address, uint64_t bytes)

@@ -20,6 +20,7 @@
 #include "sys.h"
 
 #define RECORDS_MAX 8192
+#define WRITE_ERRORS_MAX 8
 #define IDLE_MS 100
 
 struct moved_object {
@@ -245,7 +246,10 @@ static bool write_one(struct writer *writer, struct group *group)
 					      .a = (uint64_t)backend,
 					      .b = (uint64_t)(int64_t)result };
 
-		__atomic_fetch_add(&engine->backends[backend].errors, 1, __ATOMIC_RELAXED);
+		/* A full file system may have room later; a device that cannot write is left alone. */
+		if (result != -ENOSPC && result != -EDQUOT && result != -ENOMEM &&
+		    ++engine->backends[backend].errors >= WRITE_ERRORS_MAX)
+			engine->backends[backend].state = BACKEND_FAILED;
 		engine_event_push(engine, &event);
 	}
 	settle(writer, result == 0);

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.limited import MIB, LimitedProgram, LimitedResult
 
-_RECORD_BYTES = 48  # with its newline
+_RECORD_BYTES = 96  # with its newline
 _SHOPS = 5000
 _CHUNK_RECORDS = 1 << 18
 _NEED_FACTOR = 4  # working set against limit: what the demo is to show
@@ -43,7 +43,7 @@ def number(first, last):
     for column in range(first, last):
         value = value * 10 + (records[:, column] - ord("0"))
     return value
-shop, cents = number(19, 23), number(37, 47)
+shop, cents = number(19, 23), number(85, 95)
 total = np.bincount(shop, weights=cents, minlength={_SHOPS}).astype(np.int64)
 order = np.lexsort((cents, shop))
 first = np.searchsorted(shop[order], np.arange({_SHOPS}))
@@ -87,20 +87,30 @@ def _digits(values: np.ndarray, columns: int) -> np.ndarray:
     return (values[:, None] // powers % 10 + ord("0")).astype(np.uint8)
 
 
+def _names(generator: np.random.Generator, count: int, first: list[str], last: list[str], width: int) -> np.ndarray:
+    """`count` made-up names, padded to `width`, as rows of bytes."""
+    names = [f"{first[generator.integers(len(first))]} {last[generator.integers(len(last))]} {number}" for number in range(count)]
+    return np.frombuffer("".join(name.ljust(width)[:width] for name in names).encode(), dtype=np.uint8).reshape(count, width)
+
+
 def write_records(path: Path, size_bytes: int, seed: int) -> int:
-    """Records 'time(14) sale shop product amount', one a line, in no order. Returns how many."""
+    """Records 'number shop city product state amount', one a line, in no order. Returns how many."""
     generator = np.random.default_rng(seed)
+    cities = _names(generator, _SHOPS, ["North", "South", "Old", "New", "Upper"], ["ville", "field", "haven", "ton"], 20)
+    products = _names(generator, 997, ["garden", "kitchen", "travel", "office"], ["table", "lamp", "chair", "box"], 30)
     count = max(1, size_bytes // _RECORD_BYTES)
     with path.open("wb") as file:
         for start in range(0, count, _CHUNK_RECORDS):
             rows = min(_CHUNK_RECORDS, count - start)
             lines = np.full((rows, _RECORD_BYTES), ord(" "), dtype=np.uint8)
-            lines[:, 0:14] = _digits(generator.integers(20200101000000, 20251231235959, rows), 14)
+            shops = generator.integers(0, _SHOPS, rows)
+            lines[:, 0:14] = _digits(generator.integers(0, 10**14, rows), 14)
             lines[:, 15:19] = np.frombuffer(b"shop", dtype=np.uint8)
-            lines[:, 19:23] = _digits(generator.integers(0, _SHOPS, rows), 4)
-            lines[:, 24:28] = np.frombuffer(b"item", dtype=np.uint8)
-            lines[:, 28:36] = _digits(generator.zipf(1.3, rows) % 100_000_000, 8)
-            lines[:, 37:47] = _digits(generator.integers(100, 2_000_000, rows), 10)
+            lines[:, 19:23] = _digits(shops, 4)
+            lines[:, 24:44] = cities[shops]
+            lines[:, 45:75] = products[generator.zipf(1.3, rows) % len(products)]
+            lines[:, 76:84] = np.frombuffer(b"shipped ", dtype=np.uint8)
+            lines[:, 85:95] = _digits(generator.integers(100, 2_000_000, rows), 10)
             lines[:, -1] = ord("\n")
             file.write(lines.tobytes())
     return count
@@ -155,7 +165,7 @@ def aggregate_step(data: Path, options: argparse.Namespace) -> Step:
 
 def show(steps: list[Step], limit_bytes: int, console: Console) -> None:
     """The short table."""
-    table = Table(title="vswapctl run --limit " + _mib(limit_bytes).replace(" MiB", "M"))
+    table = Table(title=f"vswapctl run --limit {limit_bytes // MIB}M")
     table.add_column("")
     for step in steps:
         table.add_column(step.name, justify="right")
@@ -190,12 +200,12 @@ def show(steps: list[Step], limit_bytes: int, console: Console) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", type=int, default=400, metavar="MB", help="size of the data set (default %(default)s)")
-    parser.add_argument("--limit", type=int, default=0, metavar="MIB", help="limit (default: 0.35 MiB for each MB of data)")
+    parser.add_argument("--size", type=int, default=320, metavar="MB", help="size of the data set (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=0, metavar="MIB", help="limit (default: a third of a MiB for each MB of data)")
     parser.add_argument("--pool", default="", metavar="SIZE", help="cap the compressed pool (default: adapts)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    options.limit_bytes = (options.limit or max(16, options.size * 35 // 100)) * MIB
+    options.limit_bytes = (options.limit or max(16, options.size // 3)) * MIB
     return options
 
 
