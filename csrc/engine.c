@@ -325,7 +325,14 @@ int engine_group_destroy(struct engine *engine, int number)
 
 	pthread_mutex_lock(&engine->registry);
 	group = group_at(engine, number);
-	if (!group || group->client_count || group->users) {
+	while (group && !group->client_count && group->users) {
+		/* An evictor or the writer is just leaving a group without clients. */
+		pthread_mutex_unlock(&engine->registry);
+		sys_sleep_ms(1);
+		pthread_mutex_lock(&engine->registry);
+		group = group_at(engine, number);
+	}
+	if (!group || group->client_count) {
 		pthread_mutex_unlock(&engine->registry);
 		return group ? -EBUSY : -ENOENT;
 	}

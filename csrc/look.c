@@ -28,8 +28,8 @@
 #define REGION_BYTES_MIN (256UL << 10)
 #define GUARD_BYTES_MAX (64UL << 10)
 #define THREAD_STACK_BYTES (8UL << 20)
-#define PSS_INTERVAL_NS 50000000ULL
-#define ORPHAN_INTERVAL_NS 100000000ULL
+#define PSS_INTERVAL_NS 5000000ULL /* and PSS_PAGE_NS for each resident page, since that is what it costs */
+#define PSS_PAGE_NS 1000ULL
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
 /* ---- discovery; the gate is held ---- */
@@ -146,7 +146,7 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 		/* Pages shared with forked relatives count once in all: what the kernel calls Pss. */
 		if (sys_pss_anonymous(client->pid, &pss_bytes) == 0)
 			set_resident(client, pss_bytes / PAGE_BYTES);
-		client->pss_next_ns = now + PSS_INTERVAL_NS;
+		client->pss_next_ns = now + PSS_INTERVAL_NS + resident * PSS_PAGE_NS;
 	}
 	return size;
 }

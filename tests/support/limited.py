@@ -210,7 +210,8 @@ def run_native(argv: Sequence[str], **options: Any) -> subprocess.CompletedProce
 def assert_honest(result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None) -> None:
     """The limit was kept, and by swapping.
 
-    peak <= limit + 10 %; at least half of the excess was swapped; faults were answered; every member of
+    peak <= limit + 10 %, or + 16 MiB for the small limits of CI: what a process can touch in a few looks on
+    a busy machine does not shrink with the limit (README, Guarantees and limits). At least half of the excess was swapped; faults were answered; every member of
     the tree above the minimum was managed. `demand_bytes`: what the program needs without a limit, when
     the test knows it; else the most that was seen resident and swapped together.
     """
@@ -218,11 +219,12 @@ def assert_honest(result: LimitedResult, limit_bytes: int, *, demand_bytes: int 
     told = result.describe()
     assert samples.count >= 10, f"too few samples to judge: {told}"
     assert samples.status_count >= 1, f"the daemon never answered: {told}"
+    bound = max(limit_bytes * 1.10, limit_bytes + 16 * MIB)
     over = ", ".join(
         f"{start:.2f}-{end:.2f} s {highest / MIB:.1f} MiB"
-        for start, end, highest in samples.excursions(limit_bytes * 1.10)[:20]
+        for start, end, highest in samples.excursions(bound)[:20]
     )
-    assert samples.peak_bytes <= limit_bytes * 1.10, f"over {limit_bytes / MIB:.1f} MiB + 10 %: {over}; {told}"
+    assert samples.peak_bytes <= bound, f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
     excess = (demand_bytes if demand_bytes is not None else samples.demand_bytes_max) - limit_bytes
     assert excess > 0, f"the program fits its limit, so the run shows nothing: {told}"
     assert result.swapped_bytes_max >= excess / 2, f"less than half of {excess / MIB:.1f} MiB swapped: {told}"
