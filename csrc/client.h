@@ -111,7 +111,8 @@ struct client {
 	struct waiting_remap remaps[REMAPS_MAX];
 	unsigned remap_count;
 	struct range_set quarantine; /* value: sys_now_ns() of the event */
-	uint64_t size_pages_seen;    /* VmSize at the last discovery */
+	uint64_t size_pages_seen;    /* VmSize at the last discovery; 0: look again soon */
+	uint64_t discover_next_ns;   /* a mapping can be replaced by another of its size */
 	uint64_t hand;               /* reclaim: next address to look at */
 
 	struct stream streams[STREAMS_MAX];

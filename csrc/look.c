@@ -30,6 +30,7 @@
 #define THREAD_STACK_BYTES (8UL << 20)
 #define PSS_INTERVAL_NS 5000000ULL /* and PSS_PAGE_NS for each resident page, since that is what it costs */
 #define PSS_PAGE_NS 1000ULL
+#define DISCOVER_NS 20000000ULL
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
 /* ---- discovery; the gate is held ---- */
@@ -161,12 +162,15 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 		client_bury(client);
 	if (size == 0 || client->dead || !client->serving || !client->ring)
 		return;
-	if ((near && !client->registered) || (client->registered && size != client->size_pages_seen)) {
+	if (!client->registered && !near)
+		return;
+	if (!client->registered || size != client->size_pages_seen || now >= client->discover_next_ns) {
 		SCOPED_LOCK(&client->gate);
 		if (client->dead || client->parked)
 			return;
 		look_discover(client);
 		client->size_pages_seen = size;
+		client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
 	}
 }
 

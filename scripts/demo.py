@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Sort and aggregate a data set with a quarter of the memory that takes, and show what happened.
 
-Generates sales records as text, then runs two unmodified programs over them, first without a limit and
-then under `vswapctl run --limit`: GNU sort, and NumPy that totals the records by shop. Both have to give
+Generates the sales logs of many tills as text, then runs two unmodified programs over them, first without a limit and
+then under `vswapctl run --limit`: GNU sort, which puts
+them into one order of time, and NumPy, which totals them by shop. Both have to give
 the same answer. What they cost is measured from outside (smaps_rollup), not asked of vswapd.
 """
 
@@ -27,9 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.limited import MIB, LimitedProgram, LimitedResult
 
-_RECORD_BYTES = 96  # with its newline
+# One sale as a log has it. {…} are filled in; all records are of one length, so NumPy needs no parser.
+_TEMPLATE = (
+    '{"time":"TIME__________","shop":"SHOP","city":"CITY________________","product":"PRODUCT_______________________",'
+    '"cents":CENTS_____,"currency":"EUR","payment":"card","status":"shipped","warehouse":"central","priority":"normal",'
+    '"channel":"web","agent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Safari/537.36"}\n'
+)
+_RECORD_BYTES = len(_TEMPLATE)
 _SHOPS = 5000
-_CHUNK_RECORDS = 1 << 18
+_SOURCES = 64  # the log is of so many tills, each in order, one behind the other
 _NEED_FACTOR = 4  # working set against limit: what the demo is to show
 _SLACK = 1.10
 
@@ -38,12 +45,12 @@ import hashlib, sys
 import numpy as np
 
 records = np.fromfile(sys.argv[1], dtype=np.uint8).reshape(-1, {_RECORD_BYTES})
-def number(first, last):
+def number(first, width):
     value = np.zeros(len(records), dtype=np.int64)
-    for column in range(first, last):
+    for column in range(first, first + width):
         value = value * 10 + (records[:, column] - ord("0"))
     return value
-shop, cents = number(19, 23), number(85, 95)
+shop, cents = number({_TEMPLATE.index("SHOP")}, 4), number({_TEMPLATE.index("CENTS_")}, 10)
 total = np.bincount(shop, weights=cents, minlength={_SHOPS}).astype(np.int64)
 order = np.lexsort((cents, shop))
 first = np.searchsorted(shop[order], np.arange({_SHOPS}))
@@ -94,26 +101,27 @@ def _names(generator: np.random.Generator, count: int, first: list[str], last: l
 
 
 def write_records(path: Path, size_bytes: int, seed: int) -> int:
-    """Records 'number shop city product state amount', one a line, in no order. Returns how many."""
+    """Sales as JSON, one a line: the logs of _SOURCES tills, each in order of time. Returns how many."""
     generator = np.random.default_rng(seed)
     cities = _names(generator, _SHOPS, ["North", "South", "Old", "New", "Upper"], ["ville", "field", "haven", "ton"], 20)
     products = _names(generator, 997, ["garden", "kitchen", "travel", "office"], ["table", "lamp", "chair", "box"], 30)
-    count = max(1, size_bytes // _RECORD_BYTES)
+    rows = max(1, size_bytes // _RECORD_BYTES // _SOURCES)
     with path.open("wb") as file:
-        for start in range(0, count, _CHUNK_RECORDS):
-            rows = min(_CHUNK_RECORDS, count - start)
-            lines = np.full((rows, _RECORD_BYTES), ord(" "), dtype=np.uint8)
+        for _ in range(_SOURCES):
+            lines = np.tile(np.frombuffer(_TEMPLATE.encode(), dtype=np.uint8), (rows, 1))
             shops = generator.integers(0, _SHOPS, rows)
-            lines[:, 0:14] = _digits(generator.integers(0, 10**14, rows), 14)
-            lines[:, 15:19] = np.frombuffer(b"shop", dtype=np.uint8)
-            lines[:, 19:23] = _digits(shops, 4)
-            lines[:, 24:44] = cities[shops]
-            lines[:, 45:75] = products[generator.zipf(1.3, rows) % len(products)]
-            lines[:, 76:84] = np.frombuffer(b"shipped ", dtype=np.uint8)
-            lines[:, 85:95] = _digits(generator.integers(100, 2_000_000, rows), 10)
-            lines[:, -1] = ord("\n")
+            fields = {
+                "TIME__________": _digits(np.sort(generator.integers(0, 10**14, rows)), 14),
+                "SHOP": _digits(shops, 4),
+                "CITY________________": cities[shops],
+                "PRODUCT_______________________": products[generator.zipf(1.3, rows) % len(products)],
+                "CENTS_____": _digits(generator.integers(100, 2_000_000, rows), 10),
+            }
+            for field, values in fields.items():
+                first = _TEMPLATE.index(field)
+                lines[:, first : first + len(field)] = values
             file.write(lines.tobytes())
-    return count
+    return rows * _SOURCES
 
 
 def _sha256(path: Path) -> str:
@@ -201,11 +209,11 @@ def show(steps: list[Step], limit_bytes: int, console: Console) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", type=int, default=320, metavar="MB", help="size of the data set (default %(default)s)")
-    parser.add_argument("--limit", type=int, default=0, metavar="MIB", help="limit (default: a third of a MiB for each MB of data)")
+    parser.add_argument("--limit", type=int, default=0, metavar="MIB", help="limit (default: a quarter of the data)")
     parser.add_argument("--pool", default="", metavar="SIZE", help="cap the compressed pool (default: adapts)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    options.limit_bytes = (options.limit or max(16, options.size // 3)) * MIB
+    options.limit_bytes = (options.limit or max(16, options.size // 4)) * MIB
     return options
 
 
