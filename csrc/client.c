@@ -373,6 +373,8 @@ void client_reap_releases(struct client *client)
 {
 	uint64_t pages = 0;
 
+	if (!client->ring)
+		return;
 	for (unsigned i = 0; i < VSWAP_WINDOWS; i++) {
 		struct batch *batch = &client->batches[i];
 

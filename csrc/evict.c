@@ -12,6 +12,9 @@
  *            7 post RELEASE
  *   no gate  8 wait for it: only then is the RAM free and the budget credited
  *
+ * Mapped zero pages are moved out too: they cost nothing, but a write to one would allocate memory
+ * without a fault of ours. In staging they are not resident, so step 4 makes them untouched pages again.
+ *
  * A page can leave the batch at any time between 4 and 6: faulted (served from staging or from our
  * buffer), unmapped, removed, or moved elsewhere by mremap.
  */
@@ -189,8 +192,8 @@ static void choose(struct client *client, struct choice *choice, bool desperate)
 	start = max_of(client->hand, region->start);
 	end = min_of(region->end, start + SCAN_BYTES_MAX);
 	choice->protection = (uint32_t)region->value;
-	count = sys_resident_ranges(client->pagemap_fd, start, end, ranges, BATCH_PAGES_MAX,
-				    BATCH_PAGES_MAX, &walk_end);
+	count = sys_mapped_ranges(client->pagemap_fd, start, end, ranges, BATCH_PAGES_MAX,
+				  BATCH_PAGES_MAX, &walk_end);
 	if (count < 0) {
 		client->hand = end;
 		return;
@@ -288,6 +291,19 @@ static uint32_t post_move(struct client *client, struct choice *choice)
 	return client_post(client, &choice->command);
 }
 
+/* Step 7: have the window emptied; it is free once that is answered (client_reap_releases). */
+static void release(struct client *client, const struct choice *choice)
+{
+	struct vswap_command command = { .operation = VSWAP_RELEASE, .window = choice->window,
+					 .protection = choice->protection };
+	struct batch *batch = &client->batches[choice->window];
+
+	__atomic_store_n(&client->record->batches[choice->window].phase, BATCH_RELEASING,
+			 __ATOMIC_RELEASE);
+	batch->release_number = client_post(client, &command);
+	batch->releasing = true;
+}
+
 /* Step 4, once the MOVE was answered or its agent is gone (then its last command has ended too, one way
  * or the other). *ret_moved: pages of the window that are ours to store. */
 static int finish_move(struct client *client, struct choice *choice, uint32_t number,
@@ -305,11 +321,13 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 	take_back(client, choice, moved);
 	for (unsigned i = 0; i < choice->page_count; i++)
 		choice->before[i] = record->before[i];
-	__atomic_store_n(&record->phase, moved ? BATCH_STAGED : BATCH_FREE, __ATOMIC_RELEASE);
+	__atomic_store_n(&record->phase, BATCH_STAGED, __ATOMIC_RELEASE);
 	client->batches[choice->window] = (struct batch){
 		.staged = moved,
 		.resident_pages = (uint32_t)__builtin_popcountll(moved),
 	};
+	if (moved == 0)
+		release(client, choice); /* nothing to store; zero pages may lie there */
 	*ret_moved = moved;
 	return 0;
 }
@@ -379,7 +397,7 @@ static void store_page(struct client *client, struct evictor *evictor, struct sl
 		stored->created |= 1ULL << i;
 }
 
-/* ---- 6, 7 settle and release; the gate is held ---- */
+/* ---- 6 settle; the gate is held ---- */
 
 static void settle_batch(struct client *client, const struct choice *choice, const struct stored *stored)
 {
@@ -404,18 +422,6 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 	__atomic_store_n(&batch->copied, false, __ATOMIC_RELEASE);
 	batch->buffer = NULL;
 	pthread_cond_broadcast(&client->batches_changed);
-}
-
-static void release(struct client *client, const struct choice *choice, uint32_t *ret_number)
-{
-	struct vswap_command command = { .operation = VSWAP_RELEASE, .window = choice->window,
-					 .protection = choice->protection };
-	struct batch *batch = &client->batches[choice->window];
-
-	__atomic_store_n(&client->record->batches[choice->window].phase, BATCH_RELEASING,
-			 __ATOMIC_RELEASE);
-	batch->release_number = *ret_number = client_post(client, &command);
-	batch->releasing = true;
 }
 
 /* Pages shared with forked relatives cannot be moved until they are exclusive: have the agent write to
@@ -469,7 +475,8 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 		client->evict_error = -result;
 	} else if (!client->dead) {
 		settle_batch(client, choice, &stored);
-		release(client, choice, &number);
+		release(client, choice);
+		number = batch->release_number;
 		posted = true;
 	} else {
 		settle_batch(client, choice, &stored); /* frees what was stored */
@@ -541,6 +548,8 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 	if (ret_result->busy && result == 0)
 		make_exclusive(client, &choice, moved);
 	ret_result->pages = (unsigned)__builtin_popcountll(moved);
+	ret_result->untouched = choice.page_count - min_of(choice.page_count, ret_result->pages +
+							   ret_result->busy);
 	return result;
 }
 

@@ -21,6 +21,7 @@ void evictor_destroy(struct evictor *evictor);
 struct evict_result {
 	unsigned pages;   /* moved out */
 	unsigned busy;    /* refused by MOVE: pinned, or shared after fork */
+	unsigned untouched; /* zero pages unmapped, or gone meanwhile */
 	bool wrapped;     /* the hand came to the end of the address space */
 };
 

@@ -131,13 +131,17 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 	bool starving = __atomic_load_n(&group->waiting, __ATOMIC_RELAXED) > 0 &&
 			group_room_bytes(group) < (int64_t)PAGE_BYTES;
 
+	uint64_t since = __atomic_load_n(&group->stuck_since_ns, __ATOMIC_RELAXED);
+
 	if (progress || !starving) {
-		group->stuck_since_ns = 0;
-	} else if (group->stuck_since_ns == 0) {
-		group->stuck_since_ns = now;
-	} else if (now - group->stuck_since_ns > OUT_OF_MEMORY_NS) {
+		__atomic_store_n(&group->stuck_since_ns, 0, __ATOMIC_RELAXED);
+	} else if (since == 0) {
+		__atomic_store_n(&group->stuck_since_ns, now, __ATOMIC_RELAXED);
+	} else if (now > since + OUT_OF_MEMORY_NS &&
+		   /* one of the evictors, not each of them */
+		   __atomic_compare_exchange_n(&group->stuck_since_ns, &since, now, false,
+					       __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
 		kill_largest(engine, group);
-		group->stuck_since_ns = now;
 	}
 }
 
@@ -196,7 +200,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 		}
 		if (evict_batch(client, evictor, desperate, &result) < 0)
 			break;
-		pages += result.pages;
+		pages += result.pages + result.untouched;
 		wraps += result.wrapped;
 		if (!torture && has_room_again(group))
 			break;
@@ -235,6 +239,7 @@ void *evictor_main(void *argument)
 	uint64_t seen = 0;
 
 	VS_CHECK(evictor_create(&evictor) == 0);
+	sys_prefer_this_thread();
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		struct group *group = pick_group(engine, &cursor);
 

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
@@ -214,6 +215,16 @@ int sys_open_proc(pid_t pid, const char *file)
 	return fd < 0 ? -errno : fd;
 }
 
+static int scan_pages(int pagemap_fd, struct ioctl_pagemap_scan *scan, uint64_t *ret_walk_end)
+{
+	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, scan);
+
+	if (count < 0)
+		return -errno;
+	*ret_walk_end = scan->walk_end;
+	return count;
+}
+
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
@@ -228,12 +239,23 @@ int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct pag
 		.category_mask = PAGE_IS_PRESENT | PAGE_IS_ZERO_PAGE,
 		.return_mask = PAGE_IS_PRESENT,
 	};
-	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
+	return scan_pages(pagemap_fd, &scan, ret_walk_end);
+}
 
-	if (count < 0)
-		return -errno;
-	*ret_walk_end = scan.walk_end;
-	return count;
+int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
+		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
+{
+	struct ioctl_pagemap_scan scan = {
+		.size = sizeof scan,
+		.start = start,
+		.end = end,
+		.vec = (uintptr_t)ranges,
+		.vec_len = max,
+		.max_pages = max_pages,
+		.category_mask = PAGE_IS_PRESENT,
+		.return_mask = PAGE_IS_PRESENT,
+	};
+	return scan_pages(pagemap_fd, &scan, ret_walk_end);
 }
 
 bool sys_page_is_present(int pagemap_fd, uint64_t address)
@@ -396,6 +418,13 @@ int sys_memfd(const char *name, uint64_t bytes, bool sealed)
 		return result;
 	}
 	return fd;
+}
+
+#define DAEMON_NICE (-10)
+
+void sys_prefer_this_thread(void)
+{
+	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */
 }
 
 uint64_t sys_now_ns(void)

@@ -59,11 +59,13 @@ struct page_range {
 };
 
 /*
- * Ranges of resident pages (zero page excluded) in [start, end), at most `max` ranges and max_pages
- * pages. *ret_walk_end is where to go on.
+ * Ranges of mapped pages in [start, end), at most `max` ranges and max_pages pages (0: no bound).
+ * *ret_walk_end is where to go on. Resident: the shared zero page does not count.
  */
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
+int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
+		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
 
 /* True when the page is mapped, the zero page included. */
 bool sys_page_is_present(int pagemap_fd, uint64_t address);
@@ -98,6 +100,9 @@ int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pa
 
 /* Pss_Anon of a process in bytes. Walks its page tables. */
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);
+
+/* Let the calling thread go before ordinary ones, where that is allowed: programs wait for it. */
+void sys_prefer_this_thread(void);
 
 uint64_t sys_now_ns(void); /* monotonic */
 void sys_sleep_ms(unsigned milliseconds);

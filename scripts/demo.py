@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Sort and aggregate a data set with a quarter of the memory that takes, and show what happened.
 
-Generates the sales logs of many tills as text, then runs two unmodified programs over them, first without a limit and
-then under `vswapctl run --limit`: GNU sort, which puts
-them into one order of time, and NumPy, which totals them by shop. Both have to give
-the same answer. What they cost is measured from outside (smaps_rollup), not asked of vswapd.
+Generates the sales logs of many tills as text, then runs two unmodified programs over them, first
+without a limit and then under `vswapctl run --limit`: GNU sort, which puts them into one order of time,
+and NumPy, which totals them by shop. Both have to give the same answer. What they cost is measured from
+outside (smaps_rollup), not asked of vswapd.
 """
 
 from __future__ import annotations
@@ -96,14 +96,21 @@ def _digits(values: np.ndarray, columns: int) -> np.ndarray:
 
 def _names(generator: np.random.Generator, count: int, first: list[str], last: list[str], width: int) -> np.ndarray:
     """`count` made-up names, padded to `width`, as rows of bytes."""
-    names = [f"{first[generator.integers(len(first))]} {last[generator.integers(len(last))]} {number}" for number in range(count)]
-    return np.frombuffer("".join(name.ljust(width)[:width] for name in names).encode(), dtype=np.uint8).reshape(count, width)
+    names = [
+        f"{first[generator.integers(len(first))]} {last[generator.integers(len(last))]} {number}"
+        for number in range(count)
+    ]
+    return np.frombuffer("".join(name.ljust(width)[:width] for name in names).encode(), dtype=np.uint8).reshape(
+        count, width
+    )
 
 
 def write_records(path: Path, size_bytes: int, seed: int) -> int:
     """Sales as JSON, one a line: the logs of _SOURCES tills, each in order of time. Returns how many."""
     generator = np.random.default_rng(seed)
-    cities = _names(generator, _SHOPS, ["North", "South", "Old", "New", "Upper"], ["ville", "field", "haven", "ton"], 20)
+    cities = _names(
+        generator, _SHOPS, ["North", "South", "Old", "New", "Upper"], ["ville", "field", "haven", "ton"], 20
+    )
     products = _names(generator, 997, ["garden", "kitchen", "travel", "office"], ["table", "lamp", "chair", "box"], 30)
     rows = max(1, size_bytes // _RECORD_BYTES // _SOURCES)
     with path.open("wb") as file:
@@ -195,9 +202,7 @@ def show(steps: list[Step], limit_bytes: int, console: Console) -> None:
     row("page faults answered", *[f"{step.result.faults:,}" for step in steps])
     for backing in ("zero", "same", "pool", "spill"):
         latencies = [step.result.stats.get("latency_us", {}).get(backing, {}) for step in steps]
-        cells = [
-            f"{entry['p50']:,.0f} / {entry['p99']:,.0f} µs" if entry.get("count") else "–" for entry in latencies
-        ]
+        cells = [f"{entry['p50']:,.0f} / {entry['p99']:,.0f} µs" if entry.get("count") else "–" for entry in latencies]
         row(f"  from {backing}, p50 / p99", *cells)
     row("seconds without a limit", *[f"{step.native_seconds:.1f}" for step in steps])
     row("seconds under the limit", *[f"{step.result.seconds:.1f}" for step in steps])
@@ -208,7 +213,9 @@ def show(steps: list[Step], limit_bytes: int, console: Console) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", type=int, default=320, metavar="MB", help="size of the data set (default %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=320, metavar="MB", help="size of the data set (default %(default)s)"
+    )
     parser.add_argument("--limit", type=int, default=0, metavar="MIB", help="limit (default: a quarter of the data)")
     parser.add_argument("--pool", default="", metavar="SIZE", help="cap the compressed pool (default: adapts)")
     parser.add_argument("--seed", type=int, default=1)
@@ -226,7 +233,9 @@ def main() -> int:
         directory = Path(name)
         data = directory / "sales"
         count = write_records(data, options.size * 1000_000, options.seed)
-        console.print(f"demo: {count:,} records, {data.stat().st_size / 1e6:,.0f} MB of text; sorting, then totalling them")
+        console.print(
+            f"demo: {count:,} records, {data.stat().st_size / 1e6:,.0f} MB of text; sorting, then totalling them"
+        )
         steps = [sort_step(data, directory, options), aggregate_step(data, options)]
     show(steps, options.limit_bytes, console)
     problems = [problem for step in steps for problem in step.problems(options.limit_bytes)]

@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from support.limited import command_path
 from support.sampler import ControlClient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 _SUPPORT = Path(__file__).parent.parent / "support"
 _KERNEL_MIN = (6, 12)
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and not _MISSING and os.environ.get("CI") == "true":
         report.outcome = "failed"
@@ -68,7 +69,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the C programs of tests/support that are clients."""
     directory = tmp_path_factory.mktemp("programs")
     for name in ("verify_memory", "churn"):
-        command = ["cc", "-std=gnu11", "-O2", "-g", "-o", str(directory / name), str(_SUPPORT / f"{name}.c"), "-pthread"]
+        command = [
+            "cc",
+            "-std=gnu11",
+            "-O2",
+            "-g",
+            "-o",
+            str(directory / name),
+            str(_SUPPORT / f"{name}.c"),
+            "-pthread",
+        ]
         subprocess.run(command, check=True)
     return directory
 

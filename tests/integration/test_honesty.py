@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+
 from support.limited import MIB, assert_honest, run_limited
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from support.limited import MIB, LimitedResult, assert_honest, run_limited
 
 _MIB = 96

@@ -7,9 +7,10 @@ import contextlib
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
+
 from support.limited import MIB, LimitedProgram, assert_honest, command_path, need_program
 from support.redis_client import RedisClient, RedisError
 from support.sampler import tree
@@ -69,7 +70,7 @@ def _native_server(program: str, directory: Path) -> Iterator[RedisClient]:
 
 
 def _load(client: RedisClient, keys: int, value_bytes: int) -> None:
-    client.pipeline((("SET", _key(index), _value(index, value_bytes)) for index in range(keys)))
+    client.pipeline(("SET", _key(index), _value(index, value_bytes)) for index in range(keys))
 
 
 def _assert_all_values_right(client: RedisClient, keys: int, value_bytes: int) -> None:
@@ -90,7 +91,7 @@ class _Pageout:
         self._thread = threading.Thread(target=self._run)
         self.outcomes: list[tuple[int, bytes]] = []
 
-    def __enter__(self) -> _Pageout:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

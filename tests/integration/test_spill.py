@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+
 from support.limited import MIB, LimitedProgram, assert_honest, run_limited
 from support.sampler import ControlClient
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from support.sampler import Sampler, Samples, tree
 
@@ -42,7 +42,7 @@ def need_program(name: str) -> str:
     """Path of a program that scripts/setup installs; skips the test without it."""
     path = shutil.which(name)
     if path is None:
-        import pytest  # noqa: PLC0415 (scripts/demo.py uses this module without it)
+        import pytest
 
         pytest.skip(f"{name} is not installed (scripts/setup as root installs it)")
     return path
@@ -122,7 +122,7 @@ class LimitedProgram:
         self._seconds_max = seconds_max
         self.result: LimitedResult | None = None
 
-    def __enter__(self) -> LimitedProgram:
+    def __enter__(self) -> Self:
         # Files, not pipes: a program that writes much must not wait for us.
         self._directory = tempfile.TemporaryDirectory(prefix="vswap-test-")
         directory = Path(self._directory.name)
@@ -135,7 +135,13 @@ class LimitedProgram:
         command += ["--stats", str(self._stats_path), "--", *self.argv]
         self._started = time.monotonic()
         self.process = subprocess.Popen(
-            command, cwd=self._cwd, env=self._environment, start_new_session=True, **self._files
+            command,
+            cwd=self._cwd,
+            env=self._environment,
+            start_new_session=True,
+            stdin=self._files["stdin"],
+            stdout=self._files["stdout"],
+            stderr=self._files["stderr"],
         )
         self.sampler = Sampler(self.process.pid).__enter__()
         return self
@@ -170,7 +176,7 @@ class LimitedProgram:
         return self.result
 
     def _kill(self) -> None:
-        """vswapctl and everything below it, the embedded daemon (a session of its own) included."""
+        """Vswapctl and everything below it, the embedded daemon (a session of its own) included."""
         victims = [self.process.pid, self.sampler.samples.daemon_pid, *tree(self.process.pid)]
         if self._is_daemon_foreign():
             victims.remove(self.sampler.samples.daemon_pid)
@@ -207,24 +213,28 @@ def run_native(argv: Sequence[str], **options: Any) -> subprocess.CompletedProce
     return subprocess.run(list(argv), capture_output=True, check=False, **options)
 
 
-def assert_honest(result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None) -> None:
+def assert_honest(
+    result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None, populate_bytes: int = 0
+) -> None:
     """The limit was kept, and by swapping.
 
     peak <= limit + 10 %, or + 16 MiB for the small limits of CI: what a process can touch in a few looks on
-    a busy machine does not shrink with the limit (README, Guarantees and limits). At least half of the excess was swapped; faults were answered; every member of
-    the tree above the minimum was managed. `demand_bytes`: what the program needs without a limit, when
-    the test knows it; else the most that was seen resident and swapped together.
+    a busy machine does not shrink with the limit (README, Guarantees and limits). At least half of the
+    excess was swapped; faults were answered; every member of the tree above the minimum was managed.
+    `demand_bytes`: what the program needs without a limit, when the test knows it; else the most that was
+    seen resident and swapped together.
     """
     samples = result.samples
     told = result.describe()
     assert samples.count >= 10, f"too few samples to judge: {told}"
     assert samples.status_count >= 1, f"the daemon never answered: {told}"
-    bound = max(limit_bytes * 1.10, limit_bytes + 16 * MIB)
+    bound = max(limit_bytes * 1.10, limit_bytes + 16 * MIB) + populate_bytes
     over = ", ".join(
-        f"{start:.2f}-{end:.2f} s {highest / MIB:.1f} MiB"
-        for start, end, highest in samples.excursions(bound)[:20]
+        f"{start:.2f}-{end:.2f} s {highest / MIB:.1f} MiB" for start, end, highest in samples.excursions(bound)[:20]
     )
-    assert samples.peak_bytes <= bound, f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
+    assert samples.peak_bytes <= bound, (
+        f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
+    )
     excess = (demand_bytes if demand_bytes is not None else samples.demand_bytes_max) - limit_bytes
     assert excess > 0, f"the program fits its limit, so the run shows nothing: {told}"
     assert result.swapped_bytes_max >= excess / 2, f"less than half of {excess / MIB:.1f} MiB swapped: {told}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ class RedisClient:
             raise
         self._reader = self._socket.makefile("rb", buffering=1 << 18)
 
-    def __enter__(self) -> RedisClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,7 +86,7 @@ class RedisClient:
             info = self.command("INFO", "persistence").decode()
             figures = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
             if figures["rdb_bgsave_in_progress"] == "0":
-                return figures["rdb_last_bgsave_status"] == "ok"
+                return bool(figures["rdb_last_bgsave_status"] == "ok")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"BGSAVE still runs after {seconds_max} s")
             time.sleep(0.05)  # polling another program's state

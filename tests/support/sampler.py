@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,7 +92,7 @@ def pss_anon_bytes(pid: int) -> int:
 
 def same_address_space(first: int, second: int) -> bool:
     """True between vfork and exec: both show the same memory, and it must be counted once."""
-    return _libc.syscall(_SYS_KCMP, first, second, _KCMP_VM, 0, 0) == 0
+    return bool(_libc.syscall(_SYS_KCMP, first, second, _KCMP_VM, 0, 0) == 0)
 
 
 def environment_value(pid: int, name: str) -> str | None:
@@ -118,7 +118,7 @@ class ControlClient:
             self._socket.close()
             raise
 
-    def __enter__(self) -> ControlClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,7 +140,8 @@ class ControlClient:
 
     def request(self, operation: str, seconds_max: float | None = None, **fields: Any) -> dict[str, Any]:
         """The answer. TimeoutError, OSError, EOFError. After a TimeoutError the next call waits for
-        the late answer first."""
+        the late answer first.
+        """
         if seconds_max is not None:
             self._socket.settimeout(seconds_max)
         while self._owed:
@@ -251,7 +252,7 @@ class Sampler:
         self._status: dict[str, Any] = {}
         self._started = 0.0
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
