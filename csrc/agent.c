@@ -413,6 +413,12 @@ static bool descriptors_separate(const struct agent_state *state)
 	return true;
 }
 
+/* Faults wait while a MOVE waits for this thread to get a CPU. Not allowed to most programs: a hint. */
+static void priority_raise(void)
+{
+	(void)RAW_3(__NR_setpriority, 0 /* PRIO_PROCESS: this thread */, 0, -10);
+}
+
 static void capabilities_drop(void)
 {
 	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3 };
@@ -430,6 +436,7 @@ static _Noreturn void agent_main(void *argument)
 	raw_futex_wake(&state->settled, FUTEX_PRIVATE_FLAG);
 	if (!separate)
 		agent_end();
+	priority_raise();
 	capabilities_drop();
 	(void)RAW_2(__NR_prctl, PR_SET_NAME, "vswap-agent");
 	if (!state->armed && atomic_get(&state->beacon_armed))

@@ -177,6 +177,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 
 	if (!engine)
 		return -ENOMEM;
+	sys_prefer_this_thread(); /* and all that it starts */
 	engine->cpu_count = (uint32_t)max_of(sysconf(_SC_NPROCESSORS_ONLN), 1L);
 	result = sys_probe(&engine->device_fd, message);
 	if (result < 0) {

@@ -38,7 +38,8 @@ struct engine_config {
 	uint32_t io_threads;          /* 1: use pread/pwrite threads even where io_uring works */
 };
 
-/* Make the state and start the threads. Returns 0 or -errno; message (256 bytes) says why and what to do. */
+/* Make the state and start the threads; the calling thread and they get a higher priority where that is
+ * allowed, since programs wait for them. Returns 0 or -errno; message (256 bytes) says why and what to do. */
 int engine_create(const struct engine_config *config, struct engine **ret_engine, char *message);
 
 /* Stop all threads, forget all clients (they must have ended), close everything. */

@@ -272,7 +272,6 @@ void *fault_thread_main(void *argument)
 	scratch.pages = mmap(NULL, FILL_PAGES_MAX * PAGE_BYTES, PROT_READ | PROT_WRITE,
 			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	VS_CHECK(scratch.pages != MAP_FAILED);
-	sys_prefer_this_thread();
 	if (client->worker_count > 1)
 		pin_to_cpu(start.number % client->engine->cpu_count);
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {

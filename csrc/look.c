@@ -235,7 +235,6 @@ void *look_thread_main(void *argument)
 	struct engine *engine = argument;
 	uint64_t seen = 0;
 
-	sys_prefer_this_thread();
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
 		engine_wait_for_requests(engine, &engine->look_work, &engine->look_requests, &seen,
 					 (unsigned)look_at_all(engine));

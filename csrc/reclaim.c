@@ -239,7 +239,6 @@ void *evictor_main(void *argument)
 	uint64_t seen = 0;
 
 	VS_CHECK(evictor_create(&evictor) == 0);
-	sys_prefer_this_thread();
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		struct group *group = pick_group(engine, &cursor);
 

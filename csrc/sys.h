@@ -101,7 +101,7 @@ int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pa
 /* Pss_Anon of a process in bytes. Walks its page tables. */
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);
 
-/* Let the calling thread go before ordinary ones, where that is allowed: programs wait for it. */
+/* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);
 
 uint64_t sys_now_ns(void); /* monotonic */

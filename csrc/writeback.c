@@ -284,7 +284,6 @@ void *writer_main(void *argument)
 	writer->engine = argument;
 	writer->objects = malloc(RECORDS_MAX * sizeof *writer->objects);
 	VS_CHECK(writer->objects);
-	sys_prefer_this_thread();
 	while (!__atomic_load_n(&writer->engine->stopping, __ATOMIC_ACQUIRE)) {
 		struct group *group = pick_group(writer->engine, &cursor);
 		bool wrote;

@@ -96,7 +96,8 @@ def test_churn_under_torture(churn: str, seed: int) -> None:
 def test_churn_under_a_limit(churn: str) -> None:
     result = run_limited("48M", [churn, "128", "5", "3", "2", "1"])
     assert result.status == 0, result.describe()
-    assert_honest(result, 48 * MIB)
+    # Three threads fill at once, while the first of them brings the process under management.
+    assert_honest(result, 48 * MIB, populate_bytes=24 * MIB)
 
 
 def test_out_of_memory_is_a_clear_end(verify_memory: str) -> None:

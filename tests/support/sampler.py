@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -284,14 +286,21 @@ class Sampler:
             spent = time.monotonic() - started
             self._stop.wait(max(self._interval_seconds - spent, spent))
 
-    def _connect(self) -> None:
+    def _addresses(self) -> Iterator[tuple[str, str]]:
+        """(socket, group) as the command's environment has them, or as `vswapctl run` names them: a program
+        that writes its own title (redis) has overwritten its environment."""
         for pid in tree(self._root):
-            path = self._socket_path or environment_value(pid, "VSWAPD_SOCKET")
+            path = environment_value(pid, "VSWAPD_SOCKET")
             group = environment_value(pid, "VSWAP_GROUP")
-            if not path or not group:
-                continue
+            if path and group:
+                yield path, group
+        for path in glob.glob(f"{tempfile.gettempdir()}/vswap-{self._root}-*/vswapd.sock"):
+            yield path, f"run-{self._root}"
+
+    def _connect(self) -> None:
+        for path, group in self._addresses():
             with contextlib.suppress(OSError, EOFError):
-                client = ControlClient(path, _STATUS_SECONDS_MAX)
+                client = ControlClient(self._socket_path or path, _STATUS_SECONDS_MAX)
                 try:
                     self.samples.daemon_pid = int(client.request("ping", 2.0)["pid"])
                 except BaseException:
@@ -331,10 +340,12 @@ class Sampler:
         """Anonymous bytes of the command and all below it; the daemon is no part of it."""
         total = 0
         outside = set(self._without)
+        front = _read(f"/proc/{self._root}/cmdline")
         for pid, parent in tree(self._root, self._without).items():
-            is_member = environment_value(pid, "VSWAP_GROUP") is not None
-            if parent in outside or (parent == self._root and not is_member):
-                outside.add(pid)  # the daemon before we know its PID, or a child of vswapctl before exec
+            # The daemon before we know its PID, or the command before its exec: still vswapctl itself.
+            is_front = parent == self._root and _read(f"/proc/{pid}/cmdline") == front
+            if parent in outside or is_front:
+                outside.add(pid)
                 continue
             count = pss_anon_bytes(pid)
             if count and parent != self._root and same_address_space(pid, parent):
@@ -343,8 +354,7 @@ class Sampler:
             member = self.samples.members.get(pid)
             if member is None or member.bytes_max < member.min_bytes:
                 member = self._member(pid)  # again: exec changes name and environment
-            if is_member:
-                member.note(count, now)
+            member.note(count, now)
         return total
 
     def _member(self, pid: int) -> Member:
