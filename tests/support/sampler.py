@@ -287,8 +287,10 @@ class Sampler:
             self._stop.wait(max(self._interval_seconds - spent, spent))
 
     def _addresses(self) -> Iterator[tuple[str, str]]:
-        """(socket, group) as the command's environment has them, or as `vswapctl run` names them: a program
-        that writes its own title (redis) has overwritten its environment."""
+        """(socket, group), as the command's environment has them or as `vswapctl run` names them.
+
+        A program that writes its own title (redis) has overwritten its environment.
+        """
         for pid in tree(self._root):
             path = environment_value(pid, "VSWAPD_SOCKET")
             group = environment_value(pid, "VSWAP_GROUP")
