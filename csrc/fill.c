@@ -565,6 +565,10 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
 			else
 				engine_latency_add(client->engine, ENGINE_BACKING_SPILL,
 						   sys_now_ns() - read->fault.since_ns);
+			/* Faults that found this read under way wait for its pages; those that it did not
+			 * bring must be raised again. */
+			(void)sys_userfaultfd_wake(client->events_fd, address_of(read->fault.page),
+						   read->page_count * PAGE_BYTES);
 			read_free(client, slot);
 		}
 	}

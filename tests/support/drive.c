@@ -235,10 +235,8 @@ static void add_spill(char *spill)
 static pid_t start_command(const struct options *options, const char *socket_path)
 {
 	char text[32];
-	pid_t pid = fork();
+	pid_t pid;
 
-	if (pid != 0)
-		return pid;
 	setenv("LD_PRELOAD", options->library, 1);
 	setenv("VSWAPD_SOCKET", socket_path, 1);
 	setenv("VSWAP_GROUP", "drive", 1);
@@ -249,6 +247,9 @@ static pid_t start_command(const struct options *options, const char *socket_pat
 							: 16UL << 20);
 	setenv("VSWAP_MIN_BYTES", text, 1);
 	setenv("VSWAP_LOOK_US", "5000", 1);
+	pid = fork();
+	if (pid != 0)
+		return pid;
 	execvp(options->command[0], options->command);
 	perror(options->command[0]);
 	_exit(127);
