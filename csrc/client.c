@@ -202,7 +202,8 @@ void client_bury(struct client *client)
 				      .group = client->group->number, .a = client->record->token };
 
 	pthread_mutex_lock(&client->gate);
-	if (client->dead) {
+	/* A forked child is about to share these slots, and would find none: the look thread comes again. */
+	if (client->dead || client->fork_pending) {
 		pthread_mutex_unlock(&client->gate);
 		return;
 	}

@@ -314,6 +314,7 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 
 	if (staged_mask(client, choice, &moved) < 0) {
 		client->evict_error = ESRCH;
+		pthread_cond_broadcast(&client->batches_changed);
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
 	if (client_is_answered(client, number))
@@ -473,6 +474,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	if (result < 0 && !client->dead) {
 		/* Still in staging, served from there if at all possible; never touched again by us. */
 		client->evict_error = -result;
+		pthread_cond_broadcast(&client->batches_changed);
 	} else if (!client->dead) {
 		settle_batch(client, choice, &stored);
 		release(client, choice);
@@ -574,6 +576,29 @@ bool evict_resume(struct client *client, struct evictor *evictor)
 		store_and_release(client, evictor, &parked->choice, moved);
 	free(parked);
 	return true;
+}
+
+void evict_abandon(struct client *client)
+{
+	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
+		struct batch_record *record = &client->record->batches[w];
+
+		if (record->phase == BATCH_FREE || record->phase == BATCH_RELEASING)
+			continue;
+		for (unsigned i = 0; i < record->page_count; i++) {
+			uint64_t page = record->pages[i];
+			struct slot slot;
+
+			if (page == BATCH_PAGE_GONE ||
+			    slot_get(client->engine->slots, &client->record->map, page, &slot) < 0 ||
+			    slot.tag != SLOT_STAGED)
+				continue;
+			client_staged_gone(client, page, slot);
+			VS_CHECK(slot_set(client->engine->slots, &client->record->map, page,
+					  (struct slot){ .tag = SLOT_POISONED }) == 0);
+			counter_add(client->engine, poisoned_pages, 1);
+		}
+	}
 }
 
 /* ---- kept copies ---- */

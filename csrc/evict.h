@@ -36,6 +36,10 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 /* Finish the batch that is parked, if its MOVE was answered. True when something was done. */
 bool evict_resume(struct client *client, struct evictor *evictor);
 
+/* Pages that are staged for good because staging cannot be read any more: their bytes are lost, and a
+ * forked relative must not take them for untouched. Poison them. The gate is held. */
+void evict_abandon(struct client *client);
+
 /* Free kept copies of at most `clusters` clusters. Returns pages whose copy was dropped. */
 unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cursor);
 

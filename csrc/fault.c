@@ -32,6 +32,7 @@
 
 #include "base.h"
 #include "engine_internal.h"
+#include "evict.h"
 #include "fill.h"
 #include "remap.h"
 #include "sys.h"
@@ -67,9 +68,10 @@ static void apply_fork(struct client *parent, int child_fd)
 
 	counter_add(engine, events_fork, 1);
 	parent->fork_pending = true;
-	while (parent->record->map.counts[SLOT_STAGED] > 0)
+	while (parent->record->map.counts[SLOT_STAGED] > 0 && !parent->evict_error)
 		pthread_cond_wait(&parent->batches_changed, &parent->gate);
-	parent->fork_pending = false;
+	if (parent->evict_error)
+		evict_abandon(parent);
 	if (client_create(engine, 0, parent->group, &child) < 0) {
 		/* Too many clients. Its memory cannot be served: every touch of a swapped page must fail
 		 * rather than read zeros, and it does not, once this descriptor is closed. Keep it. */
@@ -79,6 +81,7 @@ static void apply_fork(struct client *parent, int child_fd)
 					      .a = (uint64_t)(int64_t)-EMFILE };
 
 		engine_event_push(engine, &event);
+		parent->fork_pending = false;
 		return;
 	}
 	child->events_fd = child->record->events_fd = child_fd;
@@ -87,6 +90,7 @@ static void apply_fork(struct client *parent, int child_fd)
 	child->record->arena_bytes = parent->record->arena_bytes;
 	if (slot_map_share(engine->slots, &parent->record->map, &child->record->map) < 0)
 		VS_CHECK(!"no memory to share the slots of a forked client");
+	parent->fork_pending = false; /* from here on the parent may be buried */
 	for (size_t i = 0; i < parent->regions.count; i++) {
 		const struct range *region = &parent->regions.ranges[i];
 
