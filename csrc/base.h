@@ -31,6 +31,13 @@ _Noreturn void vs_check_failed(const char *condition, const char *file, int line
 #define VS_DCHECK(condition) ((void)sizeof(condition))
 #endif
 
+/*
+ * For what one thread writes, under some lock, and others look at without it: counters, hints, flags. A
+ * look may be out of date, never torn. What a look then leads to is decided again under the lock.
+ */
+#define READ_ONCE(variable) __atomic_load_n(&(variable), __ATOMIC_RELAXED)
+#define WRITE_ONCE(variable, value) __atomic_store_n(&(variable), (value), __ATOMIC_RELAXED)
+
 #define min_of(a, b) ((a) < (b) ? (a) : (b))
 #define max_of(a, b) ((a) > (b) ? (a) : (b))
 

@@ -80,7 +80,7 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	if (result < 0)
 		return result;
 	SCOPED_LOCK(&engine->registry);
-	while (index < CLIENTS_MAX && (engine->clients[index] || engine->state->clients[index].used))
+	while (index < CLIENTS_MAX && (engine->clients[index] || __atomic_load_n(&engine->state->clients[index].used, __ATOMIC_ACQUIRE)))
 		index++;
 	if (index == CLIENTS_MAX) {
 		close(client->wake_fd);
@@ -99,7 +99,7 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	client->record->token = engine->state->token_next++;
 	__atomic_store_n(&client->record->used, 1, __ATOMIC_RELEASE);
 	engine->clients[index] = client;
-	engine->clients_end = max_of(engine->clients_end, index + 1);
+	WRITE_ONCE(engine->clients_end, max_of(engine->clients_end, index + 1));
 	group->client_count++;
 	counter_add(engine, clients_added, 1);
 	*ret_client = client;
@@ -162,20 +162,27 @@ void client_put(struct client *client)
 
 int client_open_proc(struct client *client)
 {
+	int statm_fd;
+
 	client->pidfd = sys_pidfd(client->pid);
 	if (client->pidfd < 0)
 		return client->pidfd;
 	client->pagemap_fd = sys_open_proc(client->pid, "pagemap");
 	client->maps_fd = sys_open_proc(client->pid, "maps");
-	client->statm_fd = sys_open_proc(client->pid, "statm");
-	if (client->pagemap_fd < 0)
-		return client->pagemap_fd;
-	return client->maps_fd < 0 ? client->maps_fd : min_of(client->statm_fd, 0);
+	if (client->pagemap_fd < 0 || client->maps_fd < 0)
+		return min_of(client->pagemap_fd, client->maps_fd);
+	statm_fd = sys_open_proc(client->pid, "statm");
+	if (statm_fd < 0)
+		return statm_fd;
+	/* Last: the look thread takes it as the sign that there is something to look at. */
+	__atomic_store_n(&client->statm_fd, statm_fd, __ATOMIC_RELEASE);
+	return 0;
 }
 
 int client_make_ring(struct client *client)
 {
 	int fd = sys_memfd("vswap-ring", VSWAP_RING_BYTES, true);
+	struct vswap_ring *ring;
 	void *map;
 
 	if (fd < 0)
@@ -185,11 +192,12 @@ int client_make_ring(struct client *client)
 		close(fd);
 		return -ENOMEM;
 	}
-	client->ring = map;
+	ring = map;
+	ring->magic = VSWAP_MAGIC;
+	ring->version = VSWAP_WIRE_VERSION;
+	ring->epoch = client->engine->state->epoch;
 	client->ring_fd = client->record->ring_fd = fd;
-	client->ring->magic = VSWAP_MAGIC;
-	client->ring->version = VSWAP_WIRE_VERSION;
-	client->ring->epoch = client->engine->state->epoch;
+	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE); /* from here on it can be evicted from */
 	return 0;
 }
 
@@ -198,28 +206,28 @@ void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }
 void client_bury(struct client *client)
 {
 	struct engine *engine = client->engine;
-	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_GONE, .pid = client->pid,
+	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_GONE, .pid = READ_ONCE(client->pid),
 				      .group = client->group->number, .a = client->record->token };
 
 	pthread_mutex_lock(&client->gate);
 	/* A forked child is about to share these slots, and would find none: the look thread comes again. */
-	if (client->dead || client->fork_pending) {
+	if (READ_ONCE(client->dead) || client->fork_pending) {
 		pthread_mutex_unlock(&client->gate);
 		return;
 	}
 	__atomic_store_n(&client->stopping, true, __ATOMIC_RELEASE);
-	client->dead = client->agent_gone = true;
+	__atomic_store_n(&client->dead, true, __ATOMIC_SEQ_CST);
+	WRITE_ONCE(client->agent_gone, true);
 	slot_map_clear(engine->slots, &client->record->map, 0, 2 * ADDRESS_PAGES_MAX, client_staged_gone,
 		       client_free_copy, client);
 	range_set_clear(&client->regions);
 	client->deferred_count = 0;
 	if (client->waiting)
 		__atomic_fetch_sub(&client->group->waiting, 1, __ATOMIC_RELAXED);
-	client->waiting = false;
+	WRITE_ONCE(client->waiting, false);
 	if (client->parked)
 		__atomic_fetch_sub(&client->group->parked, 1, __ATOMIC_RELAXED);
-	group_uncharge(client->group, (uint64_t)max_of(client->resident_pages, 0));
-	client->resident_pages = 0;
+	client_set_resident(client, 0);
 	client_metadata_changed(client);
 	group_pool_changed(client->group);
 	pthread_cond_broadcast(&client->batches_changed);
@@ -237,9 +245,16 @@ void client_bury(struct client *client)
 	client_put(client); /* the registry's reference */
 }
 
+void client_set_resident(struct client *client, int64_t pages)
+{
+	int64_t old = __atomic_exchange_n(&client->resident_pages, pages, __ATOMIC_SEQ_CST);
+
+	__atomic_fetch_add(&client->group->resident_pages, pages - old, __ATOMIC_RELAXED);
+}
+
 void client_metadata_changed(struct client *client)
 {
-	int64_t bytes = (int64_t)slot_map_metadata_bytes(client->engine->slots, &client->record->map);
+	int64_t bytes = (int64_t)slot_map_metadata_bytes(&client->record->map);
 
 	if (bytes == client->metadata_seen)
 		return;
@@ -297,7 +312,7 @@ void client_cold_push(struct client *client, uint64_t cluster_number)
 		if (client->cold_count > 2 * client->record->map.cluster_count + COLD_MIN) {
 			client->cold_first = (client->cold_first + client->cold_count / 2) %
 					     client->cold_capacity;
-			client->cold_count -= client->cold_count / 2;
+			WRITE_ONCE(client->cold_count, client->cold_count - client->cold_count / 2);
 		} else {
 			ring = malloc(capacity * sizeof *ring);
 			if (!ring)
@@ -305,13 +320,13 @@ void client_cold_push(struct client *client, uint64_t cluster_number)
 			for (unsigned i = 0; i < client->cold_count; i++)
 				ring[i] = client->cold[(client->cold_first + i) % client->cold_capacity];
 			free(client->cold);
-	free(client->parked);
 			client->cold = ring;
 			client->cold_first = 0;
 			client->cold_capacity = capacity;
 		}
 	}
-	client->cold[(client->cold_first + client->cold_count++) % client->cold_capacity] = cluster_number;
+	client->cold[(client->cold_first + client->cold_count) % client->cold_capacity] = cluster_number;
+	WRITE_ONCE(client->cold_count, client->cold_count + 1);
 }
 
 bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number)
@@ -320,7 +335,7 @@ bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number)
 		return false;
 	*ret_cluster_number = client->cold[client->cold_first];
 	client->cold_first = (client->cold_first + 1) % client->cold_capacity;
-	client->cold_count--;
+	WRITE_ONCE(client->cold_count, client->cold_count - 1);
 	return true;
 }
 

@@ -156,11 +156,15 @@ void client_put(struct client *client);
 /* Open /proc files and pidfd of client->pid. 0 or -errno. */
 int client_open_proc(struct client *client);
 int client_make_ring(struct client *client);
-int client_start(struct client *client); /* fault threads */
+/* Fault threads, unless they run already. The gate is held. 0 or -EAGAIN. */
+int client_start(struct client *client);
 void client_wake(struct client *client); /* its fault threads look at deferred faults */
 
 /* Its address space is gone: free all it held. Idempotent. */
 void client_bury(struct client *client);
+
+/* Its resident pages, for itself and for its group. Any thread. */
+void client_set_resident(struct client *client, int64_t pages);
 
 /* Memory of the slot map changed: tell the group. Gate held. */
 void client_metadata_changed(struct client *client);

@@ -96,7 +96,7 @@ void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const
 	deadline.tv_sec += deadline.tv_nsec / 1000000000L;
 	deadline.tv_nsec %= 1000000000L;
 	SCOPED_LOCK(&engine->work_lock);
-	while (*seen == *requests && !engine->stopping)
+	while (*seen == *requests && !READ_ONCE(engine->stopping))
 		if (pthread_cond_clockwait(work, &engine->work_lock, CLOCK_MONOTONIC, &deadline) != 0)
 			break;
 	*seen = *requests;
@@ -111,7 +111,7 @@ void engine_room_made(struct engine *engine, struct group *group)
 	for (unsigned i = 0; i < engine->clients_end; i++) {
 		struct client *client = engine->clients[i];
 
-		if (client && client->group == group && client->waiting)
+		if (client && client->group == group && READ_ONCE(client->waiting))
 			client_wake(client);
 	}
 }
@@ -209,7 +209,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 
 static void destroy_clients(struct engine *engine)
 {
-	for (unsigned i = 0; i < engine->clients_end; i++) {
+	for (unsigned i = 0; i < READ_ONCE(engine->clients_end); i++) {
 		struct client *client = client_get_index(engine, i);
 
 		if (!client)
@@ -218,8 +218,8 @@ static void destroy_clients(struct engine *engine)
 		client_put(client);
 	}
 	/* Fault threads hold the last references. */
-	for (unsigned i = 0; i < CLIENTS_MAX; i++)
-		while (__atomic_load_n(&engine->state->clients[i].used, __ATOMIC_ACQUIRE) && i < engine->clients_end)
+	for (unsigned i = 0; i < engine->clients_end; i++)
+		while (__atomic_load_n(&engine->state->clients[i].used, __ATOMIC_ACQUIRE))
 			sys_sleep_ms(1);
 }
 
@@ -428,7 +428,8 @@ int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t toke
 	if (client->dead || client->pid != 0 || client->events_fd < 0)
 		result = -EPERM;
 	if (result == 0) {
-		client->pid = client->record->pid = pid;
+		WRITE_ONCE(client->pid, pid);
+		client->record->pid = pid;
 		result = client_open_proc(client);
 	}
 	if (result == 0)
@@ -437,7 +438,8 @@ int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t toke
 		*ret_ring_fd = client->ring_fd;
 		*ret_userfaultfd = client->events_fd;
 	} else if (result != -EPERM) {
-		client->pid = client->record->pid = 0; /* nobody yet; the look thread finds its end */
+		WRITE_ONCE(client->pid, 0);
+		client->record->pid = 0; /* nobody yet; the look thread finds its end */
 	}
 	pthread_mutex_unlock(&client->gate);
 	client_put(client);
@@ -532,13 +534,11 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 	result = arm_descriptors(client, arena, !forked);
 	if (result == 0) {
 		store_arena(client, arena);
-		client->size_pages_seen = 0; /* look at its mappings again */
+		WRITE_ONCE(client->size_pages_seen, 0); /* look at its mappings again */
 	}
-	pthread_mutex_unlock(&client->gate);
-	if (result == 0 && !client->serving) {
+	if (result == 0)
 		result = client_start(client);
-		client->serving = result == 0;
-	}
+	pthread_mutex_unlock(&client->gate);
 	engine_kick_look(engine);
 	client_put(client);
 	return result;
@@ -575,16 +575,6 @@ int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
 	return 0;
 }
 
-static uint64_t swapped_pages(const struct slot_map *map)
-{
-	uint64_t pages = 0;
-
-	for (int tag = 0; tag < SLOT_TAG_COUNT; tag++)
-		if (slot_is_swapped((enum slot_tag)tag))
-			pages += map->counts[tag];
-	return pages;
-}
-
 /* Hand the fault threads synthetic faults for swapped pages of the next clusters. The gate is held. */
 static void ask_for_pages(struct client *client, uint64_t *cursor)
 {
@@ -614,7 +604,7 @@ int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
 		return -ESRCH;
 	for (;;) {
 		pthread_mutex_lock(&client->gate);
-		pages = swapped_pages(&client->record->map);
+		pages = slot_map_swapped_pages(&client->record->map);
 		if (client->dead)
 			result = -ESRCH;
 		else if (group_room_bytes(client->group) + (int64_t)group_reserve_bytes(client->group) <
@@ -645,21 +635,21 @@ int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
 
 static uint64_t client_pool_pages(const struct slot_map *map)
 {
-	return map->counts[SLOT_POOL] + map->counts[SLOT_INDIRECT];
+	return slot_map_count(map, SLOT_POOL) + slot_map_count(map, SLOT_INDIRECT);
 }
 
 static void add_client(struct engine_statistics *statistics, const struct client *client)
 {
 	const struct slot_map *map = &client->record->map;
 
-	statistics->zero_pages += map->counts[SLOT_ZERO];
-	statistics->same_pages += map->counts[SLOT_SAME];
+	statistics->zero_pages += slot_map_count(map, SLOT_ZERO);
+	statistics->same_pages += slot_map_count(map, SLOT_SAME);
 	statistics->pool_pages += client_pool_pages(map);
-	statistics->spill_pages += map->counts[SLOT_SPILL];
-	statistics->staged_pages += map->counts[SLOT_STAGED];
-	statistics->poisoned_pages += map->counts[SLOT_POISONED];
-	statistics->kept_pages += map->counts[SLOT_KEPT_POOL] + map->counts[SLOT_KEPT_SPILL];
-	statistics->resident_bytes += (uint64_t)max_of(client->resident_pages, 0) * PAGE_BYTES;
+	statistics->spill_pages += slot_map_count(map, SLOT_SPILL);
+	statistics->staged_pages += slot_map_count(map, SLOT_STAGED);
+	statistics->poisoned_pages += slot_map_count(map, SLOT_POISONED);
+	statistics->kept_pages += slot_map_count(map, SLOT_KEPT_POOL) + slot_map_count(map, SLOT_KEPT_SPILL);
+	statistics->resident_bytes += (uint64_t)max_of(READ_ONCE(client->resident_pages), 0) * PAGE_BYTES;
 }
 
 static void add_storage(struct engine *engine, struct engine_statistics *statistics)
@@ -731,9 +721,9 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		record.pool_limit_bytes = group->pool_limit_bytes;
 		record.usage_bytes = group_usage_bytes(group);
 		record.usage_bytes_max = group->usage_bytes_max;
-		record.resident_bytes = (uint64_t)max_of(group->resident_pages, 0) * PAGE_BYTES;
+		record.resident_bytes = (uint64_t)max_of(READ_ONCE(group->resident_pages), 0) * PAGE_BYTES;
 		record.unmanaged_bytes = group->unmanaged_bytes;
-		record.pool_bytes = group->pool_bytes;
+		record.pool_bytes = READ_ONCE(group->pool_bytes);
 		record.metadata_bytes = (uint64_t)max_of(group->metadata_bytes, 0);
 		record.swapped_pages_max = group->swapped_pages_max;
 		record.client_count = group->client_count;
@@ -741,8 +731,8 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		for (unsigned i = 0; i < engine->clients_end; i++)
 			if (engine->clients[i] && engine->clients[i]->group == group) {
 				record.swapped_pages +=
-					swapped_pages(&engine->clients[i]->record->map);
-				record.managed_count += engine->clients[i]->registered;
+					slot_map_swapped_pages(&engine->clients[i]->record->map);
+				record.managed_count += READ_ONCE(engine->clients[i]->registered);
 			}
 		records[count - 1] = record;
 	}
@@ -765,18 +755,18 @@ int engine_client_list(struct engine *engine, struct engine_client_statistics *r
 			.token = client->record->token,
 			.pid = client->pid,
 			.group = client->group->number,
-			.resident_bytes = (uint64_t)max_of(client->resident_pages, 0) * PAGE_BYTES,
-			.swapped_pages = swapped_pages(map),
-			.zero_pages = map->counts[SLOT_ZERO],
-			.same_pages = map->counts[SLOT_SAME],
+			.resident_bytes = (uint64_t)max_of(READ_ONCE(client->resident_pages), 0) * PAGE_BYTES,
+			.swapped_pages = slot_map_swapped_pages(map),
+			.zero_pages = slot_map_count(map, SLOT_ZERO),
+			.same_pages = slot_map_count(map, SLOT_SAME),
 			.pool_pages = client_pool_pages(map),
-			.spill_pages = map->counts[SLOT_SPILL],
-			.kept_pages = map->counts[SLOT_KEPT_POOL] + map->counts[SLOT_KEPT_SPILL],
-			.metadata_bytes = slot_map_metadata_bytes(engine->slots, map),
+			.spill_pages = slot_map_count(map, SLOT_SPILL),
+			.kept_pages = slot_map_count(map, SLOT_KEPT_POOL) + slot_map_count(map, SLOT_KEPT_SPILL),
+			.metadata_bytes = slot_map_metadata_bytes(map),
 			.faults = client->faults,
 			.evicted_pages = client->evicted_pages,
 			.region_count = (uint32_t)client->regions.count,
-			.registered = client->registered,
+			.registered = READ_ONCE(client->registered),
 		};
 	}
 	return count;
@@ -818,7 +808,7 @@ int engine_is_valid(struct engine *engine)
 {
 	int result = 0;
 
-	for (unsigned i = 0; i < engine->clients_end; i++) {
+	for (unsigned i = 0; i < READ_ONCE(engine->clients_end); i++) {
 		struct client *client = client_get_index(engine, i);
 
 		if (!client)

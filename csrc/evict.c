@@ -276,7 +276,7 @@ static void note_answer(struct client *client, const struct choice *choice, uint
 		if (error == EAGAIN)
 			counter_add(client->engine, evict_again, 1);
 		else if (error)
-			client->size_pages_seen = 0; /* mappings are not as we know: discover again */
+			WRITE_ONCE(client->size_pages_seen, 0); /* mappings are not as we know: discover again */
 	}
 	counter_add(client->engine, evict_busy, result->busy);
 }
@@ -313,7 +313,7 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 	uint64_t moved = 0;
 
 	if (staged_mask(client, choice, &moved) < 0) {
-		client->evict_error = ESRCH;
+		WRITE_ONCE(client->evict_error, ESRCH);
 		pthread_cond_broadcast(&client->batches_changed);
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
@@ -339,7 +339,7 @@ static int park(struct client *client, const struct choice *choice, uint32_t num
 
 	VS_CHECK(parked);
 	*parked = (struct parked_batch){ *choice, number };
-	client->parked = parked;
+	WRITE_ONCE(client->parked, parked);
 	__atomic_fetch_add(&client->group->parked, 1, __ATOMIC_RELAXED);
 	return -EAGAIN;
 }
@@ -445,7 +445,7 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 	if (client->populated_address == left.command.runs[0].address)
 		return;
 	client->populated_address = client->hand = left.command.runs[0].address;
-	client->pss = true; /* a fork that we did not see, before we managed it */
+	WRITE_ONCE(client->pss, true); /* a fork that we did not see, before we managed it */
 	client->populate_number = client_post(client, &left.command);
 	client->populating = true;
 	counter_add(client->engine, populated_pages, choice->page_count);
@@ -473,7 +473,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	pthread_mutex_lock(&client->gate);
 	if (result < 0 && !client->dead) {
 		/* Still in staging, served from there if at all possible; never touched again by us. */
-		client->evict_error = -result;
+		WRITE_ONCE(client->evict_error, -result);
 		pthread_cond_broadcast(&client->batches_changed);
 	} else if (!client->dead) {
 		settle_batch(client, choice, &stored);
@@ -501,7 +501,7 @@ static int may_evict(struct client *client)
 {
 	if (client->dead)
 		return -ESRCH;
-	if (client->agent_gone || client->evict_error || !client->ring)
+	if (READ_ONCE(client->agent_gone) || client->evict_error || !client->ring)
 		return -EPIPE;
 	if (client->populating && client_is_answered(client, client->populate_number))
 		client->populating = false;
@@ -567,7 +567,7 @@ bool evict_resume(struct client *client, struct evictor *evictor)
 		pthread_mutex_unlock(&client->gate);
 		return false;
 	}
-	client->parked = NULL;
+	WRITE_ONCE(client->parked, NULL);
 	__atomic_fetch_sub(&client->group->parked, 1, __ATOMIC_RELAXED);
 	(void)finish_move(client, &parked->choice, parked->number, &moved);
 	pthread_mutex_unlock(&client->gate);
@@ -611,7 +611,7 @@ unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cur
 	uint64_t first;
 
 	SCOPED_LOCK(&client->gate);
-	if (map->counts[SLOT_KEPT_POOL] == 0)
+	if (slot_map_count(map, SLOT_KEPT_POOL) == 0)
 		return 0;
 	while (clusters-- > 0 && slot_map_next(space, map, cursor, &first)) {
 		for (unsigned i = 0; i < CLUSTER_PAGES; i++) {

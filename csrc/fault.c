@@ -68,7 +68,7 @@ static void apply_fork(struct client *parent, int child_fd)
 
 	counter_add(engine, events_fork, 1);
 	parent->fork_pending = true;
-	while (parent->record->map.counts[SLOT_STAGED] > 0 && !parent->evict_error)
+	while (slot_map_count(&parent->record->map, SLOT_STAGED) > 0 && !parent->evict_error)
 		pthread_cond_wait(&parent->batches_changed, &parent->gate);
 	if (parent->evict_error)
 		evict_abandon(parent);
@@ -108,12 +108,13 @@ static void apply_fork(struct client *parent, int child_fd)
 	memcpy(child->remaps, parent->remaps, sizeof child->remaps);
 	child->remap_count = parent->remap_count;
 	remap_settle(child);
-	child->registered = parent->registered;
-	parent->pss = child->pss = true;
+	WRITE_ONCE(child->registered, parent->registered);
+	WRITE_ONCE(parent->pss, true);
+	WRITE_ONCE(child->pss, true);
 	pthread_mutex_lock(&child->gate);
 	client_metadata_changed(child);
+	(void)client_start(child);
 	pthread_mutex_unlock(&child->gate);
-	child->serving = client_start(child) == 0;
 	client_put(child);
 }
 
@@ -162,7 +163,7 @@ static void answer_deferred(struct client *client, struct fill_scratch *scratch)
 		return;
 	memcpy(faults, client->deferred, count * sizeof *faults);
 	client->deferred_count = 0;
-	client->retry_soon = false;
+	WRITE_ONCE(client->retry_soon, false);
 	for (unsigned i = 0; i < count; i++)
 		answer(client, scratch, &faults[i]);
 }
@@ -191,7 +192,7 @@ static void set_waiting(struct client *client)
 
 	if (waiting == client->waiting)
 		return;
-	client->waiting = waiting;
+	WRITE_ONCE(client->waiting, waiting);
 	__atomic_fetch_add(&client->group->waiting, waiting ? 1 : -1, __ATOMIC_RELAXED);
 	if (waiting) {
 		counter_add(client->engine, faults_deferred, client->deferred_count);
@@ -263,7 +264,7 @@ static void pin_to_cpu(unsigned cpu)
 
 struct worker_start {
 	struct client *client;
-	unsigned number;
+	unsigned number, count;
 };
 
 void *fault_thread_main(void *argument)
@@ -276,7 +277,7 @@ void *fault_thread_main(void *argument)
 	scratch.pages = mmap(NULL, FILL_PAGES_MAX * PAGE_BYTES, PROT_READ | PROT_WRITE,
 			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	VS_CHECK(scratch.pages != MAP_FAILED);
-	if (client->worker_count > 1)
+	if (start.count > 1)
 		pin_to_cpu(start.number % client->engine->cpu_count);
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
 		bool shut;
@@ -301,24 +302,28 @@ int client_start(struct client *client)
 	pthread_attr_t attributes;
 	unsigned want = min_of(client->engine->cpu_count, (uint32_t)WORKERS_MAX);
 
+	if (client->serving)
+		return 0;
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, 128 * 1024);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-	client->worker_count = want;
 	for (unsigned i = 0; i < want; i++) {
 		struct worker_start *start = malloc(sizeof *start);
 
 		if (!start)
 			break;
-		*start = (struct worker_start){ client, i };
+		*start = (struct worker_start){ client, i, want };
 		client_get_index(client->engine, client->index);
 		if (pthread_create(&client->workers[i], &attributes, fault_thread_main, start) != 0) {
 			free(start);
 			client_put(client);
-			pthread_attr_destroy(&attributes);
-			return i ? 0 : -EAGAIN;
+			break;
 		}
+		client->worker_count = i + 1;
 	}
 	pthread_attr_destroy(&attributes);
+	if (client->worker_count == 0)
+		return -EAGAIN;
+	__atomic_store_n(&client->serving, true, __ATOMIC_RELEASE);
 	return 0;
 }

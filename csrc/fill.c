@@ -113,12 +113,12 @@ static enum fill_result unfilled(struct client *client, enum fill_outcome outcom
 		return FILL_ANSWERED;
 	case FILL_AGAIN:
 		counter_add(client->engine, fill_retries, 1);
-		client->retry_soon = true;
+		WRITE_ONCE(client->retry_soon, true);
 		return FILL_DEFER;
 	default:
 		/* ENOMEM: the client's cgroup or the machine. BROKEN: nothing known; trying again
 		 * loses nothing, and the thread waits rather than reads a wrong byte. */
-		client->retry_soon = true;
+		WRITE_ONCE(client->retry_soon, true);
 		return FILL_DEFER;
 	}
 }
@@ -646,7 +646,7 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 	if (fault->page == page_of(record->beacon))
 		return fill_beacon(client, scratch);
 	if (client->remap_count > 0 && remap_is_waiting(client, fault->page)) {
-		client->retry_soon = true;
+		WRITE_ONCE(client->retry_soon, true);
 		return FILL_DEFER;
 	}
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)

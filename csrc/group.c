@@ -50,14 +50,14 @@ void group_uncharge(struct group *group, uint64_t pages)
 
 uint64_t group_register_bytes(const struct group *group)
 {
-	uint64_t limit = group->limit_bytes;
+	uint64_t limit = READ_ONCE(group->limit_bytes);
 
 	return min_of(max_of(limit / 16, 12 * MIB), limit / 3);
 }
 
 uint64_t group_reserve_bytes(const struct group *group)
 {
-	uint64_t limit = group->limit_bytes;
+	uint64_t limit = READ_ONCE(group->limit_bytes);
 
 	return min_of(max_of(limit / 64, 1 * MIB), 8 * MIB);
 }
@@ -65,8 +65,8 @@ uint64_t group_reserve_bytes(const struct group *group)
 uint64_t group_pool_cap_bytes(const struct group *group)
 {
 	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
-	uint32_t mean = min_of(max_of(group->pool_percent, 60u), 95u);
-	uint64_t cap = group->limit_bytes / 100 * (80 - (mean - 60) * 2);
+	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
+	uint64_t cap = READ_ONCE(group->limit_bytes) / 100 * (80 - (mean - 60) * 2);
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
 }
@@ -78,8 +78,9 @@ void group_pool_changed(struct group *group)
 	pool_statistics(group->pool, &statistics);
 	__atomic_store_n(&group->pool_bytes, statistics.bytes, __ATOMIC_RELAXED);
 	if (statistics.object_count > 1024)
-		group->pool_percent = (uint32_t)(statistics.object_bytes * 100 / PAGE_BYTES /
-						 statistics.object_count);
+		WRITE_ONCE(group->pool_percent,
+			   (uint32_t)(statistics.object_bytes * 100 / PAGE_BYTES /
+				      statistics.object_count));
 	note_usage(group);
 }
 
@@ -87,7 +88,7 @@ bool group_keeps_copies(const struct group *group)
 {
 	uint64_t pool_bytes = __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);
 
-	return group->stream_percent >= 40 && pool_bytes < group_pool_cap_bytes(group);
+	return READ_ONCE(group->stream_percent) >= 40 && pool_bytes < group_pool_cap_bytes(group);
 }
 
 void group_note_stream(struct group *group, bool streaming)

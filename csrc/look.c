@@ -115,7 +115,7 @@ void look_discover(struct client *client)
 		if (start < mapping.end)
 			bytes += register_region(client, start, mapping.end, mapping.executable ? 1 : 0);
 	}
-	client->registered = true;
+	WRITE_ONCE(client->registered, true);
 	if (first) {
 		struct engine_event event = { .kind = ENGINE_EVENT_REGISTERED, .pid = client->pid,
 					      .group = client->group->number,
@@ -127,26 +127,28 @@ void look_discover(struct client *client)
 
 /* ---- sizes ---- */
 
-static void set_resident(struct client *client, uint64_t pages)
+static void set_resident(struct client *client, int64_t pages)
 {
-	int64_t old = __atomic_exchange_n(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
-
-	__atomic_fetch_add(&client->group->resident_pages, (int64_t)pages - old, __ATOMIC_RELAXED);
+	client_set_resident(client, pages);
+	/* Buried since its size was read: what was just added would stay with the group for ever. */
+	if (__atomic_load_n(&client->dead, __ATOMIC_SEQ_CST))
+		client_set_resident(client, 0);
 }
 
 /* One look at one client. Returns its VmSize in pages, 0 when it cannot be seen. */
 static uint64_t look_at_size(struct client *client, uint64_t now)
 {
 	uint64_t size = 0, resident, pss_bytes;
+	int statm_fd = __atomic_load_n(&client->statm_fd, __ATOMIC_ACQUIRE);
 
-	if (client->statm_fd < 0 || sys_statm(client->statm_fd, &size, &resident) < 0)
+	if (statm_fd < 0 || sys_statm(statm_fd, &size, &resident) < 0)
 		return 0;
-	if (!client->pss) {
-		set_resident(client, resident);
+	if (!READ_ONCE(client->pss)) {
+		set_resident(client, (int64_t)resident);
 	} else if (now >= client->pss_next_ns) {
 		/* Pages shared with forked relatives count once in all: what the kernel calls Pss. */
 		if (sys_pss_anonymous(client->pid, &pss_bytes) == 0)
-			set_resident(client, pss_bytes / PAGE_BYTES);
+			set_resident(client, (int64_t)(pss_bytes / PAGE_BYTES));
 		client->pss_next_ns = now + PSS_INTERVAL_NS + resident * PSS_PAGE_NS;
 	}
 	return size;
@@ -154,22 +156,25 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 
 static void look_at_client(struct client *client, uint64_t now, bool near)
 {
-	uint64_t size = client->dead ? 0 : look_at_size(client, now);
+	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
+	uint64_t size = READ_ONCE(client->dead) ? 0 : look_at_size(client, now);
 
 	/* Not to be seen, or nobody would tell us: is its address space still there? */
-	if ((size == 0 || client->agent_gone) && client->serving && !client->dead &&
+	if ((size == 0 || READ_ONCE(client->agent_gone)) && serving && !READ_ONCE(client->dead) &&
 	    sys_userfaultfd_is_gone(client->events_fd))
 		client_bury(client);
-	if (size == 0 || client->dead || !client->serving || !client->ring)
+	if (size == 0 || READ_ONCE(client->dead) || !serving ||
+	    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 		return;
-	if (!client->registered && !near)
+	if (!READ_ONCE(client->registered) && !near)
 		return;
-	if (!client->registered || size != client->size_pages_seen || now >= client->discover_next_ns) {
+	if (!READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
+	    now >= client->discover_next_ns) {
 		SCOPED_LOCK(&client->gate);
 		if (client->dead || client->parked)
 			return;
 		look_discover(client);
-		client->size_pages_seen = size;
+		WRITE_ONCE(client->size_pages_seen, size);
 		client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
 	}
 }
@@ -202,9 +207,7 @@ static void note_maxima(struct engine *engine)
 			continue;
 		for (unsigned i = 0; i < engine->clients_end; i++)
 			if (engine->clients[i] && engine->clients[i]->group == group)
-				for (int tag = SLOT_ZERO; tag <= SLOT_INDIRECT; tag++)
-					if (slot_is_swapped((enum slot_tag)tag))
-						swapped += engine->clients[i]->record->map.counts[tag];
+				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);
 		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped);
 	}
 }
@@ -213,13 +216,13 @@ static uint64_t look_at_all(struct engine *engine)
 {
 	uint64_t now = sys_now_ns(), next_ms = LOOK_MS_MAX;
 
-	for (unsigned i = 0; i < engine->clients_end; i++) {
+	for (unsigned i = 0; i < READ_ONCE(engine->clients_end); i++) {
 		struct client *client = client_get_index(engine, i);
 
 		if (!client)
 			continue;
 		look_at_client(client, now, is_near(client->group));
-		if (client->parked)
+		if (READ_ONCE(client->parked))
 			engine_kick_evictors(engine);
 		next_ms = min_of(next_ms, interval_ms(client->group));
 		if (group_room_bytes(client->group) < (int64_t)group_reserve_bytes(client->group))

@@ -28,6 +28,7 @@
 #define IDLE_MS 100
 #define TORTURE_PAUSE_MS 1
 #define BATCHES_A_TURN 16
+#define CLIENTS_A_TURN 16
 
 /* ---- choosing ---- */
 
@@ -62,9 +63,10 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 }
 
 /* The group's clients that can be evicted from, largest first, with a reference each. */
-static unsigned pick_clients(struct engine *engine, struct group *group, struct client **clients,
-			     unsigned max)
+static unsigned pick_clients(struct engine *engine, struct group *group,
+			     struct client *clients[static CLIENTS_A_TURN])
 {
+	int64_t sizes[CLIENTS_A_TURN], resident;
 	unsigned count = 0;
 
 	SCOPED_LOCK(&engine->registry);
@@ -72,15 +74,21 @@ static unsigned pick_clients(struct engine *engine, struct group *group, struct 
 		struct client *client = engine->clients[i];
 		unsigned at;
 
-		if (!client || client->group != group || !client->registered || client->dead ||
-		    client->agent_gone || client->evict_error || !client->ring)
+		if (!client || client->group != group || !READ_ONCE(client->registered) ||
+		    READ_ONCE(client->dead) || READ_ONCE(client->agent_gone) ||
+		    READ_ONCE(client->evict_error) ||
+		    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 			continue;
-		if (count == max && clients[max - 1]->resident_pages >= client->resident_pages)
+		resident = READ_ONCE(client->resident_pages);
+		if (count == CLIENTS_A_TURN && sizes[count - 1] >= resident)
 			continue;
-		if (count == max)
+		if (count == CLIENTS_A_TURN)
 			clients[--count]->references--;
-		for (at = count; at > 0 && clients[at - 1]->resident_pages < client->resident_pages; at--)
+		for (at = count; at > 0 && sizes[at - 1] < resident; at--) {
 			clients[at] = clients[at - 1];
+			sizes[at] = sizes[at - 1];
+		}
+		sizes[at] = resident;
 		clients[at] = client;
 		client->references++;
 		count++;
@@ -93,14 +101,20 @@ static unsigned pick_clients(struct engine *engine, struct group *group, struct 
 static struct client *largest_client(struct engine *engine, struct group *group)
 {
 	struct client *largest = NULL;
+	int64_t most = 0, resident;
 
 	SCOPED_LOCK(&engine->registry);
 	for (unsigned i = 0; i < engine->clients_end; i++) {
 		struct client *client = engine->clients[i];
 
-		if (client && client->group == group && client->pid > 0 && !client->dead &&
-		    (!largest || client->resident_pages > largest->resident_pages))
+		if (!client || client->group != group || READ_ONCE(client->pid) <= 0 ||
+		    READ_ONCE(client->dead))
+			continue;
+		resident = READ_ONCE(client->resident_pages);
+		if (!largest || resident > most) {
 			largest = client;
+			most = resident;
+		}
 	}
 	if (largest)
 		largest->references++;
@@ -117,7 +131,7 @@ static void kill_largest(struct engine *engine, struct group *group)
 	event.pid = client->pid;
 	event.a = group_usage_bytes(group);
 	event.b = group->limit_bytes;
-	event.c = (uint64_t)max_of(client->resident_pages, 0) * PAGE_BYTES;
+	event.c = (uint64_t)max_of(READ_ONCE(client->resident_pages), 0) * PAGE_BYTES;
 	counter_add(engine, out_of_memory_kills, 1);
 	engine_event_push(engine, &event);
 	(void)syscall(SYS_pidfd_send_signal, client->pidfd, SIGKILL, NULL, 0);
@@ -153,19 +167,19 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 	static __thread uint64_t cursor;
 	uint64_t cap = group_pool_cap_bytes(group);
 
-	if (group->pool_bytes + POOL_SLAB_BYTES <= cap)
+	if (READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap)
 		return true;
 	if (writeback_is_possible(engine, group)) {
 		engine_kick_writer(engine);
 		sys_sleep_ms(1);
-		return group->pool_bytes + POOL_SLAB_BYTES <= cap;
+		return READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap;
 	}
 	if (evict_drop_kept(client, 64, &cursor) == 0)
 		cursor = 0;
 	group_pool_changed(group);
 	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */
-	return group->pool_limit_bytes == 0 || group->pool_bytes + POOL_SLAB_BYTES <= cap;
+	return group->pool_limit_bytes == 0 || READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap;
 }
 
 static uint64_t torture_hand(const struct client *client)
@@ -210,15 +224,15 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 
 static void reclaim_group(struct engine *engine, struct group *group, struct evictor *evictor)
 {
-	struct client *clients[16];
-	unsigned count = pick_clients(engine, group, clients, 16);
+	struct client *clients[CLIENTS_A_TURN];
+	unsigned count = pick_clients(engine, group, clients);
 	uint64_t pages = 0, progress = __atomic_load_n(&group->progress, __ATOMIC_RELAXED);
 	/* After a second without room even pages filled a moment ago must go. */
-	bool desperate = group->stuck_since_ns &&
-			 sys_now_ns() - group->stuck_since_ns > OUT_OF_MEMORY_NS / 3;
+	uint64_t stuck_since_ns = READ_ONCE(group->stuck_since_ns);
+	bool desperate = stuck_since_ns && sys_now_ns() - stuck_since_ns > OUT_OF_MEMORY_NS / 3;
 
 	for (unsigned i = 0; i < count; i++) {
-		if (group->parked)
+		if (READ_ONCE(group->parked) > 0)
 			(void)evict_resume(clients[i], evictor);
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
 			pages += evict_from(engine, group, clients[i], evictor, desperate);

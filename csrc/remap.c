@@ -105,7 +105,7 @@ void remap_unmap(struct client *client, uint64_t start, uint64_t end)
 	bool armed = is_armed(client, start, end);
 
 	regions_remove(client, start, end);
-	client->size_pages_seen = 0; /* what comes in its place may be just as large */
+	WRITE_ONCE(client->size_pages_seen, 0); /* what comes in its place may be just as large */
 	for (unsigned i = 0; !armed && i < client->remap_count;) {
 		struct waiting_remap *remap = &client->remaps[i];
 		uint64_t first = max_of(start, remap->to), last = min_of(end, remap->to + remap->bytes);

@@ -56,7 +56,7 @@ struct slot_space {
 	uint32_t free_cluster; /* head of the free list, linked through words[0]; 0: empty */
 	uint32_t free_shared;
 	uint64_t free_index[INDEX_LOG2_MAX + 1]; /* offset + 1 of a free block, linked through its first word */
-	uint64_t cluster_live, shared_live, index_bytes;
+	uint64_t metadata_bytes; /* clusters, shared slots and indexes in use; atomic */
 	uint64_t shared_spill_pages;
 };
 
@@ -185,14 +185,19 @@ void slot_space_destroy(struct slot_space *space)
 
 static struct cluster *cluster_at(const struct slot_space *space, uint32_t id)
 {
-	VS_CHECK(id != 0 && (uint64_t)id * sizeof(struct cluster) < space->clusters.used);
+	VS_CHECK(id != 0 && (uint64_t)id * sizeof(struct cluster) < READ_ONCE(space->clusters.used));
 	return (struct cluster *)(space->clusters.base) + id;
 }
 
 static struct shared_slot *shared_at(const struct slot_space *space, uint64_t index)
 {
-	VS_CHECK(index != 0 && index * sizeof(struct shared_slot) < space->shared.used);
+	VS_CHECK(index != 0 && index * sizeof(struct shared_slot) < READ_ONCE(space->shared.used));
 	return (struct shared_slot *)(space->shared.base) + index;
+}
+
+static void metadata_change(struct slot_space *space, int64_t by)
+{
+	__atomic_fetch_add(&space->metadata_bytes, (uint64_t)by, __ATOMIC_RELAXED);
 }
 
 static uint32_t cluster_alloc(struct slot_space *space)
@@ -209,13 +214,13 @@ static uint32_t cluster_alloc(struct slot_space *space)
 
 		if (area_reserve(&space->clusters, next + sizeof *cluster) != 0)
 			return 0;
-		space->clusters.used = next + sizeof *cluster;
+		WRITE_ONCE(space->clusters.used, next + sizeof *cluster);
 		id = (uint32_t)(next / sizeof *cluster);
 		cluster = cluster_at(space, id);
 	}
 	memset(cluster, 0, sizeof *cluster);
 	cluster->share = 1;
-	space->cluster_live++;
+	metadata_change(space, sizeof *cluster);
 	return id;
 }
 
@@ -230,7 +235,7 @@ static void cluster_free(struct slot_space *space, uint32_t id)
 	cluster->live = 0;
 	cluster->was_shared = 0;
 	space->free_cluster = id;
-	space->cluster_live--;
+	metadata_change(space, -(int64_t)sizeof *cluster);
 }
 
 static uint64_t shared_alloc(struct slot_space *space)
@@ -245,10 +250,10 @@ static uint64_t shared_alloc(struct slot_space *space)
 
 		if (area_reserve(&space->shared, next + sizeof(struct shared_slot)) != 0)
 			return 0;
-		space->shared.used = next + sizeof(struct shared_slot);
+		WRITE_ONCE(space->shared.used, next + sizeof(struct shared_slot));
 		index = next / sizeof(struct shared_slot);
 	}
-	space->shared_live++;
+	metadata_change(space, sizeof(struct shared_slot));
 	return index;
 }
 
@@ -260,13 +265,12 @@ static void shared_release(struct slot_space *space, uint64_t index)
 	shared->count = 0;
 	shared->word = space->free_shared;
 	space->free_shared = (uint32_t)index;
-	space->shared_live--;
+	metadata_change(space, -(int64_t)sizeof(struct shared_slot));
 }
 
 uint64_t slot_space_metadata_bytes(const struct slot_space *space)
 {
-	return space->cluster_live * sizeof(struct cluster) +
-	       space->shared_live * sizeof(struct shared_slot) + space->index_bytes;
+	return __atomic_load_n(&space->metadata_bytes, __ATOMIC_RELAXED);
 }
 
 uint64_t slot_space_shared_spill_pages(const struct slot_space *space)
@@ -284,11 +288,12 @@ static uint64_t *index_entries(const struct slot_space *space, const struct slot
 	return (uint64_t *)(space->indexes.base + (map->root >> 8));
 }
 
-uint64_t slot_map_metadata_bytes(const struct slot_space *space, const struct slot_map *map)
+uint64_t slot_map_metadata_bytes(const struct slot_map *map)
 {
-	(void)space;
-	return map->cluster_count * sizeof(struct cluster) +
-	       (map->root ? 8ULL << index_log2(map) : 0);
+	uint64_t root = __atomic_load_n(&map->root, __ATOMIC_RELAXED);
+
+	return __atomic_load_n(&map->cluster_count, __ATOMIC_RELAXED) * sizeof(struct cluster) +
+	       (root ? 8ULL << (root & 255) : 0);
 }
 
 static uint64_t index_hash(uint64_t number, unsigned log2)
@@ -322,7 +327,7 @@ static uint64_t index_alloc(struct slot_space *space, unsigned log2)
 		space->indexes.used = offset + bytes;
 	}
 	memset(space->indexes.base + offset, 0, bytes);
-	space->index_bytes += bytes;
+	metadata_change(space, (int64_t)bytes);
 	return offset;
 }
 
@@ -336,7 +341,7 @@ static void index_free(struct slot_space *space, uint64_t root)
 	SCOPED_LOCK(&space->lock);
 	*(uint64_t *)(space->indexes.base + offset) = space->free_index[log2];
 	space->free_index[log2] = offset + 1;
-	space->index_bytes -= 8ULL << log2;
+	metadata_change(space, -(int64_t)(8ULL << log2));
 }
 
 /* Rebuild the index with room for one more cluster: tombstones go, capacity follows need. */
@@ -397,7 +402,7 @@ static int index_insert(struct slot_space *space, struct slot_map *map, uint64_t
 		map->index_used++;
 	VS_CHECK((uint32_t)entries[at] == 0);
 	__atomic_store_n(&entries[at], (number + 1) << 32 | id, __ATOMIC_RELEASE);
-	map->cluster_count++;
+	__atomic_store_n(&map->cluster_count, map->cluster_count + 1, __ATOMIC_RELAXED);
 	return 0;
 }
 
@@ -410,7 +415,7 @@ static void index_replace(struct slot_space *space, struct slot_map *map, uint64
 	VS_CHECK((uint32_t)entries[at] != 0);
 	__atomic_store_n(&entries[at], (number + 1) << 32 | id, __ATOMIC_RELEASE);
 	if (id == 0) {
-		map->cluster_count--;
+		__atomic_store_n(&map->cluster_count, map->cluster_count - 1, __ATOMIC_RELAXED);
 		if (map->cluster_count == 0) {
 			uint64_t root = map->root;
 
@@ -487,13 +492,20 @@ static enum slot_tag count_class(const struct cluster *cluster, enum slot_tag ta
 	return hidden ? SLOT_INDIRECT : tag;
 }
 
+/* One writer, inside the gate; readers are anywhere. */
+static void count_change(struct slot_map *map, enum slot_tag tag, int by)
+{
+	__atomic_store_n(&map->counts[tag], map->counts[tag] + (uint64_t)(int64_t)by,
+			 __ATOMIC_RELAXED);
+}
+
 static void counts_add(struct slot_map *map, const struct cluster *cluster, int sign)
 {
 	for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 		enum slot_tag tag = (enum slot_tag)(cluster->words[i] & 15);
 
 		if (tag != SLOT_NONE)
-			map->counts[count_class(cluster, tag)] += (uint64_t)(int64_t)sign;
+			count_change(map, count_class(cluster, tag), sign);
 	}
 }
 
@@ -530,7 +542,7 @@ static void cluster_settle(struct slot_space *space, struct slot_map *map, struc
 	uint64_t spilled = 0;
 
 	counts_add(map, cluster, -1);
-	cluster->was_shared = 0;
+	WRITE_ONCE(cluster->was_shared, 0);
 	counts_add(map, cluster, 1);
 	for (unsigned i = 0; i < CLUSTER_PAGES; i++)
 		spilled += (cluster->words[i] & 15) == SLOT_SPILL;
@@ -543,7 +555,7 @@ static int cluster_own(struct slot_space *space, struct slot_map *map, uint64_t 
 {
 	uint32_t id = index_find(space, map, number);
 
-	if (id != 0 && cluster_at(space, id)->was_shared) {
+	if (id != 0 && READ_ONCE(cluster_at(space, id)->was_shared)) {
 		SCOPED_LOCK(&space->share_lock);
 		int result = cluster_unshare(space, map, number, &id);
 
@@ -645,12 +657,12 @@ int slot_set(struct slot_space *space, struct slot_map *map, uint64_t page, stru
 	cluster = cluster_at(space, id);
 	old_tag = (enum slot_tag)(cluster->words[i] & 15);
 	if (old_tag != SLOT_NONE) {
-		map->counts[count_class(cluster, old_tag)]--;
+		count_change(map, count_class(cluster, old_tag), -1);
 		cluster->live--;
 	}
 	cluster_store(cluster, i, slot);
 	if (slot.tag != SLOT_NONE) {
-		map->counts[count_class(cluster, slot.tag)]++;
+		count_change(map, count_class(cluster, slot.tag), 1);
 		cluster->live++;
 	}
 	if (cluster->live == 0) {
@@ -730,7 +742,7 @@ static void cluster_clear(struct clear *clear, struct slot_map *map, uint64_t nu
 		if (!(mask >> i & 1) || slot.tag == SLOT_NONE)
 			continue;
 		slot_drop(clear, number * CLUSTER_PAGES + i, slot);
-		map->counts[count_class(cluster, slot.tag)]--;
+		count_change(map, count_class(cluster, slot.tag), -1);
 		cluster->live--;
 		cluster_store(cluster, i, (struct slot){ .tag = SLOT_NONE });
 	}
@@ -825,7 +837,7 @@ static void cluster_share(struct slot_space *space, struct slot_map *map, struct
 		}
 	}
 	counts_add(map, cluster, -1);
-	cluster->was_shared = 1;
+	WRITE_ONCE(cluster->was_shared, 1);
 	counts_add(map, cluster, 1);
 	__atomic_fetch_add(&space->shared_spill_pages, spilled, __ATOMIC_RELAXED);
 	__atomic_store_n(&cluster->share, cluster->share + 1, __ATOMIC_RELEASE);

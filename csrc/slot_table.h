@@ -112,8 +112,25 @@ struct slot_map {
 	uint64_t root;           /* index: offset in the space << 8 | log2 of its capacity; 0: none */
 	uint64_t cluster_count;  /* clusters in the index */
 	uint64_t index_used;     /* index entries not empty, tombstones included */
-	uint64_t counts[SLOT_TAG_COUNT];
+	uint64_t counts[SLOT_TAG_COUNT]; /* written inside the gate, read from anywhere */
 };
+
+/* Pages of a map whose slot has this tag. Any thread. */
+static inline uint64_t slot_map_count(const struct slot_map *map, enum slot_tag tag)
+{
+	return __atomic_load_n(&map->counts[tag], __ATOMIC_RELAXED);
+}
+
+/* Pages of a map whose bytes are not in the client. Any thread. */
+static inline uint64_t slot_map_swapped_pages(const struct slot_map *map)
+{
+	uint64_t pages = 0;
+
+	for (int tag = 0; tag < SLOT_TAG_COUNT; tag++)
+		if (slot_is_swapped((enum slot_tag)tag))
+			pages += slot_map_count(map, (enum slot_tag)tag);
+	return pages;
+}
 
 /* What is done with a copy that no slot names any more: frees the pool object or spill extent. */
 typedef void (*slot_free_fn)(void *context, struct slot slot);
@@ -121,10 +138,12 @@ typedef void (*slot_free_fn)(void *context, struct slot slot);
 /* Take [base, base + bytes) of the state memfd, mapped there. Returns 0 or -ENOMEM. */
 int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space);
 void slot_space_destroy(struct slot_space *space);
+/* Bytes of all clusters, shared slots and indexes; any thread. */
 uint64_t slot_space_metadata_bytes(const struct slot_space *space);
 /* INDIRECT pages whose shared slot is in a backend (the others are in the pool). */
 uint64_t slot_space_shared_spill_pages(const struct slot_space *space);
-uint64_t slot_map_metadata_bytes(const struct slot_space *space, const struct slot_map *map);
+/* Bytes of the clusters and the index of one map; any thread. */
+uint64_t slot_map_metadata_bytes(const struct slot_map *map);
 
 /* The slot of a page; NONE when it has none, or -ENOMEM when a shared cluster could not be unshared. */
 int slot_get(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot *ret_slot);

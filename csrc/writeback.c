@@ -50,7 +50,7 @@ static bool needs_writeback(struct engine *engine, const struct group *group)
 {
 	uint64_t cap = group_pool_cap_bytes(group), margin = margin_bytes(group);
 
-	return group->pool_bytes + margin > cap && writeback_is_possible(engine, group);
+	return READ_ONCE(group->pool_bytes) + margin > cap && writeback_is_possible(engine, group);
 }
 
 /* The backend to write to: highest priority with a free segment; -ENOSPC. */
@@ -146,7 +146,8 @@ static unsigned cold_clients(struct engine *engine, struct group *group, struct 
 	for (unsigned i = 0; i < engine->clients_end && count < max; i++) {
 		struct client *client = engine->clients[i];
 
-		if (client && client->group == group && !client->dead && client->cold_count > 0) {
+		if (client && client->group == group && !READ_ONCE(client->dead) &&
+		    READ_ONCE(client->cold_count) > 0) {
 			client->references++;
 			clients[count++] = client;
 		}
