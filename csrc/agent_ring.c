@@ -39,31 +39,38 @@ static int move_once(int fd, uint64_t destination, uint64_t source, uint64_t byt
 }
 
 /*
- * Move a range page by page where need be: EBUSY pages are passed over and counted, any other
- * failure without progress ends it and is returned as a positive errno.
+ * Move a range, page by page where need be: EBUSY pages are passed over and counted. The range may
+ * cross from one mapping into another, which the daemon cannot see and the kernel answers with EINVAL:
+ * then in parts small enough to lie in one mapping. A page that is refused even alone (locked or read-only
+ * by now) is passed over as a busy one, and EINVAL is the answer in the end. Any other failure
+ * without progress ends it and is returned as a positive errno.
  */
 static uint32_t move_range(int fd, uint64_t destination, uint64_t source, uint32_t pages,
 			   uint32_t *moved, uint32_t *busy)
 {
-	uint32_t done = 0;
+	uint32_t done = 0, most = pages, refused = 0;
 
 	while (done < pages) {
+		uint32_t count = pages - done < most ? pages - done : most;
 		uint64_t bytes;
 		int result = move_once(fd, destination + done * AGENT_PAGE,
-				       source + done * AGENT_PAGE, (pages - done) * AGENT_PAGE,
-				       &bytes);
+				       source + done * AGENT_PAGE, count * AGENT_PAGE, &bytes);
 
 		if (bytes) {
 			done += (uint32_t)(bytes / AGENT_PAGE);
 			*moved += (uint32_t)(bytes / AGENT_PAGE);
-		} else if (result == -EBUSY) {
+			most *= 2;
+		} else if (result == -EINVAL && count > 1) {
+			most = count / 2;
+		} else if (result == -EBUSY || result == -EINVAL) {
+			refused = result == -EINVAL ? EINVAL : refused;
 			done++;
 			(*busy)++;
 		} else {
 			return (uint32_t)-result;
 		}
 	}
-	return 0;
+	return refused;
 }
 
 static void run_clear(struct vswap_run *run)

@@ -160,18 +160,32 @@ void client_put(struct client *client)
 
 /* ---- life ---- */
 
+static int open_memory_files(struct client *client, pid_t thread)
+{
+	close_if_open(&client->pagemap_fd);
+	close_if_open(&client->maps_fd);
+	client->pagemap_fd = sys_open_proc(thread, "pagemap");
+	client->maps_fd = sys_open_proc(thread, "maps");
+	return min_of(0, min_of(client->pagemap_fd, client->maps_fd));
+}
+
 int client_open_proc(struct client *client)
 {
-	int statm_fd;
+	pid_t thread = client->pid;
+	int statm_fd, result;
 
 	client->pidfd = sys_pidfd(client->pid);
 	if (client->pidfd < 0)
 		return client->pidfd;
-	client->pagemap_fd = sys_open_proc(client->pid, "pagemap");
-	client->maps_fd = sys_open_proc(client->pid, "maps");
-	if (client->pagemap_fd < 0 || client->maps_fd < 0)
-		return min_of(client->pagemap_fd, client->maps_fd);
-	statm_fd = sys_open_proc(client->pid, "statm");
+	result = open_memory_files(client, thread);
+	if (result < 0) {
+		/* Its first thread may have ended already, which has no memory then. */
+		thread = sys_live_thread(client->pid);
+		result = thread > 0 ? open_memory_files(client, thread) : result;
+	}
+	if (result < 0)
+		return result;
+	statm_fd = sys_open_proc(thread, "statm");
 	if (statm_fd < 0)
 		return statm_fd;
 	/* Last: the look thread takes it as the sign that there is something to look at. */

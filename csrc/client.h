@@ -85,6 +85,7 @@ struct client {
 	unsigned index;
 	int references; /* registry lock */
 	pid_t pid;
+	pid_t thread; /* look thread: one that lives on after the first has ended; 0: the first lives */
 	int pidfd;
 
 	pthread_mutex_t gate;

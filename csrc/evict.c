@@ -531,7 +531,14 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 	__atomic_store_n(&client->record->batches[window].phase, BATCH_INTENT, __ATOMIC_RELEASE);
 	choose(client, &choice, desperate);
 	ret_result->wrapped = choice.wrapped;
-	if (choice.page_count > 0) {
+	if (choice.page_count > 0 && staged_mask(client, &choice, &moved) == 0 && moved) {
+		/* The program has had its whole address space populated (mlockall): what lies there now
+		 * would be taken for pages that are busy. */
+		moved = 0;
+		take_back(client, &choice, moved);
+		release(client, &choice);
+		result = -EAGAIN;
+	} else if (choice.page_count > 0) {
 		uint32_t number = post_move(client, &choice);
 
 		result = client_wait(client, number, ANSWER_MS);

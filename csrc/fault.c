@@ -38,6 +38,7 @@
 #include "sys.h"
 
 #define RETRY_MS 1
+#define WIPED_MAX 256 /* mappings with MADV_WIPEONFORK that one fork is looked at for */
 
 /* ---- events; the gate is held ---- */
 
@@ -54,6 +55,20 @@ static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 		(void)range_set_add(&client->quarantine, 0, UINT64_MAX & ~(PAGE_BYTES - 1), now,
 				    QUARANTINE_MAX);
 	}
+}
+
+/* What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
+ * no such advice, so it is looked up, where there is anything to lose. */
+static void forget_wiped(const struct client *parent, struct client *child)
+{
+	struct page_range ranges[WIPED_MAX];
+	int count = 0;
+
+	if (child->record->map.cluster_count > 0 && parent->pid > 0)
+		count = sys_wiped_ranges(parent->pid, ranges, WIPED_MAX);
+	for (int i = 0; i < count; i++)
+		slot_map_clear(parent->engine->slots, &child->record->map, page_of(ranges[i].start),
+			       page_of(ranges[i].end), client_staged_gone, client_free_copy, child);
 }
 
 /*
@@ -90,7 +105,10 @@ static void apply_fork(struct client *parent, int child_fd)
 	child->record->arena_bytes = parent->record->arena_bytes;
 	if (slot_map_share(engine->slots, &parent->record->map, &child->record->map) < 0)
 		VS_CHECK(!"no memory to share the slots of a forked client");
+	forget_wiped(parent, child);
 	parent->fork_pending = false; /* from here on the parent may be buried */
+	/* What the parent registered between the fork and now is not registered in the child: until its own
+	 * first discovery these are hints for fills, and nothing is evicted (`registered` is false). */
 	for (size_t i = 0; i < parent->regions.count; i++) {
 		const struct range *region = &parent->regions.ranges[i];
 
@@ -108,7 +126,6 @@ static void apply_fork(struct client *parent, int child_fd)
 	memcpy(child->remaps, parent->remaps, sizeof child->remaps);
 	child->remap_count = parent->remap_count;
 	remap_settle(child);
-	WRITE_ONCE(child->registered, parent->registered);
 	WRITE_ONCE(parent->pss, true);
 	WRITE_ONCE(child->pss, true);
 	pthread_mutex_lock(&child->gate);

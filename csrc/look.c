@@ -15,7 +15,9 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base.h"
 #include "engine_internal.h"
@@ -87,13 +89,20 @@ static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end
 static uint64_t register_region(struct client *client, uint64_t start, uint64_t end, uint64_t protection)
 {
 	const struct range *known = range_set_at(&client->regions, start);
+	int covered;
 
 	if (end - start < REGION_BYTES_MIN)
 		return 0;
 	if (known && known->start <= start && known->end >= end && known->value == protection)
 		return 0;
-	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
+	covered = sys_userfaultfd_covers(client->events_fd, start);
+	if (covered < 0 || sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
 		return 0;
+	/* New here, so nothing that is known of these addresses is about it: a forked child has its parent's
+	 * slots, but not the mappings with MADV_DONTFORK, in whose place it may map something. */
+	if (!covered)
+		slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
+			       client_staged_gone, client_free_copy, client);
 	return adopt_pieces(client, start, end);
 }
 
@@ -104,6 +113,10 @@ void look_discover(struct client *client)
 	bool first = !client->registered;
 	int count = 0;
 
+	/* A forked child has its parent's regions, and some may not be registered here: a page moved out of
+	 * such a one would read as zeros. Only what this registers counts. */
+	if (first)
+		range_set_clear(&client->regions);
 	for (uint64_t at = 0; count < DISCOVER_MAX; at = mapping.end, before = mapping, count++) {
 		uint64_t start;
 
@@ -135,6 +148,20 @@ static void set_resident(struct client *client, int64_t pages)
 		client_set_resident(client, 0);
 }
 
+/* Its first thread has ended, or all of it. */
+static bool look_through_another_thread(struct client *client)
+{
+	pid_t thread = sys_live_thread(client->pid);
+	int fd = thread > 0 ? sys_open_proc(thread, "statm") : -1;
+
+	if (fd < 0)
+		return false;
+	client->thread = thread;
+	(void)dup3(fd, client->statm_fd, O_CLOEXEC);
+	close(fd);
+	return true;
+}
+
 /* One look at one client. Returns its VmSize in pages, 0 when it cannot be seen. */
 static uint64_t look_at_size(struct client *client, uint64_t now)
 {
@@ -143,11 +170,14 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 
 	if (statm_fd < 0 || sys_statm(statm_fd, &size, &resident) < 0)
 		return 0;
+	if (size == 0 && look_through_another_thread(client) &&
+	    sys_statm(client->statm_fd, &size, &resident) < 0)
+		return 0;
 	if (!READ_ONCE(client->pss)) {
 		set_resident(client, (int64_t)resident);
 	} else if (now >= client->pss_next_ns) {
 		/* Pages shared with forked relatives count once in all: what the kernel calls Pss. */
-		if (sys_pss_anonymous(client->pid, &pss_bytes) == 0)
+		if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &pss_bytes) == 0)
 			set_resident(client, (int64_t)(pss_bytes / PAGE_BYTES));
 		client->pss_next_ns = now + PSS_INTERVAL_NS + resident * PSS_PAGE_NS;
 	}

@@ -15,8 +15,10 @@
  *   prctl, seccomp   a filter could kill the process for a system call of the agent: the agent ends
  *                    for good before one is installed. Its pages are served, but no longer evicted;
  *                    the same holds for its forked children.
- *   syscall          dispatches unshare, setns, prctl and seccomp to the above (libseccomp calls
- *                    seccomp in no other way); anything else goes straight to the kernel.
+ *   mlockall         locks the staging of the agent as well, and pages move from locked memory to
+ *                    locked memory: without a move meanwhile, staging is unlocked again.
+ *   syscall          dispatches unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
+ *                    calls seccomp in no other way); anything else goes straight to the kernel.
  *
  * Threads    any.
  */
@@ -88,6 +90,28 @@ static long setns_raw(int fd, int type)
 EXPORT int unshare(int flags) { return result_of(unshare_raw(flags)); }
 EXPORT int setns(int fd, int type) { return result_of(setns_raw(fd, type)); }
 
+/* ---- wrappers: locked memory ---- */
+
+static long mlockall_raw(int flags)
+{
+	struct replacement replacement;
+	bool parked;
+	long result;
+
+	replace_begin(&replacement);
+	parked = replacement.engaged && replace_park();
+	result = RAW_1(__NR_mlockall, flags);
+	/* From here on MOVE refuses what the program has locked: staging differs from it. */
+	if (replacement.engaged)
+		(void)RAW_2(__NR_munlock, agent->arena + ARENA_BEACON, ARENA_BYTES - ARENA_BEACON);
+	if (parked)
+		replace_unpark();
+	replace_end(&replacement);
+	return result;
+}
+
+EXPORT int mlockall(int flags) { return result_of(mlockall_raw(flags)); }
+
 /* ---- wrappers: seccomp ---- */
 
 /* With the system call's pointer argument NULL a program only asks whether the call is there. */
@@ -152,6 +176,7 @@ __attribute__((used, visibility("hidden"))) long vswap_syscall(long number, long
 	long result = number == __NR_unshare ? unshare_raw((int)a)
 		      : number == __NR_setns ? setns_raw((int)a, (int)b)
 		      : number == __NR_prctl ? prctl_raw(a, b, c, d, e)
+		      : number == __NR_mlockall ? mlockall_raw((int)a)
 					     : seccomp_raw(a, b, c);
 
 	if (result >= 0)
@@ -171,7 +196,7 @@ __attribute__((used, visibility("hidden"))) long vswap_syscall_failed(long resul
  * In assembly, without a frame, as libc's: a program that makes a system call which returns twice
  * (vfork, clone) finds the stack as it would there.
  */
-_Static_assert(__NR_prctl == 157 && __NR_unshare == 272 && __NR_setns == 308 && __NR_seccomp == 317,
+_Static_assert(__NR_prctl == 157 && __NR_mlockall == 151 && __NR_unshare == 272 && __NR_setns == 308 && __NR_seccomp == 317,
 	       "numbers in the text below");
 __asm__(".text\n"
 	".globl syscall\n"
@@ -185,6 +210,8 @@ __asm__(".text\n"
 	"cmp $308, %rdi\n\t"
 	"je vswap_syscall\n\t"
 	"cmp $157, %rdi\n\t"
+	"je vswap_syscall\n\t"
+	"cmp $151, %rdi\n\t"
 	"je vswap_syscall\n\t"
 	"mov %rdi, %rax\n\t"
 	"mov %rsi, %rdi\n\t"

@@ -163,6 +163,16 @@ void replace_dismiss(struct replacement *replacement, bool for_good)
 	replacement->had_agent = taken || !was_armed;
 }
 
+bool replace_park(void)
+{
+	if (atomic_get(&agent->tid) == 0 || !agent_park())
+		return false;
+	stack_touch();
+	return true;
+}
+
+void replace_unpark(void) { agent_ask(AGENT_GO_ON); }
+
 void replace_begin(struct replacement *replacement)
 {
 	replacement->engaged = replacement->had_agent = false;

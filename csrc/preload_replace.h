@@ -40,6 +40,11 @@ void replace_begin(struct replacement *replacement);
 void replace_dismiss(struct replacement *replacement, bool for_good);
 void replace_end(struct replacement *replacement);
 
+/* Between begin and end, instead of dismiss: the agent moves nothing out until replace_unpark. False: it does
+ * not come to rest, or there is none. */
+bool replace_park(void);
+void replace_unpark(void);
+
 /* All of it at once: the new agent has what the calling thread has become. */
 void replace_agent(void);
 

@@ -39,7 +39,7 @@ static void poison_rest(struct client *client, uint64_t page, uint64_t to_page, 
 	for (uint64_t i = 0; i < pages; i++) {
 		struct slot slot;
 
-		if (slot_get(client->engine->slots, &client->record->map, page + i, &slot) == 0 &&
+		if (slot_get(client->engine->slots, &client->record->map, page + i, &slot) < 0 ||
 		    slot_is_swapped(slot.tag))
 			(void)sys_userfaultfd_poison(client->events_fd, address_of(to_page + i),
 						     PAGE_BYTES);
@@ -49,6 +49,7 @@ static void poison_rest(struct client *client, uint64_t page, uint64_t to_page, 
 
 static void move_slots(struct client *client, uint64_t page, uint64_t to_page, uint64_t pages)
 {
+	drop_slots(client, to_page, pages); /* unmapped by the move; its event may come later */
 	if (slot_map_move(client->engine->slots, &client->record->map, page, to_page, pages,
 			  client_staged_moved, client_free_copy, client) < 0)
 		poison_rest(client, page, to_page, pages);

@@ -435,10 +435,10 @@ static void index_replace(struct slot_space *space, struct slot_map *map, uint64
 static int share_slot(struct slot_space *space, struct cluster *cluster, unsigned i)
 {
 	struct slot slot = cluster_slot(cluster, i);
-	uint64_t index = shared_alloc(space);
+	uint64_t index = cluster->share > SHARED_COUNT_MAX ? 0 : shared_alloc(space);
 	struct shared_slot *shared;
 
-	if (index == 0 || cluster->share > SHARED_COUNT_MAX)
+	if (index == 0)
 		return -ENOMEM;
 	shared = shared_at(space, index);
 	shared->count = (uint16_t)cluster->share;
@@ -470,6 +470,7 @@ static int cluster_copy(struct slot_space *space, struct cluster *old, uint32_t 
 		VS_CHECK(slot.tag != SLOT_STAGED);
 		if (slot.tag == SLOT_POOL || slot.tag == SLOT_SPILL) {
 			if (share_slot(space, old, i) != 0) {
+				copy->live = 0; /* its words name what the old cluster still owns */
 				cluster_free(space, id);
 				return -ENOMEM;
 			}

@@ -36,7 +36,7 @@
  *             3 the count of a shared slot is the number of INDIRECT words that name it
  *             4 counts[tag] of a map is the number of its words with that tag (shared clusters are
  *               counted in every map that has them)
- *             slot_map_is_valid() checks 1, 2, 4; slot_space_is_valid() checks 3 over given maps.
+ *             slot_map_is_valid() checks 1, 2, 4; the model in tests/models checks 3.
  * Crash order the word is the truth and is written last; an index entry is one 64-bit word; a grown
  *             index is complete before the map's root is switched to it.
  * Locking     a map, and the clusters only it has, are protected by the gate of its client. Shared

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "sys.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -203,6 +204,16 @@ int sys_probe(int *ret_device, char *message)
 	return 0;
 }
 
+int sys_userfaultfd_covers(int fd, uint64_t address)
+{
+	struct uffdio_continue probe = { .range = { address, PAGE_BYTES } };
+	int result = ioctl_errno(fd, UFFDIO_CONTINUE, &probe);
+
+	/* CONTINUE finds the mapping first (ENOENT: none of this descriptor), and only then that it is
+	 * for shared memory alone (EINVAL). It changes nothing. */
+	return result == -EAGAIN ? -EAGAIN : result != -ENOENT;
+}
+
 /* ---- a client's /proc ---- */
 
 int sys_open_proc(pid_t pid, const char *file)
@@ -213,6 +224,77 @@ int sys_open_proc(pid_t pid, const char *file)
 	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	return fd < 0 ? -errno : fd;
+}
+
+pid_t sys_live_thread(pid_t pid)
+{
+	char path[64];
+	DIR *directory;
+	struct dirent *entry;
+	pid_t found = 0;
+
+	snprintf(path, sizeof path, "/proc/%d/task", pid);
+	directory = opendir(path);
+	if (!directory)
+		return 0;
+	while (!found && (entry = readdir(directory))) {
+		uint64_t size_pages, anonymous_pages;
+		pid_t tid = (pid_t)strtol(entry->d_name, NULL, 10);
+		int fd = tid > 0 ? sys_open_proc(tid, "statm") : -1;
+
+		if (fd < 0)
+			continue;
+		if (sys_statm(fd, &size_pages, &anonymous_pages) == 0 && size_pages > 0)
+			found = tid;
+		close(fd);
+	}
+	closedir(directory);
+	return found;
+}
+
+/* From here on the memory of a process whose first thread has ended is seen through another one. */
+static ssize_t read_process(pid_t pid, const struct iovec *local, const struct iovec *remote,
+			    unsigned long count)
+{
+	ssize_t done = process_vm_readv(pid, local, count, remote, count, 0);
+	pid_t thread;
+
+	if (done >= 0 || errno != ESRCH)
+		return done;
+	thread = sys_live_thread(pid);
+	if (thread > 0)
+		return process_vm_readv(thread, local, count, remote, count, 0);
+	errno = ESRCH;
+	return -1;
+}
+
+int sys_wiped_ranges(pid_t pid, struct page_range *ranges, unsigned max)
+{
+	char *line = NULL;
+	size_t size = 0;
+	unsigned count = 0;
+	struct page_range range = { 0 };
+	FILE *file;
+	int fd = sys_open_proc(pid, "smaps");
+
+	if (fd < 0)
+		return fd;
+	file = fdopen(fd, "r");
+	if (!file) {
+		close(fd);
+		return -ENOMEM;
+	}
+	while (getline(&line, &size, file) > 0) {
+		uint64_t start, end;
+
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			range = (struct page_range){ .start = start, .end = end };
+		else if (strncmp(line, "VmFlags:", 8) == 0 && strstr(line, " wf") && count < max)
+			ranges[count++] = range;
+	}
+	free(line);
+	fclose(file);
+	return (int)count;
 }
 
 static int scan_pages(int pagemap_fd, struct ioctl_pagemap_scan *scan, uint64_t *ret_walk_end)
@@ -305,7 +387,7 @@ ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes)
 {
 	struct iovec local = { buffer, bytes };
 	struct iovec remote = { (void *)(uintptr_t)address, bytes };
-	ssize_t count = process_vm_readv(pid, &local, 1, &remote, 1, 0);
+	ssize_t count = read_process(pid, &local, &remote, 1);
 
 	return count < 0 ? -errno : count;
 }
@@ -334,7 +416,7 @@ int sys_read_client_pages(pid_t pid, uint64_t address, void *buffer, uint64_t ma
 	}
 	if (count == 0)
 		return 0;
-	done = process_vm_readv(pid, local, count, remote, count, 0);
+	done = read_process(pid, local, remote, count);
 	if (done < 0)
 		return -errno;
 	return (size_t)done == total ? 0 : -EFAULT;

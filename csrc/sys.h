@@ -46,6 +46,10 @@ enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes,
 /* True when the address space behind a userfaultfd is gone. */
 bool sys_userfaultfd_is_gone(int fd);
 
+/* Whether the anonymous mapping at an address is registered with this descriptor: 1, 0, or -EAGAIN while
+ * an event is unread. */
+int sys_userfaultfd_covers(int fd, uint64_t address);
+
 /* True while an event of this address space is unread, or about to be queued. */
 bool sys_userfaultfd_is_changing(int fd);
 
@@ -79,6 +83,14 @@ struct mapping {
 
 /* The mapping at or after `address`: 1, or 0 when there is none, else -errno. */
 int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping);
+
+/* Mappings of a process that its forked children find wiped (MADV_WIPEONFORK): their number, at most `max`,
+ * or -errno. Reads smaps: a walk over its page tables. */
+int sys_wiped_ranges(pid_t pid, struct page_range *ranges, unsigned max);
+
+/* A thread of the process that has not ended, 0 when there is none. The first thread may end before the
+ * others: then the process cannot be looked at by its own number. */
+pid_t sys_live_thread(pid_t pid);
 
 /* Read client memory; returns bytes read or -errno. */
 ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes);

@@ -110,8 +110,9 @@ struct vswap_ready {
 enum vswap_operation {
 	/* For each run in order: UFFDIO_MOVE of its pages to the next pages of the window (run i
 	 * goes behind all pages of the runs before it, whatever became of them), holes allowed.
-	 * A page that cannot be moved (EBUSY: pinned or shared after fork) is skipped and counted in
-	 * `busy`; any other error ends that run with the positive errno in `error`. On EAGAIN with
+	 * A page that cannot be moved (EBUSY: pinned or shared after fork; EINVAL: its mapping was
+	 * locked or made read-only) is skipped and counted in `busy`, EINVAL is the run's `error` then;
+	 * any other error ends that run with the positive errno in `error`. On EAGAIN with
 	 * an event unread (no progress) the whole command ends: this and later runs get EAGAIN. */
 	VSWAP_MOVE_OUT = 1,
 	/* UFFDIO_MOVE of the whole window to the trash, holes allowed, then MADV_DONTNEED there. */

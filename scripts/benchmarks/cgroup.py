@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""cgroup — a memory limit for the kernel's own systems, with control groups of version 1 or 2.
+
+Made beside us or below us, wherever the memory controller is to be had, never above: a container's own limit
+stays in force.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.journal import Change, Journal
+
+
+class CgroupError(Exception):
+    """No memory controller: one line, with the remedy."""
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Where the memory controller is: `version` 1 or 2, its mount point, and our own cgroup in it."""
+
+    version: int
+    mount: str
+    own: str  # '/' or '/a/b'
+
+    @property
+    def charges_zswap(self) -> bool:
+        """Version 2 counts a group's zswap pool towards its limit, version 1 does not."""
+        return self.version == 2
+
+
+def find_hierarchy(root: str = "") -> Hierarchy:
+    """CgroupError. `root`: for tests, in front of every path."""
+    with open(f"{root}/proc/self/mounts") as file:
+        mounts = [line.split()[1:4] for line in file]
+    with open(f"{root}/proc/self/cgroup") as file:
+        own = {controllers: path for _, controllers, path in (line.rstrip("\n").split(":", 2) for line in file)}
+    for mount, kind, options in mounts:
+        if kind == "cgroup" and "memory" in options.split(","):
+            path = next((path for names, path in own.items() if "memory" in names.split(",")), "/")
+            return Hierarchy(1, mount, path)
+    for mount, kind, _ in mounts:
+        if kind == "cgroup2" and "memory" in _words(f"{root}{mount}/cgroup.controllers"):
+            return Hierarchy(2, mount, own.get("", "/"))
+    raise CgroupError("no cgroup memory controller is mounted here; the kernel's systems need one for their limit")
+
+
+def _words(path: str) -> list[str]:
+    try:
+        with open(path) as file:
+            return file.read().split()
+    except OSError:
+        return []
+
+
+def _parent(hierarchy: Hierarchy, journal: Journal) -> str:
+    """The directory to make a group in."""
+    own = hierarchy.mount + hierarchy.own.rstrip("/")
+    if hierarchy.version == 1:
+        return own if os.path.isdir(own) else hierarchy.mount  # a container sees its own path from outside
+    # Version 2 wants processes in leaves only, so ours cannot have children: look upwards for a group that hands
+    # the controller on.
+    directory = own if os.path.isdir(own) else hierarchy.mount
+    while True:
+        control = f"{directory}/cgroup.subtree_control"
+        if "memory" in _words(control):
+            return directory
+        if directory == hierarchy.mount:
+            break
+        directory = os.path.dirname(directory)
+    journal.note("subtree_control", path=control)
+    with open(control, "w") as file:
+        file.write("+memory")
+    return directory
+
+
+class Cgroup:
+    """A memory cgroup of ours. The journal removes it."""
+
+    def __init__(self, hierarchy: Hierarchy, journal: Journal, name: str) -> None:
+        self.hierarchy = hierarchy
+        self.path = f"{_parent(hierarchy, journal)}/{name}"
+        self._change: Change = journal.note("cgroup", path=self.path)
+        os.mkdir(self.path)
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Of RAM. Swap is not limited."""
+        name = "memory.limit_in_bytes" if self.hierarchy.version == 1 else "memory.max"
+        with open(f"{self.path}/{name}", "w") as file:
+            file.write(str(limit_bytes))
+
+    def drop_caches(self) -> None:
+        """What an earlier run left charged: version 1 can be told, in version 2 it is the next limit's first victim."""
+        if self.hierarchy.version == 1:
+            with open(f"{self.path}/memory.force_empty", "w") as file:
+                file.write("0")
+
+    def peak_bytes(self) -> int:
+        """Most that was charged since reset_peak()."""
+        name = "memory.max_usage_in_bytes" if self.hierarchy.version == 1 else "memory.peak"
+        words = _words(f"{self.path}/{name}")
+        return int(words[0]) if words else 0
+
+    def reset_peak(self) -> None:
+        """Where the kernel can (version 1)."""
+        if self.hierarchy.version == 1:
+            with open(f"{self.path}/memory.max_usage_in_bytes", "w") as file:
+                file.write("0")
+
+    def command(self, argv: list[str]) -> list[str]:
+        """`argv`, run inside."""
+        return ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', self.path, *argv]

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""slot_table_model — what csrc/slot_table.h promises, in dicts.
+
+Sharing is modelled too, cluster by cluster: which page is INDIRECT and which kept copy stays with whom
+depends on it, and so do the counts and the moment at which a copy is freed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from support.parts.slots import CLUSTER_PAGES, KEPT, STORED, Slot, Tag
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CHUNK_BYTES = 65536
+_CLUSTER_BYTES = 14 * CLUSTER_PAGES + 8
+_SHARED_BYTES = 16
+
+
+class ModelNoMemoryError(Exception):
+    """What -ENOMEM is."""
+
+
+@dataclass(eq=False)
+class Shared:
+    """A counted shared slot."""
+
+    slot: Slot
+    references: int
+    index: int = 0  # the slot table's name of it, once seen
+
+
+@dataclass(eq=False)
+class Cluster:
+    """64 pages of the maps that have it."""
+
+    words: dict[int, Slot | Shared] = field(default_factory=dict)
+    maps: int = 1
+    was_shared: bool = False  # and no map looked into it since it was the only one
+
+
+@dataclass
+class Dropped:
+    """What one operation let go of."""
+
+    copies: list[Slot] = field(default_factory=list)
+    staged: list[tuple[int, Slot]] = field(default_factory=list)
+
+
+class SlotTableModel:
+    """The maps of a space of `size_bytes`."""
+
+    def __init__(self, size_bytes: int) -> None:
+        # Half the space is for clusters, a quarter for shared slots; number 0 of both is none.
+        quarter = size_bytes // 4 // _CHUNK_BYTES * _CHUNK_BYTES
+        self._clusters_max = 2 * quarter // _CLUSTER_BYTES - 1
+        self._shared_max = quarter // _SHARED_BYTES - 1
+        self._clusters = 0
+        self._shared = 0
+        self.maps: dict[int, dict[int, Cluster]] = {}
+
+    # ---- clusters ----
+
+    def _cluster_make(self) -> Cluster:
+        if self._clusters == self._clusters_max:
+            raise ModelNoMemoryError
+        self._clusters += 1
+        return Cluster()
+
+    def _copy(self, shared: Cluster) -> Cluster:
+        copy = self._cluster_make()
+        for i in sorted(shared.words):
+            word = shared.words[i]
+            if isinstance(word, Slot) and word.tag in STORED:
+                if self._shared == self._shared_max:
+                    self._clusters -= 1
+                    raise ModelNoMemoryError
+                self._shared += 1
+                word = shared.words[i] = Shared(word, shared.maps)
+            if isinstance(word, Shared) or word.tag not in KEPT:
+                copy.words[i] = word
+        return copy
+
+    def _own(self, number: int, cluster_number: int) -> Cluster | None:
+        """The map's own cluster, as whoever wants to look into it needs it."""
+        clusters = self.maps[number]
+        cluster = clusters.get(cluster_number)
+        if cluster is None:
+            return None
+        if cluster.maps == 1:
+            cluster.was_shared = False
+            return cluster
+        clusters[cluster_number] = copy = self._copy(cluster)
+        cluster.maps -= 1
+        self._collect(number, cluster_number)
+        return copy if copy.words else None
+
+    def _collect(self, number: int, cluster_number: int) -> None:
+        if not self.maps[number][cluster_number].words:
+            del self.maps[number][cluster_number]
+            self._clusters -= 1
+
+    def _drop(self, word: Slot | Shared, dropped: Dropped) -> None:
+        if isinstance(word, Shared):
+            word.references -= 1
+            if word.references == 0:
+                self._shared -= 1
+                dropped.copies.append(word.slot)
+        elif word.has_copy:
+            dropped.copies.append(word)
+
+    # ---- operations ----
+
+    def get(self, number: int, page: int) -> Slot | Shared | None:
+        """slot_get()."""
+        cluster = self._own(number, page // CLUSTER_PAGES)
+        return cluster.words.get(page % CLUSTER_PAGES) if cluster else None
+
+    def set(self, number: int, page: int, word: Slot | Shared | None) -> None:
+        """slot_set()."""
+        cluster_number, i = divmod(page, CLUSTER_PAGES)
+        cluster = self._own(number, cluster_number)
+        if cluster is None:
+            if word is None:
+                return
+            cluster = self.maps[number][cluster_number] = self._cluster_make()
+        cluster.words.pop(i, None)
+        if word is not None:
+            cluster.words[i] = word
+        self._collect(number, cluster_number)
+
+    def replace(self, number: int, page: int, slot: Slot, dropped: Dropped) -> None:
+        """A new slot, and the old one let go."""
+        old = self.get(number, page)
+        self.set(number, page, None if slot.tag == Tag.NONE else slot)
+        if old is not None:
+            self._drop(old, dropped)
+
+    def can_clear(self, number: int, start: int, end: int) -> bool:
+        """False when memory for it may be short, which slot_map_clear() answers by ending the daemon."""
+        cut = {page // CLUSTER_PAGES for page in (start, end) if page % CLUSTER_PAGES}
+        copies = sum(1 for found in map(self.maps[number].get, cut) if found and found.maps > 1)
+        room = self._shared_max - self._shared >= copies * CLUSTER_PAGES
+        return room and self._clusters_max - self._clusters >= copies
+
+    def clear(self, number: int, start: int, end: int, dropped: Dropped) -> None:
+        """slot_map_clear()."""
+        for cluster_number in sorted(self.maps[number]):
+            first = max(start, cluster_number * CLUSTER_PAGES)
+            last = min(end, (cluster_number + 1) * CLUSTER_PAGES)
+            if first < last:
+                self._clear_cluster(number, cluster_number, range(first, last), dropped)
+
+    def _clear_cluster(self, number: int, cluster_number: int, pages: range, dropped: Dropped) -> None:
+        cluster = self.maps[number][cluster_number]
+        if len(pages) == CLUSTER_PAGES and cluster.maps > 1:
+            for word in cluster.words.values():
+                if isinstance(word, Shared):
+                    self._drop(word, dropped)
+            cluster.maps -= 1
+            del self.maps[number][cluster_number]
+            return
+        own = self._own(number, cluster_number)
+        if own is None:
+            return
+        for page in pages:
+            old = own.words.pop(page % CLUSTER_PAGES, None)
+            if isinstance(old, Slot) and old.tag == Tag.STAGED:
+                dropped.staged.append((page, old))
+            elif old is not None:
+                self._drop(old, dropped)
+        self._collect(number, cluster_number)
+
+    def move(self, number: int, start: int, to: int, pages: int, dropped: Dropped) -> None:
+        """slot_map_move(). ModelNoMemoryError: some are moved, the others where they were."""
+        self.clear(number, to, to + pages, dropped)
+        for i in range(pages):
+            if (start + i) // CLUSTER_PAGES not in self.maps[number]:
+                continue
+            word = self.get(number, start + i)
+            if word is None:
+                continue
+            self.set(number, to + i, word)
+            self.set(number, start + i, None)
+            if isinstance(word, Slot) and word.tag == Tag.STAGED:
+                dropped.staged.append((to + i, word))
+
+    def staged_pages(self, number: int) -> list[int]:
+        """slot_map_share() asks for none."""
+        return [page for page, word in self._words(number) if isinstance(word, Slot) and word.tag == Tag.STAGED]
+
+    def share(self, parent: int, child: int) -> None:
+        """slot_map_share()."""
+        self.maps[child] = dict(self.maps[parent])
+        for cluster in self.maps[parent].values():
+            cluster.maps += 1
+            cluster.was_shared = True
+            for word in cluster.words.values():
+                if isinstance(word, Shared):
+                    word.references += 1
+
+    # ---- what the slot table says of itself ----
+
+    def pages(self, number: int) -> list[int]:
+        """All that have a slot."""
+        return sorted(page for page, _ in self._words(number))
+
+    def shared_pages(self, number: int) -> list[int]:
+        """Those that are counted as INDIRECT, whether they are already or become it when looked into."""
+        return sorted(
+            at * CLUSTER_PAGES + i
+            for at, cluster in self.maps[number].items()
+            for i, word in cluster.words.items()
+            if self._counted_as(cluster, word) == Tag.INDIRECT
+        )
+
+    def _words(self, number: int) -> Iterator[tuple[int, Slot | Shared]]:
+        for cluster_number, cluster in self.maps[number].items():
+            for i, word in cluster.words.items():
+                yield cluster_number * CLUSTER_PAGES + i, word
+
+    @staticmethod
+    def _counted_as(cluster: Cluster, word: Slot | Shared) -> Tag:
+        if isinstance(word, Shared) or (cluster.was_shared and word.tag in STORED):
+            return Tag.INDIRECT
+        return word.tag
+
+    def counts(self, number: int) -> Counter[Tag]:
+        """Pages by tag."""
+        clusters = self.maps[number].values()
+        return Counter(self._counted_as(cluster, word) for cluster in clusters for word in cluster.words.values())
+
+    def shared_spill_pages(self) -> int:
+        """Pages that are counted as INDIRECT and are in a backend."""
+        return sum(
+            self._counted_as(cluster, word) == Tag.INDIRECT
+            and (word.slot if isinstance(word, Shared) else word).tag == Tag.SPILL
+            for clusters in self.maps.values()
+            for cluster in clusters.values()
+            for word in cluster.words.values()
+        )
+
+    def metadata_bytes(self) -> int:
+        """Without the indexes."""
+        return self._clusters * _CLUSTER_BYTES + self._shared * _SHARED_BYTES
