@@ -610,7 +610,7 @@ void evict_abandon(struct client *client)
 
 /* ---- kept copies ---- */
 
-unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cursor)
+unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor)
 {
 	struct slot_space *space = client->engine->slots;
 	struct slot_map *map = &client->record->map;
@@ -620,7 +620,11 @@ unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cur
 	SCOPED_LOCK(&client->gate);
 	if (slot_map_count(map, SLOT_KEPT_POOL) == 0)
 		return 0;
-	while (clusters-- > 0 && slot_map_next(space, map, cursor, &first)) {
+	while (dropped < pages) {
+		if (!slot_map_next(space, map, cursor, &first)) {
+			*cursor = 0;
+			break;
+		}
 		for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 			struct slot slot;
 

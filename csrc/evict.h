@@ -40,7 +40,8 @@ bool evict_resume(struct client *client, struct evictor *evictor);
  * forked relative must not take them for untouched. Poison them. The gate is held. */
 void evict_abandon(struct client *client);
 
-/* Free kept copies of at most `clusters` clusters. Returns pages whose copy was dropped. */
-unsigned evict_drop_kept(struct client *client, unsigned clusters, uint64_t *cursor);
+/* Free kept copies of about `pages` pages, from *cursor on (a cluster of the index; 0 after the last). Returns
+ * pages whose copy was dropped: 0 when there was none to the end. Takes the gate. */
+unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor);
 
 #endif

@@ -29,7 +29,7 @@
 #include "sys.h"
 
 #define READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
-#define STREAM_GAP_PAGES 16
+#define STREAM_GAP_PAGES 4
 #define READ_AROUND_PAGES 8
 
 static const uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];

@@ -4,6 +4,7 @@
 #include "base.h"
 
 #define MIB (1ULL << 20)
+#define STREAMING_PERCENT 40
 
 uint64_t group_usage_bytes(const struct group *group)
 {
@@ -62,11 +63,17 @@ uint64_t group_reserve_bytes(const struct group *group)
 	return min_of(max_of(limit / 64, 1 * MIB), 8 * MIB);
 }
 
+bool group_is_streaming(const struct group *group)
+{
+	return READ_ONCE(group->stream_percent) >= STREAMING_PERCENT;
+}
+
 uint64_t group_pool_cap_bytes(const struct group *group)
 {
-	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
-	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
-	uint64_t cap = READ_ONCE(group->limit_bytes) / 100 * (80 - (mean - 60) * 2);
+	/* 92 % up to a mean object of 75 % of a page, down to 10 % at 95 %: as long as RAM can hold all there
+	 * is, nothing of it should be on a disk (docs/decisions/0006). */
+	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 75u), 95u);
+	uint64_t cap = READ_ONCE(group->limit_bytes) / 1000 * (920 - (mean - 75) * 41);
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
 }
@@ -88,7 +95,7 @@ bool group_keeps_copies(const struct group *group)
 {
 	uint64_t pool_bytes = __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);
 
-	return READ_ONCE(group->stream_percent) >= 40 && pool_bytes < group_pool_cap_bytes(group);
+	return group_is_streaming(group) && pool_bytes < group_pool_cap_bytes(group);
 }
 
 void group_note_stream(struct group *group, bool streaming)

@@ -45,6 +45,7 @@ struct group {
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */
 	uint64_t stuck_since_ns;   /* reclaim finds nothing since then; 0: it does */
+	bool kept_exhausted;       /* the last evictor at the cap found no kept copy to give up */
 	uint32_t stream_percent;   /* recent faults that were part of a stream, smoothed, 0..100 */
 };
 
@@ -69,6 +70,10 @@ uint64_t group_reserve_bytes(const struct group *group);
 uint64_t group_pool_cap_bytes(const struct group *group);
 
 void group_pool_changed(struct group *group);
+
+/* Are its faults mostly scans? Then neighbours are worth fetching and copies worth keeping; under random
+ * access both only take memory from resident pages. */
+bool group_is_streaming(const struct group *group);
 
 /* Keep the copy a page was filled from, or give its memory to residency? */
 bool group_keeps_copies(const struct group *group);

@@ -28,6 +28,7 @@
 #define IDLE_MS 100
 #define TORTURE_PAUSE_MS 1
 #define BATCHES_A_TURN 16
+#define DROP_PAGES 64 /* kept copies given up in one go */
 #define CLIENTS_A_TURN 16
 
 /* ---- choosing ---- */
@@ -169,13 +170,22 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 
 	if (READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap)
 		return true;
+	/* Under random access a kept copy saves nothing, and what is on the disk instead costs most. */
+	if (!group_is_streaming(group)) {
+		bool dropped = evict_drop_kept(client, DROP_PAGES, &cursor) > 0;
+
+		WRITE_ONCE(group->kept_exhausted, !dropped);
+		if (dropped) {
+			group_pool_changed(group);
+			return true;
+		}
+	}
 	if (writeback_is_possible(engine, group)) {
 		engine_kick_writer(engine);
 		sys_sleep_ms(1);
 		return READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap;
 	}
-	if (evict_drop_kept(client, 64, &cursor) == 0)
-		cursor = 0;
+	(void)evict_drop_kept(client, DROP_PAGES, &cursor);
 	group_pool_changed(group);
 	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */
