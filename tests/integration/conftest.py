@@ -68,7 +68,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the C programs of tests/support that are clients."""
     directory = tmp_path_factory.mktemp("programs")
-    for name in ("verify_memory", "churn"):
+    for name in ("verify_memory", "churn", "fork_early"):
         command = [
             "cc",
             "-std=gnu11",
@@ -93,6 +93,12 @@ def verify_memory(compiled: Path) -> str:
 def churn(compiled: Path) -> str:
     """tests/support/churn.c, built."""
     return str(compiled / "churn")
+
+
+@pytest.fixture(scope="session")
+def fork_early(compiled: Path) -> str:
+    """tests/support/fork_early.c, built."""
+    return str(compiled / "fork_early")
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,13 @@ def test_churn_under_a_limit(churn: str) -> None:
     assert_honest(result, 48 * MIB, populate_bytes=24 * MIB)
 
 
+def test_forks_while_memory_is_being_registered(fork_early: str) -> None:
+    """What a parent registers between a fork and its event is not registered in the child."""
+    result = run_limited("32M", [fork_early, "64"])
+    assert result.status == 0, result.describe()
+    assert result.faults > 0, result.describe()
+
+
 def test_out_of_memory_is_a_clear_end(verify_memory: str) -> None:
     argv = [verify_memory, "--mib", "96", "--kind", "random"]
     result = run_limited("24M", argv, options=["--private", "--no-spill"])

@@ -21,6 +21,7 @@
 
 #define PAGE 4096UL
 #define MAPPING_PAGES 64UL
+#define GUARD_PAGES 32UL /* a mapping above a smaller guard is taken for a thread's stack */
 #define SWEEPS 4
 #define SWEEP_PAUSE_US 10000
 #define FILL_PAUSE_US 4000
@@ -33,14 +34,14 @@ static uint64_t word_of(size_t mapping, size_t word) { return (mapping * 0x9E377
 
 static uint64_t *map_between_guards(void)
 {
-	size_t bytes = (MAPPING_PAGES + 2) * PAGE;
+	size_t bytes = (MAPPING_PAGES + 2 * GUARD_PAGES) * PAGE;
 	char *base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-	if (base == MAP_FAILED || mprotect(base + PAGE, MAPPING_PAGES * PAGE, PROT_READ | PROT_WRITE) != 0) {
+	if (base == MAP_FAILED || mprotect(base + GUARD_PAGES * PAGE, MAPPING_PAGES * PAGE, PROT_READ | PROT_WRITE) != 0) {
 		perror("fork_early: mmap");
 		_exit(4);
 	}
-	return (uint64_t *)(base + PAGE);
+	return (uint64_t *)(base + GUARD_PAGES * PAGE);
 }
 
 static void *fill(void *unused)
