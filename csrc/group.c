@@ -91,6 +91,11 @@ void group_pool_changed(struct group *group)
 	note_usage(group);
 }
 
+bool group_gives_up_copies(const struct group *group)
+{
+	return !group_is_streaming(group) && group->pool_limit_bytes == 0;
+}
+
 bool group_keeps_copies(const struct group *group)
 {
 	uint64_t pool_bytes = __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);

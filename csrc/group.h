@@ -75,6 +75,10 @@ void group_pool_changed(struct group *group);
  * access both only take memory from resident pages. */
 bool group_is_streaming(const struct group *group);
 
+/* At the cap, do kept copies go before anything is written to a backend? Not under a limit of the pool's own:
+ * what a copy leaves behind in its slab is not room below that. */
+bool group_gives_up_copies(const struct group *group);
+
 /* Keep the copy a page was filled from, or give its memory to residency? */
 bool group_keeps_copies(const struct group *group);
 /* One more fault, part of a stream or not. */

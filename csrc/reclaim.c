@@ -170,8 +170,8 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 
 	if (READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap)
 		return true;
-	/* Under random access a kept copy saves nothing, and what is on the disk instead costs most. */
-	if (!group_is_streaming(group)) {
+	/* What is on the disk instead of a copy that saves nothing costs most. */
+	if (group_gives_up_copies(group)) {
 		bool dropped = evict_drop_kept(client, DROP_PAGES, &cursor) > 0;
 
 		WRITE_ONCE(group->kept_exhausted, !dropped);

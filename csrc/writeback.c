@@ -51,7 +51,7 @@ static bool needs_writeback(struct engine *engine, const struct group *group)
 	uint64_t cap = group_pool_cap_bytes(group), margin = margin_bytes(group);
 
 	/* Under random access kept copies go first (reclaim.c). */
-	if (!group_is_streaming(group) && !READ_ONCE(group->kept_exhausted))
+	if (group_gives_up_copies(group) && !READ_ONCE(group->kept_exhausted))
 		return false;
 	return READ_ONCE(group->pool_bytes) + margin > cap && writeback_is_possible(engine, group);
 }
