@@ -70,10 +70,9 @@ bool group_is_streaming(const struct group *group)
 
 uint64_t group_pool_cap_bytes(const struct group *group)
 {
-	/* 92 % up to a mean object of 75 % of a page, down to 10 % at 95 %: as long as RAM can hold all there
-	 * is, nothing of it should be on a disk (docs/decisions/0006). */
-	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 75u), 95u);
-	uint64_t cap = READ_ONCE(group->limit_bytes) / 1000 * (920 - (mean - 75) * 41);
+	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
+	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
+	uint64_t cap = READ_ONCE(group->limit_bytes) / 100 * (80 - (mean - 60) * 2);
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
 }
