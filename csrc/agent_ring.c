@@ -59,7 +59,7 @@ static uint32_t move_range(int fd, uint64_t destination, uint64_t source, uint32
 		if (bytes) {
 			done += (uint32_t)(bytes / AGENT_PAGE);
 			*moved += (uint32_t)(bytes / AGENT_PAGE);
-			most *= 2;
+			most = most < pages ? most * 2 : most;
 		} else if (result == -EINVAL && count > 1) {
 			most = count / 2;
 		} else if (result == -EBUSY || result == -EINVAL) {

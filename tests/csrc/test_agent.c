@@ -289,6 +289,7 @@ static const struct test_case cases[] = {
 	{ "move", test_move },
 	{ "close_range", test_close_range },
 	{ "fork_managed", test_fork_managed },
+	{ "fork_interleaved", test_fork_interleaved },
 	{ "fork_again", test_fork_again },
 	{ "fork_unmanaged", test_fork_unmanaged },
 	{ "fork_refused", test_fork_refused },

@@ -156,6 +156,21 @@ static void test_close_range(void)
 	close(listener);
 }
 
+/* Have the program fork, and serve the child: beacon, FORKED, arm. From here on `ask` reaches the child. */
+static struct peer *fork_managed(struct program *program, struct peer *peer, int listener)
+{
+	struct peer *child;
+
+	tell(program, "fork");
+	CHECK(peer_wait_forked(peer) != 0);
+	child = peer_accept(listener);
+	CHECK(child->hello.kind == VSWAP_HELLO_FORKED && child->pid != program->pid);
+	CHECK(child->hello.token == peer->forked_token);
+	peer_arm(child, peer);
+	CHECK(expect(program, "child") == child->pid);
+	return child;
+}
+
 /* EBUSY, POPULATE, then MOVE in the child; beacon and FORKED; both sides keep their bytes. */
 static void test_fork_managed(void)
 {
@@ -166,14 +181,7 @@ static void test_fork_managed(void)
 	struct vswap_run half = { .address = program.buffer, .pages = 32 };
 
 	CHECK(peer_evict(peer, program.buffer + 32 * TEST_PAGE, 32) == 32);
-	tell(&program, "fork");
-	CHECK(peer_wait_forked(peer) != 0);
-	child = peer_accept(listener);
-	CHECK(child->hello.kind == VSWAP_HELLO_FORKED && child->pid != program.pid);
-	CHECK(child->hello.token == peer->forked_token);
-	peer_arm(child, peer);
-	CHECK(expect(&program, "child") == child->pid);
-
+	child = fork_managed(&program, peer, listener);
 	command.runs[0] = half;
 	peer_execute(child, &command);
 	CHECK(command.runs[0].busy == 32 && command.runs[0].moved == 0);
@@ -190,6 +198,32 @@ static void test_fork_managed(void)
 	ask(&program, "check 77", "ok");
 	tell(&program, "exit 3");
 	CHECK(expect(&program, "ended") == 3);
+	ask(&program, "check 10", "ok"); /* the parent */
+	expect_quiet_end(&program);
+	peer_close(child);
+	peer_close(peer);
+	close(listener);
+}
+
+/* Every other page of a run is busy: the others all move, however often the MOVE is cut short. */
+static void test_fork_interleaved(void)
+{
+	int listener = daemon_listen(socket_path);
+	struct program program = client_run(-1);
+	struct peer *peer = managed(&program, listener);
+	struct peer *child = fork_managed(&program, peer, listener);
+	struct vswap_command command = { .operation = VSWAP_POPULATE, .run_count = CLIENT_PAGES / 2 };
+
+	for (unsigned i = 0; i < CLIENT_PAGES / 2; i++)
+		command.runs[i] = (struct vswap_run){ .address = program.buffer + 2 * i * TEST_PAGE, .pages = 1 };
+	peer_execute(child, &command);
+	command = (struct vswap_command){ .operation = VSWAP_MOVE_OUT, .run_count = 1 };
+	command.runs[0] = (struct vswap_run){ .address = program.buffer, .pages = CLIENT_PAGES };
+	peer_execute(child, &command);
+	CHECK(command.runs[0].moved == CLIENT_PAGES / 2 && command.runs[0].busy == CLIENT_PAGES / 2);
+	CHECK(command.runs[0].error == 0);
+	tell(&program, "exit 0");
+	CHECK(expect(&program, "ended") == 0);
 	ask(&program, "check 10", "ok"); /* the parent */
 	expect_quiet_end(&program);
 	peer_close(child);
