@@ -80,7 +80,9 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	if (result < 0)
 		return result;
 	SCOPED_LOCK(&engine->registry);
-	while (index < CLIENTS_MAX && (engine->clients[index] || __atomic_load_n(&engine->state->clients[index].used, __ATOMIC_ACQUIRE)))
+	while (index < CLIENTS_MAX &&
+	       (engine->clients[index] ||
+		__atomic_load_n(&engine->state->clients[index].used, __ATOMIC_ACQUIRE)))
 		index++;
 	if (index == CLIENTS_MAX) {
 		close(client->wake_fd);
@@ -174,6 +176,7 @@ int client_open_proc(struct client *client)
 	pid_t thread = client->pid;
 	int statm_fd, result;
 
+	close_if_open(&client->pidfd); /* of a handshake that failed */
 	client->pidfd = sys_pidfd(client->pid);
 	if (client->pidfd < 0)
 		return client->pidfd;

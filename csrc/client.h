@@ -130,8 +130,7 @@ struct client {
 	unsigned io_depth;
 	struct spill_read *reads[READS_MAX];
 
-	pthread_t workers[WORKERS_MAX];
-	unsigned worker_count;
+	unsigned worker_count; /* fault threads, detached */
 
 	uint64_t *cold;              /* clusters in the order they were stored, coldest first: a ring */
 	unsigned cold_capacity, cold_first, cold_count;
@@ -157,7 +156,7 @@ void client_put(struct client *client);
 /* Open /proc files and pidfd of client->pid. 0 or -errno. */
 int client_open_proc(struct client *client);
 int client_make_ring(struct client *client);
-/* Fault threads, unless they run already. The gate is held. 0 or -EAGAIN. */
+/* Fault threads, unless they run already. The gate is held. 0, -EAGAIN, or -ESRCH when it is dead. */
 int client_start(struct client *client);
 void client_wake(struct client *client); /* its fault threads look at deferred faults */
 

@@ -38,7 +38,6 @@
 #include "sys.h"
 
 #define RETRY_MS 1
-#define WIPED_MAX 256 /* mappings with MADV_WIPEONFORK that one fork is looked at for */
 
 /* ---- events; the gate is held ---- */
 
@@ -57,18 +56,29 @@ static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 	}
 }
 
+static void forget_range(void *context, struct page_range range)
+{
+	struct client *child = context;
+
+	slot_map_clear(child->engine->slots, &child->record->map, page_of(range.start), page_of(range.end),
+		       client_staged_gone, client_free_copy, child);
+}
+
 /* What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
  * no such advice, so it is looked up, where there is anything to lose. */
 static void forget_wiped(const struct client *parent, struct client *child)
 {
-	struct page_range ranges[WIPED_MAX];
-	int count = 0;
+	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR, .pid = parent->pid,
+				      .group = parent->group->number };
+	int result;
 
-	if (child->record->map.cluster_count > 0 && parent->pid > 0)
-		count = sys_wiped_ranges(parent->pid, ranges, WIPED_MAX);
-	for (int i = 0; i < count; i++)
-		slot_map_clear(parent->engine->slots, &child->record->map, page_of(ranges[i].start),
-			       page_of(ranges[i].end), client_staged_gone, client_free_copy, child);
+	if (child->record->map.cluster_count == 0 || parent->pid <= 0)
+		return;
+	result = sys_visit_wiped(parent->pid, forget_range, child);
+	if (result < 0) {
+		event.a = (uint64_t)(int64_t)result;
+		engine_event_push(parent->engine, &event);
+	}
 }
 
 /*
@@ -253,7 +263,7 @@ static void serve_all(struct client *client, struct fill_scratch *scratch)
 /* `retry` is what the last look under the gate saw; -1: wait for an event. */
 static int poll_timeout_ms(const struct client *client)
 {
-	return __atomic_load_n(&client->retry_soon, __ATOMIC_RELAXED) ? RETRY_MS : -1;
+	return READ_ONCE(client->retry_soon) ? RETRY_MS : -1;
 }
 
 static void wait_for_work(struct client *client)
@@ -318,9 +328,12 @@ int client_start(struct client *client)
 {
 	pthread_attr_t attributes;
 	unsigned want = min_of(client->engine->cpu_count, (uint32_t)WORKERS_MAX);
+	pthread_t thread;
 
 	if (client->serving)
 		return 0;
+	if (client->dead) /* buried meanwhile: there is no reference to take */
+		return -ESRCH;
 	pthread_attr_init(&attributes);
 	pthread_attr_setstacksize(&attributes, 128 * 1024);
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -331,7 +344,7 @@ int client_start(struct client *client)
 			break;
 		*start = (struct worker_start){ client, i, want };
 		client_get_index(client->engine, client->index);
-		if (pthread_create(&client->workers[i], &attributes, fault_thread_main, start) != 0) {
+		if (pthread_create(&thread, &attributes, fault_thread_main, start) != 0) {
 			free(start);
 			client_put(client);
 			break;

@@ -96,13 +96,16 @@ static uint64_t register_region(struct client *client, uint64_t start, uint64_t 
 	if (known && known->start <= start && known->end >= end && known->value == protection)
 		return 0;
 	covered = sys_userfaultfd_covers(client->events_fd, start);
-	if (covered < 0 || sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
+	if (covered < 0)
 		return 0;
 	/* New here, so nothing that is known of these addresses is about it: a forked child has its parent's
-	 * slots, but not the mappings with MADV_DONTFORK, in whose place it may map something. */
+	 * slots, but not the mappings with MADV_DONTFORK, in whose place it may map something. Before
+	 * REGISTER: once registered, what is left there would be taken for its own, by a successor too. */
 	if (!covered)
 		slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
 			       client_staged_gone, client_free_copy, client);
+	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
+		return 0;
 	return adopt_pieces(client, start, end);
 }
 

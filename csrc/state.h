@@ -11,7 +11,8 @@
  *                       idempotent.
  *             batches   a batch is INTENT (pages and what they were) before its MOVE is posted; STAGED
  *                       once the MOVE was verified; RELEASING when every slot is settled; then FREE.
- *                       After a death in INTENT or STAGED the bytes are in the client's staging.
+ *                       After a death in INTENT a page that is resident was not moved; every other page of
+ *                       INTENT and STAGED has its bytes in the client's staging.
  *             epoch     one more for each daemon; goes to every ring.
  */
 #ifndef VSWAP_STATE_H

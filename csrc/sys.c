@@ -268,14 +268,14 @@ static ssize_t read_process(pid_t pid, const struct iovec *local, const struct i
 	return -1;
 }
 
-int sys_wiped_ranges(pid_t pid, struct page_range *ranges, unsigned max)
+int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context)
 {
 	char *line = NULL;
 	size_t size = 0;
-	unsigned count = 0;
 	struct page_range range = { 0 };
+	pid_t thread = sys_live_thread(pid);
+	int fd = thread > 0 ? sys_open_proc(thread, "smaps") : -ESRCH, result;
 	FILE *file;
-	int fd = sys_open_proc(pid, "smaps");
 
 	if (fd < 0)
 		return fd;
@@ -289,55 +289,48 @@ int sys_wiped_ranges(pid_t pid, struct page_range *ranges, unsigned max)
 
 		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
 			range = (struct page_range){ .start = start, .end = end };
-		else if (strncmp(line, "VmFlags:", 8) == 0 && strstr(line, " wf") && count < max)
-			ranges[count++] = range;
+		else if (strncmp(line, "VmFlags:", 8) == 0 && strstr(line, " wf"))
+			visit(context, range);
 	}
+	result = feof(file) ? 0 : -EIO;
 	free(line);
 	fclose(file);
-	return (int)count;
+	return result;
 }
 
-static int scan_pages(int pagemap_fd, struct ioctl_pagemap_scan *scan, uint64_t *ret_walk_end)
+/* `inverted`: categories of the present pages that must not hold. */
+static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+			uint64_t max_pages, uint64_t inverted, uint64_t *ret_walk_end)
 {
-	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, scan);
+	struct ioctl_pagemap_scan scan = {
+		.size = sizeof scan,
+		.start = start,
+		.end = end,
+		.vec = (uintptr_t)ranges,
+		.vec_len = max,
+		.max_pages = max_pages,
+		.category_inverted = inverted,
+		.category_mask = PAGE_IS_PRESENT | inverted,
+		.return_mask = PAGE_IS_PRESENT,
+	};
+	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
 
 	if (count < 0)
 		return -errno;
-	*ret_walk_end = scan->walk_end;
+	*ret_walk_end = scan.walk_end;
 	return count;
 }
 
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
-	struct ioctl_pagemap_scan scan = {
-		.size = sizeof scan,
-		.start = start,
-		.end = end,
-		.vec = (uintptr_t)ranges,
-		.vec_len = max,
-		.max_pages = max_pages,
-		.category_inverted = PAGE_IS_ZERO_PAGE,
-		.category_mask = PAGE_IS_PRESENT | PAGE_IS_ZERO_PAGE,
-		.return_mask = PAGE_IS_PRESENT,
-	};
-	return scan_pages(pagemap_fd, &scan, ret_walk_end);
+	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, PAGE_IS_ZERO_PAGE, ret_walk_end);
 }
 
 int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
-	struct ioctl_pagemap_scan scan = {
-		.size = sizeof scan,
-		.start = start,
-		.end = end,
-		.vec = (uintptr_t)ranges,
-		.vec_len = max,
-		.max_pages = max_pages,
-		.category_mask = PAGE_IS_PRESENT,
-		.return_mask = PAGE_IS_PRESENT,
-	};
-	return scan_pages(pagemap_fd, &scan, ret_walk_end);
+	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, 0, ret_walk_end);
 }
 
 bool sys_page_is_present(int pagemap_fd, uint64_t address)

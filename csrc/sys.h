@@ -84,13 +84,14 @@ struct mapping {
 /* The mapping at or after `address`: 1, or 0 when there is none, else -errno. */
 int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping);
 
-/* Mappings of a process that its forked children find wiped (MADV_WIPEONFORK): their number, at most `max`,
- * or -errno. Reads smaps: a walk over its page tables. */
-int sys_wiped_ranges(pid_t pid, struct page_range *ranges, unsigned max);
-
 /* A thread of the process that has not ended, 0 when there is none. The first thread may end before the
  * others: then the process cannot be looked at by its own number. */
 pid_t sys_live_thread(pid_t pid);
+
+/* Call visit(context, range) for each mapping of a process that its forked children find wiped
+ * (MADV_WIPEONFORK). Reads smaps: a walk over its page tables. 0, or -errno when not all of it was seen. */
+typedef void (*sys_range_fn)(void *context, struct page_range range);
+int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context);
 
 /* Read client memory; returns bytes read or -errno. */
 ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes);
