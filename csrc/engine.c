@@ -104,7 +104,7 @@ void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const
 
 void engine_room_made(struct engine *engine, struct group *group)
 {
-	if (__atomic_load_n(&group->waiting, __ATOMIC_RELAXED) == 0 ||
+	if (READ_ONCE(group->waiting) == 0 ||
 	    group_room_bytes(group) < (int64_t)PAGE_BYTES)
 		return;
 	SCOPED_LOCK(&engine->registry);
@@ -316,7 +316,7 @@ int engine_group_set_limit(struct engine *engine, int number, uint64_t limit_byt
 	if (!group || limit_bytes < (1 << 20))
 		return group ? -EINVAL : -ENOENT;
 	group->pool_limit_bytes = pool_limit_bytes;
-	__atomic_store_n(&group->limit_bytes, limit_bytes, __ATOMIC_RELAXED);
+	WRITE_ONCE(group->limit_bytes, limit_bytes);
 	return 0;
 }
 
@@ -351,7 +351,7 @@ int engine_group_set_unmanaged(struct engine *engine, int number, uint64_t bytes
 
 	if (!group)
 		return -ENOENT;
-	__atomic_store_n(&group->unmanaged_bytes, bytes, __ATOMIC_RELAXED);
+	WRITE_ONCE(group->unmanaged_bytes, bytes);
 	return 0;
 }
 

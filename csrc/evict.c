@@ -253,8 +253,8 @@ static uint64_t answered_mask(const struct client *client, const struct choice *
 
 	for (unsigned i = 0; i < choice->command.run_count; i++) {
 		uint32_t pages = choice->command.runs[i].pages;
-		uint32_t dealt = __atomic_load_n(&answer->runs[i].moved, __ATOMIC_RELAXED) +
-				 __atomic_load_n(&answer->runs[i].busy, __ATOMIC_RELAXED);
+		uint32_t dealt = READ_ONCE(answer->runs[i].moved) +
+				 READ_ONCE(answer->runs[i].busy);
 
 		if (dealt > 0)
 			mask |= mask_of(first, min_of(dealt, pages));
@@ -269,8 +269,8 @@ static void note_answer(struct client *client, const struct choice *choice, uint
 	const struct vswap_command *answer = &client->ring->commands[number % VSWAP_RING_COMMANDS];
 
 	for (unsigned i = 0; i < choice->command.run_count; i++) {
-		uint32_t busy = __atomic_load_n(&answer->runs[i].busy, __ATOMIC_RELAXED);
-		uint32_t error = __atomic_load_n(&answer->runs[i].error, __ATOMIC_RELAXED);
+		uint32_t busy = READ_ONCE(answer->runs[i].busy);
+		uint32_t error = READ_ONCE(answer->runs[i].error);
 
 		result->busy += min_of(busy, choice->command.runs[i].pages);
 		if (error == EAGAIN)

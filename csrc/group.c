@@ -8,17 +8,17 @@
 
 uint64_t group_usage_bytes(const struct group *group)
 {
-	int64_t resident = __atomic_load_n(&group->resident_pages, __ATOMIC_RELAXED);
-	int64_t metadata = __atomic_load_n(&group->metadata_bytes, __ATOMIC_RELAXED);
+	int64_t resident = READ_ONCE(group->resident_pages);
+	int64_t metadata = READ_ONCE(group->metadata_bytes);
 
 	return (uint64_t)max_of(resident, 0) * PAGE_BYTES + (uint64_t)max_of(metadata, 0) +
-	       __atomic_load_n(&group->unmanaged_bytes, __ATOMIC_RELAXED) +
-	       __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);
+	       READ_ONCE(group->unmanaged_bytes) +
+	       READ_ONCE(group->pool_bytes);
 }
 
 int64_t group_room_bytes(const struct group *group)
 {
-	return (int64_t)__atomic_load_n(&group->limit_bytes, __ATOMIC_RELAXED) -
+	return (int64_t)READ_ONCE(group->limit_bytes) -
 	       (int64_t)group_usage_bytes(group);
 }
 
@@ -26,8 +26,8 @@ static void note_usage(struct group *group)
 {
 	uint64_t usage = group_usage_bytes(group);
 
-	if (usage > __atomic_load_n(&group->usage_bytes_max, __ATOMIC_RELAXED))
-		__atomic_store_n(&group->usage_bytes_max, usage, __ATOMIC_RELAXED);
+	if (usage > READ_ONCE(group->usage_bytes_max))
+		WRITE_ONCE(group->usage_bytes_max, usage);
 }
 
 void group_charge_anyway(struct group *group, uint64_t pages)
@@ -82,7 +82,7 @@ void group_pool_changed(struct group *group)
 	struct pool_statistics statistics;
 
 	pool_statistics(group->pool, &statistics);
-	__atomic_store_n(&group->pool_bytes, statistics.bytes, __ATOMIC_RELAXED);
+	WRITE_ONCE(group->pool_bytes, statistics.bytes);
 	if (statistics.object_count > 1024)
 		WRITE_ONCE(group->pool_percent,
 			   (uint32_t)(statistics.object_bytes * 100 / PAGE_BYTES /
@@ -97,7 +97,7 @@ bool group_gives_up_copies(const struct group *group)
 
 bool group_keeps_copies(const struct group *group)
 {
-	uint64_t pool_bytes = __atomic_load_n(&group->pool_bytes, __ATOMIC_RELAXED);
+	uint64_t pool_bytes = READ_ONCE(group->pool_bytes);
 
 	return group_is_streaming(group) && pool_bytes < group_pool_cap_bytes(group);
 }
@@ -105,13 +105,13 @@ bool group_keeps_copies(const struct group *group)
 void group_note_stream(struct group *group, bool streaming)
 {
 	/* In 1/256 steps of the distance: about the last 256 faults count. Races lose a step, no more. */
-	uint32_t old = __atomic_load_n(&group->stream_percent, __ATOMIC_RELAXED);
+	uint32_t old = READ_ONCE(group->stream_percent);
 	static __thread uint32_t fraction;
 
 	fraction += streaming ? 100 - old : old;
 	if (fraction >= 256) {
 		fraction -= 256;
 		old = streaming ? min_of(old + 1, 100u) : (old ? old - 1 : 0);
-		__atomic_store_n(&group->stream_percent, old, __ATOMIC_RELAXED);
+		WRITE_ONCE(group->stream_percent, old);
 	}
 }

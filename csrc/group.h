@@ -71,8 +71,8 @@ uint64_t group_pool_cap_bytes(const struct group *group);
 
 void group_pool_changed(struct group *group);
 
-/* Are its faults mostly scans? Then neighbours are worth fetching and copies worth keeping; under random
- * access both only take memory from resident pages. */
+/* Are its faults mostly scans? Then copies are worth keeping; under random access they only take memory from
+ * resident pages. */
 bool group_is_streaming(const struct group *group);
 
 /* At the cap, do kept copies go before anything is written to a backend? Not under a limit of the pool's own:

@@ -196,7 +196,8 @@ __attribute__((used, visibility("hidden"))) long vswap_syscall_failed(long resul
  * In assembly, without a frame, as libc's: a program that makes a system call which returns twice
  * (vfork, clone) finds the stack as it would there.
  */
-_Static_assert(__NR_prctl == 157 && __NR_mlockall == 151 && __NR_unshare == 272 && __NR_setns == 308 && __NR_seccomp == 317,
+_Static_assert(__NR_mlockall == 151 && __NR_prctl == 157 && __NR_unshare == 272 && __NR_setns == 308 &&
+		       __NR_seccomp == 317,
 	       "numbers in the text below");
 __asm__(".text\n"
 	".globl syscall\n"

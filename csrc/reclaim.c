@@ -36,7 +36,7 @@
 static bool is_short(const struct group *group)
 {
 	return group_room_bytes(group) < (int64_t)group_reserve_bytes(group) ||
-	       __atomic_load_n(&group->waiting, __ATOMIC_RELAXED) > 0;
+	       READ_ONCE(group->waiting) > 0;
 }
 
 static bool has_room_again(const struct group *group)
@@ -54,7 +54,7 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 		if (!group || group->client_count == 0)
 			continue;
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE ||
-		    __atomic_load_n(&group->parked, __ATOMIC_RELAXED) > 0) {
+		    READ_ONCE(group->parked) > 0) {
 			group->users++;
 			*cursor = (*cursor + i + 1) % GROUPS_MAX;
 			return group;
@@ -143,15 +143,15 @@ static void kill_largest(struct engine *engine, struct group *group)
 static void note_stuck(struct engine *engine, struct group *group, bool progress)
 {
 	uint64_t now = sys_now_ns();
-	bool starving = __atomic_load_n(&group->waiting, __ATOMIC_RELAXED) > 0 &&
+	bool starving = READ_ONCE(group->waiting) > 0 &&
 			group_room_bytes(group) < (int64_t)PAGE_BYTES;
 
-	uint64_t since = __atomic_load_n(&group->stuck_since_ns, __ATOMIC_RELAXED);
+	uint64_t since = READ_ONCE(group->stuck_since_ns);
 
 	if (progress || !starving) {
-		__atomic_store_n(&group->stuck_since_ns, 0, __ATOMIC_RELAXED);
+		WRITE_ONCE(group->stuck_since_ns, 0);
 	} else if (since == 0) {
-		__atomic_store_n(&group->stuck_since_ns, now, __ATOMIC_RELAXED);
+		WRITE_ONCE(group->stuck_since_ns, now);
 	} else if (now > since + OUT_OF_MEMORY_NS &&
 		   /* one of the evictors, not each of them */
 		   __atomic_compare_exchange_n(&group->stuck_since_ns, &since, now, false,
@@ -236,7 +236,7 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 {
 	struct client *clients[CLIENTS_A_TURN];
 	unsigned count = pick_clients(engine, group, clients);
-	uint64_t pages = 0, progress = __atomic_load_n(&group->progress, __ATOMIC_RELAXED);
+	uint64_t pages = 0, progress = READ_ONCE(group->progress);
 	/* After a second without room even pages filled a moment ago must go. */
 	uint64_t stuck_since_ns = READ_ONCE(group->stuck_since_ns);
 	bool desperate = stuck_since_ns && sys_now_ns() - stuck_since_ns > OUT_OF_MEMORY_NS / 3;
@@ -249,7 +249,7 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 		client_put(clients[i]);
 	}
 	note_stuck(engine, group,
-		   pages > 0 || __atomic_load_n(&group->progress, __ATOMIC_RELAXED) != progress);
+		   pages > 0 || READ_ONCE(group->progress) != progress);
 	engine_room_made(engine, group);
 	if (pages == 0 || group->flags & ENGINE_GROUP_TORTURE)
 		sys_sleep_ms(TORTURE_PAUSE_MS);

@@ -270,12 +270,12 @@ static void shared_release(struct slot_space *space, uint64_t index)
 
 uint64_t slot_space_metadata_bytes(const struct slot_space *space)
 {
-	return __atomic_load_n(&space->metadata_bytes, __ATOMIC_RELAXED);
+	return READ_ONCE(space->metadata_bytes);
 }
 
 uint64_t slot_space_shared_spill_pages(const struct slot_space *space)
 {
-	return __atomic_load_n(&space->shared_spill_pages, __ATOMIC_RELAXED);
+	return READ_ONCE(space->shared_spill_pages);
 }
 
 /* ---- index: cluster number of the address space -> cluster ----
@@ -290,9 +290,9 @@ static uint64_t *index_entries(const struct slot_space *space, const struct slot
 
 uint64_t slot_map_metadata_bytes(const struct slot_map *map)
 {
-	uint64_t root = __atomic_load_n(&map->root, __ATOMIC_RELAXED);
+	uint64_t root = READ_ONCE(map->root);
 
-	return __atomic_load_n(&map->cluster_count, __ATOMIC_RELAXED) * sizeof(struct cluster) +
+	return READ_ONCE(map->cluster_count) * sizeof(struct cluster) +
 	       (root ? 8ULL << (root & 255) : 0);
 }
 
@@ -402,7 +402,7 @@ static int index_insert(struct slot_space *space, struct slot_map *map, uint64_t
 		map->index_used++;
 	VS_CHECK((uint32_t)entries[at] == 0);
 	__atomic_store_n(&entries[at], (number + 1) << 32 | id, __ATOMIC_RELEASE);
-	__atomic_store_n(&map->cluster_count, map->cluster_count + 1, __ATOMIC_RELAXED);
+	WRITE_ONCE(map->cluster_count, map->cluster_count + 1);
 	return 0;
 }
 
@@ -415,7 +415,7 @@ static void index_replace(struct slot_space *space, struct slot_map *map, uint64
 	VS_CHECK((uint32_t)entries[at] != 0);
 	__atomic_store_n(&entries[at], (number + 1) << 32 | id, __ATOMIC_RELEASE);
 	if (id == 0) {
-		__atomic_store_n(&map->cluster_count, map->cluster_count - 1, __ATOMIC_RELAXED);
+		WRITE_ONCE(map->cluster_count, map->cluster_count - 1);
 		if (map->cluster_count == 0) {
 			uint64_t root = map->root;
 
@@ -496,8 +496,7 @@ static enum slot_tag count_class(const struct cluster *cluster, enum slot_tag ta
 /* One writer, inside the gate; readers are anywhere. */
 static void count_change(struct slot_map *map, enum slot_tag tag, int by)
 {
-	__atomic_store_n(&map->counts[tag], map->counts[tag] + (uint64_t)(int64_t)by,
-			 __ATOMIC_RELAXED);
+	WRITE_ONCE(map->counts[tag], map->counts[tag] + (uint64_t)(int64_t)by);
 }
 
 static void counts_add(struct slot_map *map, const struct cluster *cluster, int sign)

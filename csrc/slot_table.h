@@ -50,6 +50,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base.h"
 #include "limits.h"
 
 enum slot_tag {
@@ -118,7 +119,7 @@ struct slot_map {
 /* Pages of a map whose slot has this tag. Any thread. */
 static inline uint64_t slot_map_count(const struct slot_map *map, enum slot_tag tag)
 {
-	return __atomic_load_n(&map->counts[tag], __ATOMIC_RELAXED);
+	return READ_ONCE(map->counts[tag]);
 }
 
 /* Pages of a map whose bytes are not in the client. Any thread. */
