@@ -40,6 +40,15 @@ bool evict_resume(struct client *client, struct evictor *evictor);
  * forked relative must not take them for untouched. Poison them. The gate is held. */
 void evict_abandon(struct client *client);
 
+/*
+ * In a successor, for a client that is recovering. Batches: what is in which place; the gate is held, and
+ * no MOVE is under way. 0 or -ESRCH. Store: what is in staging, as evict_batch would have; the gate is
+ * not held. Release: all other windows, once the agent has answered whatever was posted before.
+ */
+int evict_recover_batches(struct client *client);
+void evict_recover_store(struct client *client, struct evictor *evictor);
+void evict_recover_release(struct client *client);
+
 /* Free kept copies of about `pages` pages, from *cursor on (a cluster of the index; 0 after the last). Returns
  * pages whose copy was dropped: 0 when there was none to the end. Takes the gate. */
 unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor);

@@ -26,6 +26,8 @@
 #define BACKENDS_MAX 15 /* 4 bits of a slot word; the value 15 is reserved */
 
 #define REGIONS_MAX 65536    /* registered ranges of one client */
+/* Ranges that one checkpoint of a client holds: with the rest of it, whole pages. */
+#define CHECKPOINT_RANGES_MAX 130847
 #define QUARANTINE_MAX 1024  /* removed ranges not yet requalified, of one client */
 #define REMAPS_MAX 32         /* mremaps of one client that wait for an older event */
 #define STREAMS_MAX 8        /* fault streams watched in one client */

@@ -3,11 +3,13 @@
 #include "slot_table.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "base.h"
+#include "crash_point.h"
 
 /*
  * Word: bits 0-3 tag, 4-5 reserved, 6-11 units - 1, 12-49 location, 50-53 backend, 54-63 check 48-57.
@@ -124,8 +126,10 @@ static struct slot cluster_slot(const struct cluster *cluster, unsigned i)
  * the check of a swapped slot never changes without passing through STAGED or NONE. */
 static void cluster_store(struct cluster *cluster, unsigned i, struct slot slot)
 {
-	cluster->check_middle[i] = (uint32_t)(slot.check >> 16);
-	cluster->check_low[i] = (uint16_t)slot.check;
+	if (slot.tag == SLOT_SAME || slot.tag == SLOT_POOL || slot.tag == SLOT_SPILL || slot_is_kept(slot.tag)) {
+		cluster->check_middle[i] = (uint32_t)(slot.check >> 16);
+		cluster->check_low[i] = (uint16_t)slot.check;
+	}
 	__atomic_store_n(&cluster->words[i], word_of(slot), __ATOMIC_RELEASE);
 }
 
@@ -741,10 +745,10 @@ static void cluster_clear(struct clear *clear, struct slot_map *map, uint64_t nu
 
 		if (!(mask >> i & 1) || slot.tag == SLOT_NONE)
 			continue;
-		slot_drop(clear, number * CLUSTER_PAGES + i, slot);
 		count_change(map, count_class(cluster, slot.tag), -1);
 		cluster->live--;
 		cluster_store(cluster, i, (struct slot){ .tag = SLOT_NONE });
+		slot_drop(clear, number * CLUSTER_PAGES + i, slot);
 	}
 	if (cluster->live == 0) {
 		index_replace(clear->space, map, number, 0);
@@ -791,8 +795,6 @@ void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t sta
 int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from, uint64_t to,
 		  uint64_t pages, slot_visit_fn moved, slot_free_fn free_copy, void *context)
 {
-	/* What was at the target is gone (mremap unmapped it; its event may come later). */
-	slot_map_clear(space, map, to, to + pages, moved, free_copy, context);
 	for (uint64_t done = 0; done < pages && map->root;) {
 		uint64_t number = (from + done) >> CLUSTER_SHIFT;
 		struct slot slot;
@@ -805,6 +807,7 @@ int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from,
 		result = slot_get(space, map, from + done, &slot);
 		if (result == 0 && slot.tag != SLOT_NONE) {
 			result = slot_set(space, map, to + done, slot);
+			crash_point(CRASH_SLOT_MOVED);
 			if (result == 0) {
 				(void)slot_set(space, map, from + done, (struct slot){ .tag = SLOT_NONE });
 				if (slot.tag == SLOT_STAGED)
@@ -814,6 +817,125 @@ int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from,
 		if (result < 0)
 			return result;
 		done++;
+	}
+	return 0;
+}
+
+/* ---- a successor ---- */
+
+static int open_map(struct slot_space *space, struct slot_map *map, uint8_t *reached)
+{
+	uint64_t *entries, clusters = 0;
+
+	memset(map->counts, 0, sizeof map->counts);
+	map->cluster_count = map->index_used = 0;
+	if (map->root == 0)
+		return 0;
+	entries = index_entries(space, map);
+	space->indexes.used = max_of(space->indexes.used, (map->root >> 8) + (8ULL << index_log2(map)));
+	for (uint64_t i = 0; i < 1ULL << index_log2(map); i++) {
+		uint32_t id = (uint32_t)entries[i];
+		struct cluster *cluster = (struct cluster *)space->clusters.base + id;
+
+		map->index_used += entries[i] != 0;
+		if (id == 0)
+			continue;
+		clusters++;
+		space->clusters.used = max_of(space->clusters.used, (id + 1ULL) * sizeof *cluster);
+		if (!reached[id]) {
+			reached[id] = 1;
+			cluster->share = 0;
+			cluster->live = 0;
+			for (unsigned k = 0; k < CLUSTER_PAGES; k++)
+				cluster->live += (cluster->words[k] & 15) != SLOT_NONE;
+		}
+		cluster->share++;
+		for (unsigned k = 0; k < CLUSTER_PAGES; k++)
+			if ((cluster->words[k] & 15) == SLOT_INDIRECT) {
+				uint64_t index = cluster_slot(cluster, k).location;
+				struct shared_slot *shared = (struct shared_slot *)space->shared.base + index;
+
+				space->shared.used = max_of(space->shared.used, (index + 1) * sizeof *shared);
+				if (!reached[index + (1u << 28)]) {
+					reached[index + (1u << 28)] = 1;
+					shared->count = 0;
+				}
+				shared->count++;
+			}
+		counts_add(map, cluster, 1);
+	}
+	map->cluster_count = clusters;
+	metadata_change(space, (int64_t)(clusters * sizeof(struct cluster)));
+	return 0;
+}
+
+static uint8_t *claimed_bits;
+
+int slot_space_open(void *base, uint64_t bytes, struct slot_map *const *maps, unsigned map_count,
+		    struct slot_space **ret_space)
+{
+	struct slot_space *space;
+	uint8_t *reached = mmap(NULL, 1u << 29, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int result = slot_space_create(base, bytes, &space);
+
+	for (unsigned i = 0; result == 0 && i < map_count; i++)
+		result = open_map(space, maps[i], reached);
+	for (uint32_t id = 1; id < space->clusters.used / sizeof(struct cluster); id++)
+		if (!reached[id]) {
+			struct cluster *cluster = (struct cluster *)space->clusters.base + id;
+
+			memset(cluster, 0, sizeof *cluster);
+			cluster->words[0] = space->free_cluster;
+			space->free_cluster = id;
+		}
+	for (uint64_t id = 1; id < space->shared.used / sizeof(struct shared_slot); id++)
+		if (!reached[id + (1u << 28)]) {
+			struct shared_slot *shared = (struct shared_slot *)space->shared.base + id;
+
+			shared->count = 0;
+			shared->word = space->free_shared;
+			space->free_shared = (uint32_t)id;
+		}
+	madvise(reached, 1u << 29, MADV_DONTNEED);
+	claimed_bits = reached;
+	*ret_space = space;
+	return result;
+}
+
+int slot_map_claim(struct slot_space *space, struct slot_map *map, slot_claim_fn claim, void *context)
+{
+	for (uint64_t i = 0; map->root && i < 1ULL << index_log2(map); i++) {
+		uint64_t entry = index_entries(space, map)[i];
+		uint32_t id = (uint32_t)entry;
+		struct cluster *cluster;
+
+		if (id == 0 || claimed_bits[id])
+			continue;
+		claimed_bits[id] = 1;
+		cluster = cluster_at(space, id);
+		for (unsigned k = 0; k < CLUSTER_PAGES; k++) {
+			struct slot slot = cluster_slot(cluster, k);
+			uint64_t index = slot.location;
+			int result;
+
+			if (slot.tag == SLOT_INDIRECT) {
+				if (claimed_bits[index + (1u << 28)])
+					continue;
+				claimed_bits[index + (1u << 28)] = 1;
+				slot = shared_slot_read(shared_at(space, index));
+			}
+			result = slot.tag == SLOT_NONE
+					 ? 0
+					 : claim(context, ((entry >> 32) - 1) * CLUSTER_PAGES + k, slot);
+			if (result == -EINVAL) {
+				fprintf(stderr, "claim failed: tag %d loc %llx units %u page %llx\n", slot.tag,
+					(unsigned long long)slot.location, slot.units,
+					(unsigned long long)(((entry >> 32) - 1) * CLUSTER_PAGES + k));
+				cluster_store(cluster, k, (struct slot){ .tag = SLOT_POISONED });
+			} else if (result < 0)
+				return result;
+		}
 	}
 	return 0;
 }

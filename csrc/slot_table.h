@@ -139,6 +139,22 @@ typedef void (*slot_free_fn)(void *context, struct slot slot);
 /* Take [base, base + bytes) of the state memfd, mapped there. Returns 0 or -ENOMEM. */
 int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space);
 void slot_space_destroy(struct slot_space *space);
+
+/*
+ * In a successor: take over what a dead daemon left. `maps` are all that go on; what none of them reaches
+ * is free. Counts and references are made anew. 0, -ENOMEM, or -EUCLEAN when it cannot be.
+ */
+int slot_space_open(void *base, uint64_t bytes, struct slot_map *const *maps, unsigned map_count,
+		    struct slot_space **ret_space);
+
+/*
+ * Call claim(page, slot) for every copy that the map's slots name and that no map was asked about
+ * before: shared ones come up once. A slot whose claim fails (-EINVAL) becomes POISONED; any other error ends
+ * it and is returned.
+ */
+typedef int (*slot_claim_fn)(void *context, uint64_t page, struct slot slot);
+int slot_map_claim(struct slot_space *space, struct slot_map *map, slot_claim_fn claim, void *context);
+
 /* Bytes of all clusters, shared slots and indexes; any thread. */
 uint64_t slot_space_metadata_bytes(const struct slot_space *space);
 /* INDIRECT pages whose shared slot is in a backend (the others are in the pool). */
