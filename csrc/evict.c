@@ -667,13 +667,16 @@ static struct choice choice_of(const struct client *client, unsigned window)
 	return choice;
 }
 
-int evict_recover_batches(struct client *client)
+int evict_recover_batches(struct client *client, unsigned *ret_windows)
 {
+	*ret_windows = 0;
 	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
 		struct batch_record *record = &client->record->batches[w];
 		uint64_t resident = 0, mask = slots_mask(client, w);
 		struct choice choice = choice_of(client, w);
 
+		if (record->phase != BATCH_FREE)
+			*ret_windows |= 1u << w;
 		if (record->phase != BATCH_INTENT && record->phase != BATCH_STAGED)
 			continue;
 		if (staged_mask(client, &choice, &resident) < 0)
@@ -695,25 +698,31 @@ int evict_recover_batches(struct client *client)
 	return 0;
 }
 
-void evict_recover_store(struct client *client, struct evictor *evictor)
+void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows)
 {
 	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
 		struct choice choice = choice_of(client, w);
-		uint64_t staged = client->batches[w].staged;
+		uint64_t staged = 0;
 
-		if (client->record->batches[w].phase == BATCH_STAGED && staged)
-			store_and_release(client, evictor, &choice, staged);
+		if (!(*windows >> w & 1))
+			continue;
+		pthread_mutex_lock(&client->gate);
+		staged = client->batches[w].staged;
+		pthread_mutex_unlock(&client->gate);
+		if (staged == 0)
+			continue;
+		store_and_release(client, evictor, &choice, staged);
+		*windows &= ~(1u << w); /* somebody else's from now on */
 	}
 }
 
-void evict_recover_release(struct client *client)
+void evict_recover_release(struct client *client, unsigned windows)
 {
 	SCOPED_LOCK(&client->gate);
-	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
+	for (unsigned w = 0; w < VSWAP_WINDOWS && !client->dead; w++) {
 		struct choice choice = choice_of(client, w);
 
-		if (client->record->batches[w].phase != BATCH_FREE && !client->batches[w].staged &&
-		    !client->batches[w].releasing && !client->dead)
+		if (windows >> w & 1)
 			release(client, &choice);
 	}
 }

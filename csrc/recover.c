@@ -11,7 +11,7 @@
  * then each client by itself, in a thread of its own, its gate shut (an agent that is stopped keeps only
  * its own client waiting):
  *   5 tell its agent the new epoch. A batch in INTENT means that its MOVE may still be running: wait for
- *     the answer to a PING behind it, or for the agent's proven death
+ *     the answer to what the dead daemon posted last, or for the agent's proven death
  *   6 find out where the pages of batches are; apply the events that were read and not applied
  *   7 resync: a page that is present is resident, whatever its slot says (its fill was not settled)
  *   8 wake all faults, for those that were read are not told again; open the gate
@@ -328,10 +328,10 @@ static void reset_handshake(struct client *client)
 }
 
 /* 5: until no MOVE of the dead daemon can be running. False when the client is gone. */
-static bool wait_for_agent(struct client *client, uint32_t ping)
+static bool wait_for_agent(struct client *client, uint32_t last)
 {
 	for (;;) {
-		int result = client_wait(client, ping, WAIT_MS);
+		int result = client_wait(client, last, WAIT_MS);
 
 		if (result != -ETIMEDOUT)
 			return true; /* answered, or the agent is gone and its last command has ended */
@@ -388,6 +388,7 @@ static void resync(struct client *client)
 struct recovery {
 	struct client *client;
 	struct evictor evictor;
+	unsigned windows; /* to be stored or released */
 };
 
 /* Before a fork is applied again: nothing may be staged. The gate is held, and is shut besides. */
@@ -396,7 +397,7 @@ static void store_staged(void *context)
 	struct recovery *recovery = context;
 
 	pthread_mutex_unlock(&recovery->client->gate);
-	evict_recover_store(recovery->client, &recovery->evictor);
+	evict_recover_store(recovery->client, &recovery->evictor, &recovery->windows);
 	pthread_mutex_lock(&recovery->client->gate);
 }
 
@@ -410,7 +411,7 @@ static void catch_up(struct recovery *recovery)
 	if (checkpoint_read(client, &applied) < 0)
 		client->registered = false;
 	if (client->pagemap_fd >= 0 && client->ring)
-		(void)evict_recover_batches(client);
+		(void)evict_recover_batches(client, &recovery->windows);
 	fault_replay(client, applied, store_staged, recovery);
 	if (client->pagemap_fd >= 0)
 		resync(client);
@@ -423,22 +424,23 @@ static void *recovery_main(void *argument)
 {
 	struct recovery recovery = { .client = argument };
 	struct client *client = argument;
-	uint32_t ping = 0;
+	uint32_t last = client->posted - 1; /* command of the dead daemon */
 
 	VS_CHECK(evictor_create(&recovery.evictor) == 0);
 	if (client->ring) {
-		ping = client_post(client, &(struct vswap_command){ .operation = VSWAP_PING });
-		sys_futex_wake(&client->ring->posted);
+		/* A POPULATE may be under way, and fault: no MOVE behind that. */
+		client->populate_number = last;
+		client->populating = true;
 	}
-	if (!client->ring || !has_intent(client) || wait_for_agent(client, ping)) {
+	if (!client->ring || !has_intent(client) || wait_for_agent(client, last)) {
 		pthread_mutex_lock(&client->gate);
 		if (!client->dead)
 			catch_up(&recovery);
 		pthread_mutex_unlock(&client->gate);
 		client_wake(client);
-		evict_recover_store(client, &recovery.evictor);
-		if (client->ring && wait_for_agent(client, ping))
-			evict_recover_release(client);
+		evict_recover_store(client, &recovery.evictor, &recovery.windows);
+		if (client->ring && wait_for_agent(client, last))
+			evict_recover_release(client, recovery.windows);
 	}
 	if (READ_ONCE(client->agent_gone) && sys_userfaultfd_is_gone(client->events_fd))
 		client_bury(client);
@@ -454,7 +456,7 @@ static int begin_recovery(struct client *client)
 
 	reset_handshake(client);
 	/* Its process may have ended, and left us the event of a fork before: the child is to be served. */
-	if (client->pid > 0 && client_open_proc(client) < 0)
+	if (client->pid > 0 && (sys_userfaultfd_is_gone(client->events_fd) || client_open_proc(client) < 0))
 		WRITE_ONCE(client->agent_gone, true);
 	if (client->ring_fd >= 0)
 		result = attach_ring(client);

@@ -56,9 +56,9 @@ static void move_slots(struct client *client, uint64_t page, uint64_t to_page, u
 {
 	drop_slots(client, to_page, pages); /* unmapped by the move; its event may come later */
 	crash_point(CRASH_REMAP_DROPPED);
-	client->record->move = (struct slot_move){ page, to_page, pages, 0 };
 	if (checkpoint_step(client) == STEP_DONE)
 		return;
+	client->record->move = (struct slot_move){ page, to_page, pages, 0 };
 	__atomic_store_n(&client->record->move.step, client->record->step, __ATOMIC_RELEASE);
 	if (slot_map_move(client->engine->slots, &client->record->map, page, to_page, pages,
 			  client_staged_moved, client_free_copy, client) < 0)
