@@ -963,6 +963,8 @@ int engine_is_valid(struct engine *engine)
 		pthread_mutex_unlock(&client->gate);
 		client_put(client);
 	}
+	if (!slot_space_is_valid(engine->slots))
+		result = -EUCLEAN;
 	for (unsigned i = 0; i < engine->backend_count; i++)
 		if (!spill_is_valid(engine->backends[i].spill))
 			result = -EUCLEAN;

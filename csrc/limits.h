@@ -13,10 +13,10 @@
 #define PAGE_SHIFT 12
 #define PAGE_BYTES 4096UL
 
-/* A cluster is 64 pages of one client's address space, aligned: the unit in which slot words are
- * allocated, one 64-bit mask wide. */
-#define CLUSTER_SHIFT 6
-#define CLUSTER_PAGES 64UL
+/* A cluster is 128 pages of one client's address space, aligned: the unit in which slots are allocated,
+ * shared and written back. */
+#define CLUSTER_SHIFT 7
+#define CLUSTER_PAGES 128UL
 
 /* Highest user page number of a 47-bit address space. */
 #define ADDRESS_PAGES_MAX (1ULL << (47 - PAGE_SHIFT))

@@ -217,17 +217,6 @@ int recover_descriptors(const struct engine_config *config)
 	return result;
 }
 
-/* Maps of all clients that go on. Returns how many. */
-static unsigned collect_maps(struct engine *engine, struct slot_map **maps)
-{
-	unsigned count = 0;
-
-	for (unsigned i = 0; i < engine->clients_end; i++)
-		if (engine->clients[i])
-			maps[count++] = &engine->clients[i]->record->map;
-	return count;
-}
-
 /* The slots of a remap that was under way are in two places: finish it before anything is counted. */
 static int finish_moves(struct engine *engine)
 {
@@ -269,6 +258,7 @@ static int claim_all(struct engine *engine)
 		if (result < 0)
 			return result;
 	}
+	slot_space_claimed(engine->slots);
 	pool_space_adopt_end(engine->pool_space);
 	for (unsigned i = 0; i < engine->backend_count; i++)
 		if (engine->backends[i].spill)
@@ -278,12 +268,10 @@ static int claim_all(struct engine *engine)
 
 int recover_engine(struct engine *engine)
 {
-	struct slot_map **maps = calloc(CLIENTS_MAX, sizeof *maps);
-	int result = maps ? 0 : -ENOMEM;
+	int result;
 
 	forget_clients(engine);
-	if (result == 0)
-		result = recover_groups(engine);
+	result = recover_groups(engine);
 	for (unsigned i = 0; result == 0 && i < BACKENDS_MAX; i++)
 		if (engine->state->backends[i].used)
 			result = backend_adopt(engine, i);
@@ -291,12 +279,16 @@ int recover_engine(struct engine *engine)
 		result = recover_clients(engine);
 	if (result == 0)
 		result = slot_space_open((char *)engine->state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS,
-					 maps, collect_maps(engine, maps), &engine->slots);
+					 &engine->slots);
+	for (unsigned i = 0; result == 0 && i < engine->clients_end; i++)
+		if (engine->clients[i])
+			result = slot_space_adopt(engine->slots, &engine->clients[i]->record->map);
+	if (result == 0)
+		result = slot_space_ready(engine->slots);
 	if (result == 0)
 		result = finish_moves(engine);
 	if (result == 0)
 		result = claim_all(engine);
-	free(maps);
 	return result;
 }
 

@@ -168,7 +168,7 @@ static void collect(struct writer *writer, struct group *group)
 	for (unsigned i = 0; i < count; i++) {
 		writer->clients[writer->client_count++] = clients[i];
 		/* A turn of 16 MiB of address space each, so that several clients age alike. */
-		for (unsigned k = 0; !full && k < (count > 1 ? 64 : RECORDS_MAX); k++) {
+		for (unsigned k = 0; !full && k < (count > 1 ? 32 : RECORDS_MAX); k++) {
 			int result = collect_cluster(writer, clients[i]);
 
 			full = result == -ENOSPC;
