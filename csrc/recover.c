@@ -109,6 +109,21 @@ static int keep_named(struct descriptor_set *set, const struct state *state,
 	return result;
 }
 
+/* Its agent may take a handshake for complete that the dead daemon did not finish: it is to begin anew. */
+static void retire_ring(int fd)
+{
+	struct vswap_ring *ring = fd < 0 ? MAP_FAILED
+					 : mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
+						fd, 0);
+
+	if (ring == MAP_FAILED)
+		return;
+	__atomic_store_n(&ring->retired, 1, __ATOMIC_SEQ_CST);
+	__atomic_fetch_add(&ring->epoch, 1, __ATOMIC_SEQ_CST);
+	sys_futex_wake(&ring->posted);
+	munmap(ring, VSWAP_RING_BYTES);
+}
+
 /* What the dead daemon had opened for itself, and connections that had not come to anything. */
 static int close_unnamed(const struct state *state, const struct engine_config *config)
 {
@@ -211,8 +226,12 @@ int recover_descriptors(const struct engine_config *config)
 
 	if (state == MAP_FAILED)
 		return -errno;
-	if (state->magic == STATE_MAGIC && state->version == STATE_VERSION)
+	if (state->magic == STATE_MAGIC && state->version == STATE_VERSION) {
+		for (unsigned i = 0; i < CLIENTS_MAX; i++)
+			if (state->clients[i].phase == CLIENT_FORMING && state->clients[i].trash_fd < 0)
+				retire_ring(state->clients[i].ring_fd);
 		result = close_unnamed(state, config);
+	}
 	munmap(state, STATE_BYTES);
 	return result;
 }
@@ -311,10 +330,13 @@ static int attach_ring(struct client *client)
 /* A forked child whose handshake was cut off begins it anew. */
 static void reset_handshake(struct client *client)
 {
-	if (client->trash_fd >= 0 || client->ring_fd < 0)
+	if (client->trash_fd >= 0)
 		return;
-	close(client->ring_fd);
-	client->ring_fd = client->record->ring_fd = -1;
+	if (client->ring_fd >= 0) {
+		retire_ring(client->ring_fd);
+		close(client->ring_fd);
+		client->ring_fd = client->record->ring_fd = -1;
+	}
 	WRITE_ONCE(client->pid, 0);
 	client->record->pid = 0;
 }
