@@ -283,7 +283,10 @@ class ClientServer:
         # Shielded: when the daemon stops, too, the engine must hear of it.
         with trio.CancelScope(shield=True):
             try:
+                # First: once it is closed the number may be another's, and a successor go by it.
+                self._engine.client_label(token, -1, client.uid if client else 0)
                 await trio.to_thread.run_sync(self._engine.client_lost, token, limiter=self._workers)
             except OSError as error:
-                self._log.error("client not ended", token=token, error=str(error))
+                if error.errno not in (errno.ENOENT, errno.ESRCH):
+                    self._log.error("client not ended", token=token, error=str(error))
         self._groups.note_change()
