@@ -188,6 +188,8 @@ static int claim_slot(void *context, uint64_t page, struct slot slot)
 	uint64_t window = slot.location / BATCH_PAGES_MAX, i = slot.location % BATCH_PAGES_MAX;
 	struct batch_record *batch;
 
+	if (slot.tag == SLOT_POOL)
+		client_cold_push(client, page >> CLUSTER_SHIFT); /* the writer finds it nowhere else */
 	if (slot.tag != SLOT_STAGED)
 		return claim_copy(client, slot);
 	batch = &client->record->batches[window];

@@ -120,7 +120,7 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> str:
     source = _SUPPORT.parent.parent / "csrc"
     client = {"agent.c", "agent_join.c", "agent_ring.c", "preload.c", "preload_replace.c"}
     files = [str(path) for path in sorted(source.glob("*.c")) if path.name not in client]
-    flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
+    flags = ["-std=gnu11", "-O2", "-g", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
     libraries = ["-llz4", "-lzstd", "-luring", "-lm", "-pthread"]
     command = ["cc", *flags, f"-I{source}", "-o", str(program), str(_SUPPORT / "drive.c"), *files, *libraries]
     subprocess.run(command, check=True)

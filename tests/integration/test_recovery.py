@@ -192,12 +192,11 @@ def _crash_points(drive: str) -> list[str]:
     return [line.partition("\t")[0] for line in listed.stdout.splitlines()]
 
 
-# Points that this much of churn does not come to: see the comment of each in crash_point.h.
-_CALLS = (1, 5)
-
-
-def test_every_crash_point(drive: str, churn: str, client_library: str, tmp_path: Path) -> None:
-    """Killed once at each, at its first call and at a later one; verified to the end."""
+@pytest.mark.parametrize("calls", [(1,), pytest.param((2, 5, 30, 100), marks=pytest.mark.full)])
+def test_every_crash_point(
+    drive: str, churn: str, client_library: str, tmp_path: Path, calls: tuple[int, ...]
+) -> None:
+    """Killed at each, at its first call or later ones; verified to the end."""
     points = _crash_points(drive)
     assert len(points) > 25
     missed: list[str] = []
@@ -217,7 +216,7 @@ def test_every_crash_point(drive: str, churn: str, client_library: str, tmp_path
             if deaths == 0:
                 missed.append(f"{point}:{call}")
 
-    jobs = [(point, call) for point in points for call in _CALLS]
+    jobs = [(point, call) for point in points for call in calls]
     failures: list[BaseException] = []
 
     def guarded(number: int) -> None:
