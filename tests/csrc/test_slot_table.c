@@ -275,8 +275,7 @@ static void test_model(void)
 
 /* ---- what it costs ---- */
 
-/* Half-filled chunks of every size of block, and rounding: what does not grow with the number of slots. */
-#define SLACK_BYTES ((SLOT_BLOCK_GRANULES_MAX / 2 + SLOT_SPARE_CHUNKS) * SLOT_CHUNK_BYTES)
+#define SLACK_BYTES (8 * SLOT_CHUNK_BYTES) /* chunks being filled */
 
 static void test_cost_of(double density, double bytes_max)
 {
