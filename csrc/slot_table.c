@@ -1084,7 +1084,7 @@ void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t sta
 }
 
 int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from, uint64_t to,
-		  uint64_t pages, slot_visit_fn moved, slot_free_fn free_copy, void *context)
+		  uint64_t pages, slot_visit_fn moved, void *context)
 {
 	for (uint64_t done = 0; done < pages && map->root;) {
 		uint64_t number = (from + done) >> CLUSTER_SHIFT;
@@ -1396,15 +1396,19 @@ int slot_space_ready(struct slot_space *space)
 
 /* ---- claims ---- */
 
-/* One byte for each thing that may be shared, with memory behind those that were met. */
+/* One byte for each thing that may be shared, with memory behind those that were met: first the clusters. */
+static uint64_t claims_shared(const struct slot_space *space)
+{
+	return (space->heap.chunk_count << SLOT_CHUNK_SHIFT) + 1;
+}
+
 static int claims_begin(struct slot_space *space)
 {
-	uint64_t clusters = space->heap.chunk_count * SLOT_CHUNK_GRANULES + 1;
 	uint8_t *claimed;
 
 	if (space->claimed)
 		return 0;
-	claimed = mmap(NULL, clusters + shared_max(space), PROT_READ | PROT_WRITE,
+	claimed = mmap(NULL, claims_shared(space) + shared_max(space), PROT_READ | PROT_WRITE,
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (claimed == MAP_FAILED)
 		return -ENOMEM;
@@ -1414,10 +1418,8 @@ static int claims_begin(struct slot_space *space)
 
 void slot_space_claimed(struct slot_space *space)
 {
-	uint64_t clusters = space->heap.chunk_count * SLOT_CHUNK_GRANULES + 1;
-
 	if (space->claimed)
-		munmap(space->claimed, clusters + shared_max(space));
+		munmap(space->claimed, claims_shared(space) + shared_max(space));
 	space->claimed = NULL;
 }
 
@@ -1429,7 +1431,7 @@ static bool claim_first(uint8_t *claimed)
 static int cluster_claim(struct slot_space *space, struct slot_map *map, struct cluster *cluster,
 			 uint64_t first_page, slot_claim_fn claim, void *context)
 {
-	uint8_t *shared = space->claimed + space->heap.chunk_count * SLOT_CHUNK_GRANULES + 1;
+	uint8_t *shared = space->claimed + claims_shared(space);
 
 	for_each_entry(cluster, page, e) {
 		struct slot slot = cluster_slot(cluster, e);

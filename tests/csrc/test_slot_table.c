@@ -155,10 +155,9 @@ static void move(int m)
 		check_page(m, from + i);
 		check_page(m, to + i);
 	}
-	CHECK(slot_map_move(space, &maps[m], base_page + from, base_page + to, count, no_staged, free_copy,
-			    NULL) == 0);
+	clear(m, to, count);
+	CHECK(slot_map_move(space, &maps[m], base_page + from, base_page + to, count, no_staged, NULL) == 0);
 	for (unsigned i = 0; i < count; i++) {
-		forget(m, to + i);
 		model[m][to + i] = model[m][from + i];
 		model[m][from + i] = (struct slot){ .tag = SLOT_NONE };
 	}
