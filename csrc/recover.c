@@ -250,7 +250,7 @@ static int finish_moves(struct engine *engine)
 			continue;
 		result = slot_map_move(engine->slots, &record->map, record->move.from_page,
 				       record->move.to_page, record->move.pages, client_staged_moved,
-				       client_free_copy, client);
+				       client);
 		if (result < 0)
 			return result;
 	}

@@ -61,7 +61,7 @@ static void move_slots(struct client *client, uint64_t page, uint64_t to_page, u
 	client->record->move = (struct slot_move){ page, to_page, pages, 0 };
 	__atomic_store_n(&client->record->move.step, client->record->step, __ATOMIC_RELEASE);
 	if (slot_map_move(client->engine->slots, &client->record->map, page, to_page, pages,
-			  client_staged_moved, client_free_copy, client) < 0)
+			  client_staged_moved, client) < 0)
 		poison_rest(client, page, to_page, pages);
 	crash_point(CRASH_REMAP_MOVED);
 }

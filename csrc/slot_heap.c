@@ -43,22 +43,75 @@ static char *chunk_memory(const struct slot_heap *heap, uint64_t chunk)
 	return heap->blocks + chunk * SLOT_CHUNK_BYTES;
 }
 
-static unsigned chunk_room(const struct slot_chunk *chunk)
+/* The first granule from here on whose bit is `value`, or SLOT_CHUNK_GRANULES. */
+static unsigned granule_find(const uint64_t *bits, unsigned from, bool value)
 {
-	return (unsigned)SLOT_CHUNK_GRANULES / chunk->granules;
+	for (; from < SLOT_CHUNK_GRANULES; from = (from | 63) + 1) {
+		uint64_t word = (value ? bits[from / 64] : ~bits[from / 64]) >> (from % 64);
+
+		if (word)
+			return min_of(from + (unsigned)__builtin_ctzll(word), (unsigned)SLOT_CHUNK_GRANULES);
+	}
+	return (unsigned)SLOT_CHUNK_GRANULES;
 }
 
-/* The list it belongs in, or NULL when it is full. */
-static uint32_t *list_of(struct slot_heap *heap, const struct slot_chunk *chunk)
+static void granules_change(uint64_t *bits, unsigned first, unsigned count, bool value)
 {
-	return chunk->used_count < chunk_room(chunk) ? &heap->lists[chunk->granules] : NULL;
+	while (count > 0) {
+		unsigned n = min_of(count, 64 - first % 64);
+
+		if (value)
+			bits[first / 64] |= mask_of(first % 64, n);
+		else
+			bits[first / 64] &= ~mask_of(first % 64, n);
+		first += n;
+		count -= n;
+	}
 }
 
-static void list_insert(struct slot_heap *heap, uint32_t *list, uint32_t at)
+static bool granule_get(const uint64_t *bits, unsigned granule)
+{
+	return bits[granule / 64] >> (granule % 64) & 1;
+}
+
+/* The shortest free stretch of at least this many granules. */
+static bool stretch_find(const struct slot_chunk *chunk, unsigned granules, unsigned *ret_first)
+{
+	unsigned best = 0;
+
+	for (unsigned first = 0, end; best != granules; first = end) {
+		first = granule_find(chunk->used, first, false);
+		if (first == SLOT_CHUNK_GRANULES)
+			break;
+		end = granule_find(chunk->used, first, true);
+		if (end - first >= granules && (best == 0 || end - first < best)) {
+			best = end - first;
+			*ret_first = first;
+		}
+	}
+	return best > 0;
+}
+
+static unsigned stretch_longest(const struct slot_chunk *chunk)
+{
+	unsigned longest = 0;
+
+	for (unsigned first = 0, end; longest < SLOT_BLOCK_GRANULES_MAX; first = end) {
+		first = granule_find(chunk->used, first, false);
+		if (first == SLOT_CHUNK_GRANULES)
+			break;
+		end = granule_find(chunk->used, first, true);
+		longest = max_of(longest, end - first);
+	}
+	return min_of(longest, (unsigned)SLOT_BLOCK_GRANULES_MAX);
+}
+
+static void list_insert(struct slot_heap *heap, uint32_t at)
 {
 	struct slot_chunk *chunk = &heap->chunks[at];
+	uint32_t *list = &heap->lists[chunk->longest];
 
-	if (!list)
+	if (chunk->longest == 0)
 		return;
 	chunk->previous = 0;
 	chunk->next = *list;
@@ -67,36 +120,34 @@ static void list_insert(struct slot_heap *heap, uint32_t *list, uint32_t at)
 	*list = at + 1;
 }
 
-static void list_remove(struct slot_heap *heap, uint32_t *list, uint32_t at)
+static void list_remove(struct slot_heap *heap, uint32_t at)
 {
 	struct slot_chunk *chunk = &heap->chunks[at];
 
-	if (!list)
+	if (chunk->longest == 0)
 		return;
 	if (chunk->next)
 		heap->chunks[chunk->next - 1].previous = chunk->previous;
 	if (chunk->previous)
 		heap->chunks[chunk->previous - 1].next = chunk->next;
 	else
-		*list = chunk->next;
+		heap->lists[chunk->longest] = chunk->next;
 }
 
-/* One block more or less is used. */
-static void chunk_count(struct slot_heap *heap, uint32_t at, int change)
+/* Blocks of it came or went. */
+static void chunk_changed(struct slot_heap *heap, uint32_t at)
 {
-	struct slot_chunk *chunk = &heap->chunks[at];
-	uint32_t *before = list_of(heap, chunk), *after;
+	unsigned longest = stretch_longest(&heap->chunks[at]);
 
-	chunk->used_count = (uint16_t)(chunk->used_count + change);
-	after = list_of(heap, chunk);
-	if (before != after) {
-		list_remove(heap, before, at);
-		list_insert(heap, after, at);
-	}
+	if (longest == heap->chunks[at].longest)
+		return;
+	list_remove(heap, at);
+	heap->chunks[at].longest = (uint8_t)longest;
+	list_insert(heap, at);
 }
 
-/* One more chunk, for blocks of this size. False: no memory. */
-static bool chunk_take(struct slot_heap *heap, unsigned granules)
+/* One more chunk in use. False: no memory. */
+static bool chunk_take(struct slot_heap *heap)
 {
 	uint64_t at = heap->chunk_hint;
 
@@ -111,14 +162,15 @@ static bool chunk_take(struct slot_heap *heap, unsigned granules)
 			return false;
 	}
 	heap->chunks[at].state = SLOT_CHUNK_IN_USE;
-	heap->chunks[at].granules = (uint8_t)granules;
 	heap->chunk_end = max_of(heap->chunk_end, at + 1);
-	list_insert(heap, list_of(heap, &heap->chunks[at]), (uint32_t)at);
+	chunk_changed(heap, (uint32_t)at);
 	return true;
 }
 
 static void chunk_give(struct slot_heap *heap, uint32_t at)
 {
+	list_remove(heap, at);
+	heap->chunks[at].longest = 0;
 	if (heap->spare_count < SLOT_SPARE_CHUNKS) {
 		heap->chunks[at].state = SLOT_CHUNK_SPARE;
 		heap->spare[heap->spare_count++] = at;
@@ -131,47 +183,41 @@ static void chunk_give(struct slot_heap *heap, uint32_t at)
 
 /* ---- blocks ---- */
 
-uint32_t slot_heap_alloc(struct slot_heap *heap, unsigned *granules, unsigned most)
+uint32_t slot_heap_alloc(struct slot_heap *heap, unsigned granules)
 {
+	unsigned list = granules, first = 0;
 	struct slot_chunk *chunk;
-	unsigned size = *granules, i = 0;
 	uint32_t at;
 
-	VS_CHECK(size >= 1 && size <= SLOT_BLOCK_GRANULES_MAX);
+	VS_CHECK(list >= 1 && list <= SLOT_BLOCK_GRANULES_MAX);
 	SCOPED_LOCK(&heap->lock);
-	while (size < min_of(most, SLOT_BLOCK_GRANULES_MAX) && heap->lists[size] == 0)
-		size++;
-	if (heap->lists[size] == 0) {
-		size = *granules;
-		if (!chunk_take(heap, size))
-			return 0;
-	}
-	at = heap->lists[size] - 1;
+	while (list < SLOT_BLOCK_GRANULES_MAX && heap->lists[list] == 0)
+		list++;
+	if (heap->lists[list] == 0 && !chunk_take(heap))
+		return 0;
+	at = heap->lists[list] - 1;
 	chunk = &heap->chunks[at];
-	while (chunk->used[i / 64] == ~0ULL)
-		i += 64;
-	i += (unsigned)__builtin_ctzll(~chunk->used[i / 64]);
-	VS_CHECK(i < chunk_room(chunk));
-	chunk->used[i / 64] |= 1ULL << (i % 64);
-	chunk_count(heap, at, 1);
-	*granules = size;
-	return (at << SLOT_CHUNK_SHIFT | i * size) + 1;
+	VS_CHECK(stretch_find(chunk, granules, &first));
+	granules_change(chunk->used, first, granules, true);
+	granules_change(chunk->starts, first, 1, true);
+	chunk_changed(heap, at);
+	return (at << SLOT_CHUNK_SHIFT | first) + 1;
 }
 
 void slot_heap_free(struct slot_heap *heap, uint32_t block, unsigned granules)
 {
 	SCOPED_LOCK(&heap->lock);
 	uint32_t at = slot_block_chunk(block);
-	unsigned i = slot_block_granule(block) / granules;
+	unsigned first = slot_block_granule(block);
 	struct slot_chunk *chunk = &heap->chunks[at];
 
-	VS_CHECK(chunk->granules == granules && chunk->used[i / 64] >> (i % 64) & 1);
-	chunk->used[i / 64] &= ~(1ULL << (i % 64));
-	chunk_count(heap, at, -1);
-	if (chunk->used_count == 0) {
-		list_remove(heap, list_of(heap, chunk), at);
+	VS_CHECK(slot_heap_has(heap, block, granules) && granule_get(chunk->starts, first));
+	granules_change(chunk->used, first, granules, false);
+	granules_change(chunk->starts, first, 1, false);
+	if (granule_find(chunk->used, 0, true) == SLOT_CHUNK_GRANULES)
 		chunk_give(heap, at);
-	}
+	else
+		chunk_changed(heap, at);
 }
 
 /* ---- runs ---- */
@@ -269,24 +315,20 @@ void slot_heap_destroy(struct slot_heap *heap)
 int slot_heap_adopt(struct slot_heap *heap, uint32_t block, unsigned granules)
 {
 	uint32_t at = slot_block_chunk(block);
+	unsigned first = slot_block_granule(block);
 	struct slot_chunk *chunk;
-	unsigned i;
 
 	if (!slot_heap_has(heap, block, granules))
 		return -EUCLEAN;
 	chunk = &heap->chunks[at];
-	i = slot_block_granule(block) / granules;
-	if (chunk->state == SLOT_CHUNK_EMPTY) {
-		chunk->state = SLOT_CHUNK_IN_USE;
-		chunk->granules = (uint8_t)granules;
-		heap->chunk_end = max_of(heap->chunk_end, at + 1ULL);
-	}
-	if (chunk->granules != granules)
-		return -EUCLEAN;
-	if (chunk->used[i / 64] >> (i % 64) & 1)
+	if (granule_get(chunk->starts, first))
 		return 1;
-	chunk->used[i / 64] |= 1ULL << (i % 64);
-	chunk->used_count++;
+	if (granule_find(chunk->used, first, true) < first + granules)
+		return -EUCLEAN;
+	granules_change(chunk->used, first, granules, true);
+	granules_change(chunk->starts, first, 1, true);
+	chunk->state = SLOT_CHUNK_IN_USE;
+	heap->chunk_end = max_of(heap->chunk_end, at + 1ULL);
 	return 0;
 }
 
@@ -311,14 +353,12 @@ int slot_heap_ready(struct slot_heap *heap)
 	slot_memory_discard(chunk_memory(heap, heap->chunk_end),
 			    (heap->chunk_count - heap->chunk_end) * SLOT_CHUNK_BYTES);
 	for (uint32_t at = 0; at < heap->chunk_end; at++) {
-		const struct slot_chunk *chunk = &heap->chunks[at];
-
-		if (chunk->state == SLOT_CHUNK_EMPTY)
+		if (heap->chunks[at].state == SLOT_CHUNK_EMPTY)
 			slot_memory_discard(chunk_memory(heap, at), SLOT_CHUNK_BYTES);
 		else if (memory_populate(heap, chunk_memory(heap, at), SLOT_CHUNK_BYTES) != 0)
 			return -ENOMEM;
 		else
-			list_insert(heap, list_of(heap, chunk), at);
+			chunk_changed(heap, at);
 	}
 	for (size_t i = 0; i <= heap->run_count; i++) {
 		uint64_t end = i < heap->run_count ? heap->run[i].page : heap->run_pages;
@@ -333,44 +373,38 @@ int slot_heap_ready(struct slot_heap *heap)
 
 static bool chunk_is_valid(const struct slot_chunk *chunk)
 {
-	unsigned used = 0;
+	bool is_used = granule_find(chunk->used, 0, true) < SLOT_CHUNK_GRANULES;
 
-	for (unsigned i = 0; i < SLOT_CHUNK_GRANULES; i++)
-		if (chunk->used[i / 64] >> (i % 64) & 1) {
-			used++;
-			if (chunk->state != SLOT_CHUNK_IN_USE || i >= chunk_room(chunk))
-				return false;
-		}
-	return used == chunk->used_count && (used > 0) == (chunk->state == SLOT_CHUNK_IN_USE);
-}
+	for (unsigned i = 0; i < SLOT_CHUNK_GRANULES; i++) {
+		bool begins = granule_get(chunk->used, i) && (i == 0 || !granule_get(chunk->used, i - 1));
 
-static bool list_is_valid(struct slot_heap *heap, uint32_t *list, uint64_t *partial)
-{
-	uint32_t previous = 0;
-
-	for (uint32_t at = *list; at; at = heap->chunks[at - 1].next) {
-		const struct slot_chunk *chunk = &heap->chunks[at - 1];
-
-		if (*partial == 0 || chunk->state != SLOT_CHUNK_IN_USE || list_of(heap, chunk) != list ||
-		    chunk->previous != previous)
+		if ((granule_get(chunk->starts, i) && !granule_get(chunk->used, i)) ||
+		    (begins && !granule_get(chunk->starts, i)))
 			return false;
-		--*partial;
-		previous = at;
 	}
-	return true;
+	return is_used == (chunk->state == SLOT_CHUNK_IN_USE) &&
+	       chunk->longest == (is_used ? stretch_longest(chunk) : 0);
 }
 
-static bool lists_are_valid(struct slot_heap *heap, uint64_t partial)
+static bool lists_are_valid(const struct slot_heap *heap, uint64_t listed)
 {
-	for (unsigned granules = 1; granules <= SLOT_BLOCK_GRANULES_MAX; granules++)
-		if (!list_is_valid(heap, &heap->lists[granules], &partial))
-			return false;
-	return partial == 0;
+	for (unsigned longest = 1; longest <= SLOT_BLOCK_GRANULES_MAX; longest++) {
+		uint32_t previous = 0;
+
+		for (uint32_t at = heap->lists[longest]; at; at = heap->chunks[at - 1].next) {
+			const struct slot_chunk *chunk = &heap->chunks[at - 1];
+
+			if (listed-- == 0 || chunk->longest != longest || chunk->previous != previous)
+				return false;
+			previous = at;
+		}
+	}
+	return listed == 0;
 }
 
 bool slot_heap_is_valid(struct slot_heap *heap)
 {
-	uint64_t partial = 0, bytes = 0;
+	uint64_t listed = 0, bytes = 0;
 	unsigned spare = 0;
 
 	SCOPED_LOCK(&heap->lock);
@@ -378,7 +412,7 @@ bool slot_heap_is_valid(struct slot_heap *heap)
 		const struct slot_chunk *chunk = &heap->chunks[at];
 
 		spare += chunk->state == SLOT_CHUNK_SPARE;
-		partial += chunk->state == SLOT_CHUNK_IN_USE && chunk->used_count < chunk_room(chunk);
+		listed += chunk->longest > 0;
 		if (chunk->state != SLOT_CHUNK_EMPTY)
 			bytes += SLOT_CHUNK_BYTES;
 		if (!chunk_is_valid(chunk) || (chunk->state == SLOT_CHUNK_EMPTY && at < heap->chunk_hint))
@@ -391,5 +425,5 @@ bool slot_heap_is_valid(struct slot_heap *heap)
 		if (end > (i + 1 < heap->run_count ? heap->run[i + 1].page : heap->run_pages))
 			return false;
 	}
-	return spare == heap->spare_count && bytes == heap->bytes && lists_are_valid(heap, partial);
+	return spare == heap->spare_count && bytes == heap->bytes && lists_are_valid(heap, listed);
 }

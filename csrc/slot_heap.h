@@ -2,15 +2,15 @@
 /*
  * slot_heap — memory for the clusters and indexes of the slot table, in the state memfd.
  *
- * Blocks      A block is 1 .. SLOT_BLOCK_GRANULES_MAX granules. A chunk holds blocks of one size; when its last
- *             block is freed it can become a chunk of any size, or goes back to the system, but for
- *             SLOT_SPARE_CHUNKS of them. A block somewhat larger than asked for is taken before a new chunk: that keeps the chunks of
- *             all sizes full, and the owner has a use for the room.
+ * Blocks      A block is 1 .. SLOT_BLOCK_GRANULES_MAX granules of one chunk. Best fit: out of a chunk whose longest
+ *             stretch of free granules is the shortest that will do, the shortest such stretch. What one size gives
+ *             back every other can use. A chunk whose last block is freed goes back to the system, but for
+ *             SLOT_SPARE_CHUNKS of them. The chunks' own memory is not touched to find or free a block.
  * Runs        whole pages, for indexes: few and rare. First fit; a freed run goes back to the system at once.
  * Truth       Nothing in here is. Only what is reachable from a client's map exists; which memory is free is
  *             known to the process alone and rebuilt by a successor from what the maps reach.
- * Invariants  1 a chunk in use has a size; bit i of its `used` is set when block i was handed out; at least one is
- *             2 a chunk in use with a free block is in the list of its size, no other is
+ * Invariants  1 `used` has the bits of a chunk's granules that are in a block, `starts` those of their first ones
+ *             2 a chunk in use has a block, and is in the list of its longest free stretch, if that is not 0
  *             3 no chunk below chunk_hint is EMPTY, and all from chunk_end on are
  *             4 runs are sorted and apart
  *             slot_heap_is_valid() checks all four.
@@ -26,7 +26,7 @@
 #include "base.h"
 
 #define SLOT_GRANULE_BYTES 56UL
-#define SLOT_CHUNK_BYTES 20480UL /* hardly any size of block leaves more than 3 % of it */
+#define SLOT_CHUNK_BYTES 20480UL /* 11 of the largest blocks */
 #define SLOT_CHUNK_GRANULES (SLOT_CHUNK_BYTES / SLOT_GRANULE_BYTES)
 #define SLOT_CHUNK_SHIFT 9 /* of the names of blocks */
 #define SLOT_BLOCK_GRANULES_MAX 33
@@ -34,13 +34,14 @@
 
 enum slot_chunk_state { SLOT_CHUNK_EMPTY, SLOT_CHUNK_SPARE, SLOT_CHUNK_IN_USE }; /* SPARE: with memory, not used */
 
+#define SLOT_CHUNK_WORDS (SLOT_CHUNK_GRANULES / 64 + 1)
+
 /* What the process knows of a chunk. */
 struct slot_chunk {
 	uint8_t state;
-	uint8_t granules;        /* IN_USE: size of its blocks */
-	uint16_t used_count;
-	uint32_t next, previous; /* in the list of its size: chunk + 1, 0: none */
-	uint64_t used[SLOT_CHUNK_GRANULES / 64 + 1];
+	uint8_t longest; /* free stretch, or SLOT_BLOCK_GRANULES_MAX when it is longer: its list */
+	uint32_t next, previous; /* in that list: chunk + 1, 0: none */
+	uint64_t used[SLOT_CHUNK_WORDS], starts[SLOT_CHUNK_WORDS];
 };
 
 struct slot_run {
@@ -55,7 +56,7 @@ struct slot_heap {
 	uint64_t chunk_hint, chunk_end;
 	uint32_t spare[SLOT_SPARE_CHUNKS];
 	unsigned spare_count;
-	uint32_t lists[SLOT_BLOCK_GRANULES_MAX + 1]; /* by size, chunks with a free block: chunk + 1 */
+	uint32_t lists[SLOT_BLOCK_GRANULES_MAX + 1]; /* by longest free stretch: chunk + 1 */
 	struct slot_run *run;
 	size_t run_count, run_capacity;
 	uint64_t bytes; /* with memory behind them; read from anywhere */
@@ -66,9 +67,8 @@ int slot_heap_create(struct slot_heap *heap, char *blocks, uint64_t block_bytes,
 		     uint64_t run_bytes);
 void slot_heap_destroy(struct slot_heap *heap);
 
-/* A block is named by its chunk << SLOT_CHUNK_SHIFT | its first granule, + 1. 0: no memory.
- * `granules` is what is wanted, `most` as good if it is there; what it got is in `granules`. Content is undefined. */
-uint32_t slot_heap_alloc(struct slot_heap *heap, unsigned *granules, unsigned most);
+/* A block is named by its chunk << SLOT_CHUNK_SHIFT | its first granule, + 1. 0: no memory. Content is undefined. */
+uint32_t slot_heap_alloc(struct slot_heap *heap, unsigned granules);
 void slot_heap_free(struct slot_heap *heap, uint32_t block, unsigned granules);
 
 static inline uint32_t slot_block_chunk(uint32_t block) { return (block - 1) >> SLOT_CHUNK_SHIFT; }
@@ -89,7 +89,7 @@ static inline void *slot_heap_at(const struct slot_heap *heap, uint32_t block)
 static inline bool slot_heap_has(const struct slot_heap *heap, uint32_t block, unsigned granules)
 {
 	return block != 0 && slot_block_chunk(block) < heap->chunk_count && granules >= 1 &&
-	       granules <= SLOT_BLOCK_GRANULES_MAX && slot_block_granule(block) % granules == 0 &&
+	       granules <= SLOT_BLOCK_GRANULES_MAX &&
 	       slot_block_granule(block) + granules <= SLOT_CHUNK_GRANULES;
 }
 

@@ -62,12 +62,11 @@ static_assert(sizeof(struct shared_slot) == 16, "layout in the state memfd");
 #define SHARED_COUNT_MAX 65535u
 #define SHARED_CHUNK_BYTES 16384UL
 
-/* A cluster is replaced by one with room for TRIM_ROOM more slots than there are, when that is smaller even with
- * room for TRIM_SLACK: a page that comes and goes must not copy its cluster each time. */
+/* A cluster is replaced by one with room for TRIM_ROOM more slots than there are when that saves more granules than
+ * this: a page that comes and goes must not copy its cluster each time. A full cluster costs least, and can
+ * afford most. */
 #define TRIM_ROOM 2
-#define TRIM_SLACK 6
-/* Granules that a cluster may be larger than it must be before more memory is taken. */
-#define BORROW_GRANULES 1
+#define TRIM_GRANULES(granules) ((unsigned)(granules) * (granules) / 360)
 
 /* Shared slots, handed out from the bottom; number 0 is none. */
 struct shared_area {
@@ -291,10 +290,10 @@ static struct cluster *cluster_at(const struct slot_space *space, uint32_t id)
 	return slot_heap_at(&space->heap, id);
 }
 
-/* An empty cluster of this size, or a little more if that is at hand. Returns its id, or 0: no memory. */
-static uint32_t cluster_alloc(struct slot_space *space, unsigned granules, unsigned most)
+/* An empty cluster. Returns its id, or 0: no memory. */
+static uint32_t cluster_alloc(struct slot_space *space, unsigned granules)
 {
-	uint32_t id = slot_heap_alloc(&space->heap, &granules, min_of(most, granules + BORROW_GRANULES));
+	uint32_t id = slot_heap_alloc(&space->heap, granules);
 
 	if (id != 0)
 		*cluster_at(space, id) = (struct cluster){ .share = 1, .granules = (uint8_t)granules };
@@ -319,6 +318,13 @@ static void cluster_append(struct cluster *cluster, unsigned page)
 	*cluster_word(cluster, cluster->entries) = SLOT_NONE;
 	publish(&cluster->pages[page / 64], cluster->pages[page / 64] | 1ULL << (page % 64));
 	cluster_count_entries(cluster);
+}
+
+/* The same for a cluster that nobody has yet, with another one's entry; cluster_count_entries() comes last. */
+static void cluster_append_copy(struct cluster *cluster, unsigned page, const struct cluster *from, unsigned e)
+{
+	entry_copy(cluster, cluster->live++, from, e);
+	cluster->pages[page / 64] |= 1ULL << (page % 64);
 }
 
 /* ---- entries in the middle ---- */
@@ -694,7 +700,7 @@ static int cluster_copy(struct slot_space *space, struct cluster *old, uint32_t 
 	}
 	if (live == 0)
 		return 0;
-	*ret_id = cluster_alloc(space, granules_of(live), CLUSTER_GRANULES_MAX);
+	*ret_id = cluster_alloc(space, granules_of(live));
 	if (*ret_id == 0)
 		return -ENOMEM;
 	copy = cluster_at(space, *ret_id);
@@ -707,9 +713,9 @@ static int cluster_copy(struct slot_space *space, struct cluster *old, uint32_t 
 			cluster_free(space, *ret_id);
 			return -ENOMEM;
 		}
-		cluster_append(copy, page);
-		entry_copy(copy, copy->live++, old, e);
+		cluster_append_copy(copy, page, old, e);
 	}
+	cluster_count_entries(copy);
 	return 0;
 }
 
@@ -860,7 +866,7 @@ static int cluster_make(struct slot_space *space, struct slot_map *map, uint64_t
 {
 	int result;
 
-	*ret_id = cluster_alloc(space, granules_of(1), CLUSTER_GRANULES_MAX);
+	*ret_id = cluster_alloc(space, granules_of(1));
 	if (*ret_id == 0)
 		return -ENOMEM;
 	cluster_append(cluster_at(space, *ret_id), page % CLUSTER_PAGES);
@@ -875,15 +881,13 @@ static int cluster_grow(struct slot_space *space, struct slot_map *map, uint64_t
 {
 	struct cluster *cluster, *old = cluster_at(space, *id);
 	uint32_t old_id = *id;
-	uint8_t granules;
 
-	*id = cluster_alloc(space, old->granules + 1u, CLUSTER_GRANULES_MAX);
+	*id = cluster_alloc(space, old->granules + 1u);
 	if (*id == 0)
 		return -ENOMEM;
 	cluster = cluster_at(space, *id);
-	granules = cluster->granules;
 	memcpy(cluster, old, cluster_bytes(old));
-	cluster->granules = granules;
+	cluster->granules++;
 	index_replace(space, map, number, *id);
 	cluster_free(space, old_id);
 	return 0;
@@ -913,18 +917,18 @@ static void cluster_trim(struct slot_space *space, struct slot_map *map, uint64_
 	uint32_t id = 0;
 
 	if (old->live > 0) {
-		if (granules_of(old->live + TRIM_SLACK) >= old->granules)
+		unsigned granules = granules_of(old->live + TRIM_ROOM);
+
+		if (granules + TRIM_GRANULES(old->granules) >= old->granules)
 			return;
-		id = cluster_alloc(space, granules_of(old->live + TRIM_ROOM), old->granules - 1u);
+		id = cluster_alloc(space, granules);
 		if (id == 0)
 			return;
 		cluster = cluster_at(space, id);
-		for_each_entry(old, page, e) {
-			if (cluster_tag(old, e) == SLOT_NONE)
-				continue;
-			cluster_append(cluster, page);
-			entry_copy(cluster, cluster->live++, old, e);
-		}
+		for_each_entry(old, page, e)
+			if (cluster_tag(old, e) != SLOT_NONE)
+				cluster_append_copy(cluster, page, old, e);
+		cluster_count_entries(cluster);
 	}
 	index_replace(space, map, number, id);
 	cluster_free(space, old_id);
@@ -1080,7 +1084,7 @@ void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t sta
 }
 
 int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from, uint64_t to,
-		  uint64_t pages, slot_visit_fn moved, slot_free_fn free_copy, void *context)
+		  uint64_t pages, slot_visit_fn moved, void *context)
 {
 	for (uint64_t done = 0; done < pages && map->root;) {
 		uint64_t number = (from + done) >> CLUSTER_SHIFT;
@@ -1392,15 +1396,19 @@ int slot_space_ready(struct slot_space *space)
 
 /* ---- claims ---- */
 
-/* One byte for each thing that may be shared, with memory behind those that were met. */
+/* One byte for each thing that may be shared, with memory behind those that were met: first the clusters. */
+static uint64_t claims_shared(const struct slot_space *space)
+{
+	return (space->heap.chunk_count << SLOT_CHUNK_SHIFT) + 1;
+}
+
 static int claims_begin(struct slot_space *space)
 {
-	uint64_t clusters = space->heap.chunk_count * SLOT_CHUNK_GRANULES + 1;
 	uint8_t *claimed;
 
 	if (space->claimed)
 		return 0;
-	claimed = mmap(NULL, clusters + shared_max(space), PROT_READ | PROT_WRITE,
+	claimed = mmap(NULL, claims_shared(space) + shared_max(space), PROT_READ | PROT_WRITE,
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (claimed == MAP_FAILED)
 		return -ENOMEM;
@@ -1410,10 +1418,8 @@ static int claims_begin(struct slot_space *space)
 
 void slot_space_claimed(struct slot_space *space)
 {
-	uint64_t clusters = space->heap.chunk_count * SLOT_CHUNK_GRANULES + 1;
-
 	if (space->claimed)
-		munmap(space->claimed, clusters + shared_max(space));
+		munmap(space->claimed, claims_shared(space) + shared_max(space));
 	space->claimed = NULL;
 }
 
@@ -1425,7 +1431,7 @@ static bool claim_first(uint8_t *claimed)
 static int cluster_claim(struct slot_space *space, struct slot_map *map, struct cluster *cluster,
 			 uint64_t first_page, slot_claim_fn claim, void *context)
 {
-	uint8_t *shared = space->claimed + space->heap.chunk_count * SLOT_CHUNK_GRANULES + 1;
+	uint8_t *shared = space->claimed + claims_shared(space);
 
 	for_each_entry(cluster, page, e) {
 		struct slot slot = cluster_slot(cluster, e);

@@ -59,7 +59,7 @@
  *             of clusters, shared slots and maps, are made anew from them, and what no map leads to is free: half
  *             made clusters and indexes, slots whose last reference had just gone. What no order of stores could
  *             have left behind is -EUCLEAN. One thing is the caller's: a daemon that dies in slot_map_move() may
- *             leave one slot at both pages.
+ *             leave one slot at both pages, until the move is done again (recover.c).
  * Locking     a map, and the clusters only it has, are protected by the gate of its client. Shared
  *             clusters and shared slots are protected by space->share_lock, taken inside the gate.
  * Cost        14 bytes an entry; 28 bytes and 1.5 entries a cluster; 10.7 to 13.3 bytes for its index entry; the
@@ -229,12 +229,12 @@ void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t sta
 		    uint64_t end_page, slot_visit_fn staged, slot_free_fn free_copy, void *context);
 
 /*
- * mremap: the slots of `pages` pages at `from` now belong to `to`. moved(page, slot) is called for
- * STAGED ones with the new page. Returns 0 or -ENOMEM: then the pages not moved yet are lost to the
+ * mremap: the slots of `pages` pages at `from` now belong to `to`, which has none: clear it first.
+ * moved(page, slot) is called for STAGED ones with the new page. Returns 0 or -ENOMEM: then the pages not moved yet are lost to the
  * caller's care (poison).
  */
 int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from, uint64_t to,
-		  uint64_t pages, slot_visit_fn moved, slot_free_fn free_copy, void *context);
+		  uint64_t pages, slot_visit_fn moved, void *context);
 
 /* fork: `child` (empty) gets the same pages. No slot of the parent may be STAGED. 0 or -ENOMEM. */
 int slot_map_share(struct slot_space *space, struct slot_map *parent, struct slot_map *child);

@@ -4,10 +4,17 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from support.limited import MIB, LimitedResult, assert_honest, run_limited
+from support import header
+from support.limited import MIB, LimitedProgram, LimitedResult, assert_honest, run_limited
+from support.sampler import ControlClient
+
+_INTERLEAVE = Path(__file__).parent.parent / "support" / "interleave.py"
 
 _MIB = 96
 _LIMIT = 24 * MIB
@@ -62,6 +69,32 @@ def test_metadata_at_most_16_bytes_a_page(verify_memory: str) -> None:
     group = status["groups"][0]
     swapped = group["swapped_pages"]
     assert group["metadata_bytes"] <= 16 * swapped + MIB, f"{group['metadata_bytes'] / swapped:.1f} bytes a page"
+
+
+def test_metadata_at_most_16_bytes_a_page_when_half_is_out(tmp_path: Path) -> None:
+    """And which half is random: most clusters of the slot table have pages of both kinds."""
+    pages, report = 384 * MIB // 4096, tmp_path / "report"
+    argv = [sys.executable, str(_INTERLEAVE), str(pages), str(report)]
+    with LimitedProgram(pages * 4096 // 2, argv) as program:
+        deadline = time.monotonic() + 100
+        while not report.exists() and program.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with ControlClient(program.socket_path) as control:
+            status = control.status(30.0)
+        shares = json.loads(report.read_text())["shares"]
+        report.unlink()
+        result = program.wait()
+    assert result.status == 0, result.describe()
+    # Where the evictor has just been fewer are in memory.
+    assert sum(0.2 < share < 0.8 for share in shares) > len(shares) * 2 / 3, sorted(shares)
+    group = status["groups"][0]
+    slots = group["swapped_pages"]
+    assert 0.3 * pages < slots < 0.7 * pages, group
+    print(f"{group['metadata_bytes'] / slots:.2f} and {status['metadata_bytes'] / slots:.2f} bytes a page")
+    assert group["metadata_bytes"] <= 16 * slots, f"{group['metadata_bytes'] / slots:.2f} bytes a page"
+    # With memory that is free for clusters: chunks that are being filled.
+    slack = 8 * header.defines("slot_heap.h")["SLOT_CHUNK_BYTES"]
+    assert status["metadata_bytes"] <= 16 * slots + slack, f"{status['metadata_bytes'] / slots:.2f} bytes a page"
 
 
 def test_sums_agree_with_parts(verify_memory: str) -> None:

@@ -157,9 +157,10 @@ class SlotTable:
         return self._take_events()
 
     def move(self, number: int, start: int, to: int, pages: int) -> tuple[int, Events]:
-        """slot_map_move()."""
+        """slot_map_move(), to where nothing is left."""
         of = self._maps[number]
-        result = self._c.slot_map_move(self._space, of, start, to, pages, self._visit, self._free, self._ffi.NULL)
+        self._c.slot_map_clear(self._space, of, to, to + pages, self._visit, self._free, self._ffi.NULL)
+        result = self._c.slot_map_move(self._space, of, start, to, pages, self._visit, self._ffi.NULL)
         return int(result), self._take_events()
 
     def migrate(self, index: int, before: Slot, after: Slot) -> bool:

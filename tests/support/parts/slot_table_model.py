@@ -26,9 +26,14 @@ _SHARED_BYTES = 16
 SPARE_BYTES = _HEAP["SLOT_SPARE_CHUNKS"] * _CHUNK_BYTES
 
 
-def _cluster_bytes(slots: int) -> int:
+def _granules(slots: int) -> int:
     """Entries of 14 bytes by four; the first group holds two and the header."""
-    return (slots + 2 + 3) // 4 * _GRANULE_BYTES
+    return (slots + 2 + 3) // 4
+
+
+def _granules_most(slots: int) -> int:
+    """Of a cluster that is not worth shrinking yet."""
+    return next(g for g in range(40, 0, -1) if g <= _granules(slots + _TABLE["TRIM_ROOM"]) + g * g // 360)
 
 
 class ModelUnsureError(Exception):
@@ -260,8 +265,7 @@ class SlotTableModel:
     def cluster_bytes(self, number: int) -> tuple[int, int]:
         """At least and at most, of the clusters of a map."""
         slots = [len(cluster.words) for cluster in self.maps[number].values()]
-        slack = _TABLE["TRIM_SLACK"]
-        return sum(map(_cluster_bytes, slots)), sum(_cluster_bytes(count + slack) for count in slots)
+        return _GRANULE_BYTES * sum(map(_granules, slots)), _GRANULE_BYTES * sum(map(_granules_most, slots))
 
     def free_chunks(self, metadata_bytes: int) -> int:
         """At least so many, when the table says that it has so much memory."""
