@@ -944,6 +944,48 @@ int engine_backend_list(struct engine *engine, struct engine_backend_statistics 
 	return count;
 }
 
+/* ---- what a successor needs ---- */
+
+struct descriptor_list {
+	struct engine_descriptor *records;
+	int count, max;
+};
+
+static void list_descriptor(struct descriptor_list *list, int fd, uint64_t owner)
+{
+	if (fd < 0)
+		return;
+	if (list->count < list->max)
+		list->records[list->count] = (struct engine_descriptor){ .fd = fd, .owner = owner };
+	list->count++;
+}
+
+int engine_descriptor_list(struct engine *engine, struct engine_descriptor *records, int max)
+{
+	struct descriptor_list list = { records, 0, max };
+
+	list_descriptor(&list, engine->state_fd, 0);
+	list_descriptor(&list, engine->pool_fd, 0);
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < BACKENDS_MAX; i++)
+		if (engine->state->backends[i].used)
+			list_descriptor(&list, engine->state->backends[i].fd, 0);
+	for (unsigned i = 0; i < GROUPS_MAX; i++)
+		if (engine->groups[i])
+			list_descriptor(&list, engine->state->groups[i].session_fd, 0);
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		const struct client_record *record = engine->clients[i] ? engine->clients[i]->record : NULL;
+
+		if (!record || (record->phase != CLIENT_ARMING && record->phase != CLIENT_LIVE))
+			continue;
+		list_descriptor(&list, record->events_fd, record->token);
+		list_descriptor(&list, record->trash_fd, record->token);
+		list_descriptor(&list, record->ring_fd, record->token);
+		list_descriptor(&list, record->socket_fd, record->token);
+	}
+	return list.count;
+}
+
 /* ---- test support ---- */
 
 int engine_is_valid(struct engine *engine)

@@ -247,6 +247,18 @@ struct engine_backend_statistics {
 };
 int engine_backend_list(struct engine *engine, struct engine_backend_statistics *records, int max);
 
+/* ---- what a successor needs ---- */
+
+/* Descriptors that the records name, for a service manager to keep in case the supervisor dies too. The same
+ * number with another owner is another descriptor. */
+struct engine_descriptor {
+	int32_t fd;
+	uint32_t reserved;
+	uint64_t owner; /* token of the client; 0: the engine */
+};
+/* Fill at most `max` records; returns how many there are. */
+int engine_descriptor_list(struct engine *engine, struct engine_descriptor *records, int max);
+
 /* ---- events ---- */
 
 enum engine_event_kind {

@@ -23,9 +23,12 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base.h"
@@ -149,6 +152,19 @@ static int close_unnamed(const struct state *state, const struct engine_config *
 	return 0;
 }
 
+static bool descriptor_is(int fd, const char *name)
+{
+	char path[32], target[64];
+	ssize_t length;
+
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	length = fd < 0 ? -1 : readlink(path, target, sizeof target - 1);
+	if (length < 0)
+		return false;
+	target[length] = '\0';
+	return strcmp(target, name) == 0;
+}
+
 /* ---- 4 groups, clients, objects ---- */
 
 static int recover_groups(struct engine *engine)
@@ -200,6 +216,22 @@ static int claim_slot(void *context, uint64_t page, struct slot slot)
 	return claim_copy(client, batch->before[i]);
 }
 
+/* The supervisor died, too, and what the manager kept is not all: this client's memory cannot be given back. Its
+ * agent's own descriptor keeps it waiting rather than reading zeros; it is to end instead. */
+static void end_lost_client(struct engine *engine, struct client_record *record)
+{
+	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR, .pid = record->pid,
+				      .group = record->group, .a = (uint64_t)(int64_t)-EOWNERDEAD };
+	int pidfd = record->pid > 0 ? sys_pidfd(record->pid) : -1;
+
+	if (pidfd >= 0) {
+		(void)syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
+		close(pidfd);
+	}
+	__atomic_store_n(&record->phase, CLIENT_DEAD, __ATOMIC_RELEASE);
+	engine_event_push(engine, &event);
+}
+
 static int recover_clients(struct engine *engine)
 {
 	for (unsigned i = 0; i < CLIENTS_MAX; i++) {
@@ -209,6 +241,14 @@ static int recover_clients(struct engine *engine)
 
 		if (!client_is_kept(record))
 			continue;
+		if (!descriptor_is(record->events_fd, "anon_inode:[userfaultfd]") ||
+		    !engine->groups[record->group]) {
+			end_lost_client(engine, record);
+			continue;
+		}
+		if (!descriptor_is(record->trash_fd, "anon_inode:[userfaultfd]") ||
+		    !descriptor_is(record->ring_fd, "/memfd:vswap-ring (deleted)"))
+			record->trash_fd = record->ring_fd = -1; /* nothing more is evicted */
 		for (unsigned w = 0; w < VSWAP_WINDOWS; w++)
 			record->batches[w].page_count =
 				min_of(record->batches[w].page_count, (uint32_t)BATCH_PAGES_MAX);
@@ -289,15 +329,14 @@ static int claim_all(struct engine *engine)
 
 int recover_engine(struct engine *engine)
 {
-	int result;
+	int result = recover_groups(engine);
 
-	forget_clients(engine);
-	result = recover_groups(engine);
 	for (unsigned i = 0; result == 0 && i < BACKENDS_MAX; i++)
 		if (engine->state->backends[i].used)
 			result = backend_adopt(engine, i);
 	if (result == 0)
 		result = recover_clients(engine);
+	forget_clients(engine);
 	if (result == 0)
 		result = slot_space_open((char *)engine->state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS,
 					 &engine->slots);

@@ -260,7 +260,11 @@ class ClientServer:
         )
         if record.socket_fd < 0:
             return  # its agent takes itself for armed; that its process has ended the engine finds out
-        with trio.socket.from_stdlib_socket(socket.socket(fileno=record.socket_fd)) as sock:
+        try:
+            connection = socket.socket(fileno=record.socket_fd)
+        except OSError:
+            return  # nobody kept it
+        with trio.socket.from_stdlib_socket(connection) as sock:
             try:
                 await self._hold(sock)
             except (WireError, OSError) as error:

@@ -65,6 +65,7 @@ PSS_FROM_BYTES = 1 * MIB  # smaller processes are counted by RSS: cheaper, and t
 LINGER_SECONDS = 2.0  # before `run` says that it still serves processes
 PAGE_TIMEOUT_MS = 60_000
 PAGE_TIMEOUT_MS_MAX = 3_600_000
+STORE_SECONDS = 0.1  # between two looks at what the manager is to keep
 DAEMON_START_SECONDS_MAX = 30.0
 DAEMON_STOP_SECONDS_MAX = 10.0
 TASK_RESTART_SECONDS = 1.0  # after a task of the daemon failed

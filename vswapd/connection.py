@@ -24,7 +24,8 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
-        self._asked: dict[str, Any] = {}  # the request whose answer is awaited
+        self._asked: dict[str, Any] = {}  # the last request
+        self._is_waiting = False  # ... and its answer has not come
         self.on_notice: Callable[[dict[str, Any]], None] = lambda _: None
 
     def __enter__(self) -> Self:
@@ -47,6 +48,7 @@ class Connection:
         self._send_request()
 
     def _send_request(self) -> None:
+        self._is_waiting = True
         self._sock.settimeout(config.SEND_SECONDS_MAX)
         self._sock.sendall(json.dumps(self._asked).encode() + b"\n")
 
@@ -61,8 +63,11 @@ class Connection:
         except ValueError:
             return None
         if "notice" not in reply:
-            return reply if self._is_answer(reply) else None
-        if reply["notice"] == "daemon-restarted" and self._asked:
+            if not self._is_answer(reply):
+                return None
+            self._is_waiting = False
+            return reply  # type: ignore[no-any-return]
+        if reply["notice"] == "daemon-restarted" and self._is_waiting:
             self._send_request()
         self.on_notice(reply)
         return None

@@ -96,6 +96,22 @@ class Daemon:
 
     # ---- life ----
 
+    async def _keep_stored(self) -> None:
+        """Have the manager keep what a successor of the supervisor would need."""
+        store = notify.DescriptorStore()
+        while store.is_offered:
+            store.update({(record.fd, record.owner) for record in self._engine.descriptors()})
+            await trio.sleep(config.STORE_SECONDS)
+        await trio.sleep_forever()
+
+    async def _feed_watchdog(self) -> None:
+        """Tell the manager that this loop turns and the engine answers."""
+        while seconds := notify.watchdog_seconds():
+            self._engine.statistics()
+            notify.notify("WATCHDOG=1")
+            await trio.sleep(seconds)
+        await trio.sleep_forever()
+
     def resume(self, nursery: trio.Nursery) -> None:
         """Go on with the connections of the daemon before."""
         for record in self._engine.clients():
@@ -104,7 +120,13 @@ class Daemon:
         if self.adopt_groups_at_session:
             return
         for descriptor in {group.session_fd for group in self.groups if group.session_fd >= 0}:
-            sock = trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor))
+            try:
+                sock = trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor))
+            except OSError:  # the supervisor died, too, and nobody kept it: the session has ended
+                for group in self.groups:
+                    if group.session_fd == descriptor:
+                        self.groups.doom(group)
+                continue
             nursery.start_soon(self.acceptor.serve, sock, self.serve_session)
 
     async def serve_session(self, sock: trio.socket.SocketType, peer: Peer) -> None:
@@ -126,6 +148,8 @@ class Daemon:
             nursery.start_soon(self._keep_running, self._watch_events)
             nursery.start_soon(self._keep_running, self.groups.watch_members)
             nursery.start_soon(self._keep_running, self.acceptor.run, listener)
+            nursery.start_soon(self._keep_running, self._keep_stored)
+            nursery.start_soon(self._keep_running, self._feed_watchdog)
             if self._engine.is_successor:
                 self.resume(nursery)
             on_ready()
@@ -321,6 +345,8 @@ async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vswapd`."""
     options = _parser().parse_args(arguments)
+    passed, stored = notify.take_inherited()
+    memfds = _find_memfds(stored)
     spills: list[backends.Spill] = []
     try:
         try:
@@ -329,9 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise Failure(str(error), status=STATUS_USAGE) from None
         machine.check_all()
         log = make_daemon_log(options.log_level)
-        for index, (path, size) in enumerate(named):
-            spills.append(backends.open_spill(path, size, 0, -index))
-        passed = notify.take_listener()
+        if memfds is None:  # else the state names those that are in use
+            for index, (path, size) in enumerate(named):
+                spills.append(backends.open_spill(path, size, 0, -index))
         listener = passed or listen(options.socket, 0o666)
     except Failure as error:
         print(f"vswapd: {error}", file=sys.stderr)
@@ -339,13 +365,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _raise_descriptor_limit()
     gc.freeze()
     try:
-        return supervise(lambda inheritance: _run_system(inheritance, spills, listener, log), log)
+        return supervise(lambda inheritance: _run_system(inheritance, spills, listener, log), log, memfds)
     except OSError as error:
         print(f"vswapd: {error.strerror or error}", file=sys.stderr)
         return 1
     finally:
         if not passed:
             os.unlink(options.socket)
+
+
+def _find_memfds(stored: Sequence[int]) -> tuple[int, int] | None:
+    """State and pool among descriptors that the manager kept, or None."""
+    names = {os.readlink(f"/proc/self/fd/{descriptor}").split(" ")[0]: descriptor for descriptor in stored}
+    found = names.get("/memfd:vswap-state"), names.get("/memfd:vswap-pool")
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def _run_system(

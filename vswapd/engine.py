@@ -219,6 +219,10 @@ class Engine:
         """All spill backends."""
         return self._list(lib.engine_backend_list, "engine_backend_statistics", records.BackendStatistics)
 
+    def descriptors(self) -> list[records.Descriptor]:
+        """All that a successor needs to have."""
+        return self._list(lib.engine_descriptor_list, "engine_descriptor", records.Descriptor)
+
     def _list(self, call: Callable[..., int], struct: str, cls: type[_Record]) -> list[_Record]:
         count = 0
         while True:

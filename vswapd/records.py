@@ -117,6 +117,14 @@ class BackendStatistics:
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """struct engine_descriptor."""
+
+    fd: int
+    owner: int
+
+
+@dataclass(frozen=True)
 class Event:
     """struct engine_event; a, b, c depend on the kind."""
 

@@ -41,15 +41,18 @@ class Inheritance:
     deaths: int  # of daemons before it
 
 
-def supervise(serve: Callable[[Inheritance], int], log: Log) -> int:
+def supervise(
+    serve: Callable[[Inheritance], int], log: Log, memfds: tuple[int, int] | None = None
+) -> int:
     """Run `serve` in one daemon after the other; returns the exit status of the last. OSError.
 
-    In a daemon this does not return: `serve` says the exit status.
+    `memfds`: state and pool that another supervisor left. In a daemon this does not return: `serve`
+    says the exit status.
     """
     from vswapd import engine
 
-    state_fd, pool_fd = engine.make_memfds()
-    deaths = young = 0
+    state_fd, pool_fd = memfds or engine.make_memfds()
+    deaths, young = int(memfds is not None), 0
     while True:
         inheritance = Inheritance(state_fd, pool_fd, os.getpid(), deaths)
         started = time.monotonic()

@@ -380,8 +380,11 @@ static int run_daemon(const struct options *options, const struct engine_config 
 	if (engine_is_successor(engine)) {
 		group = engine_group_find(engine, "drive");
 		for (int i = 0; i < PEERS_MAX; i++)
-			if (!peers[i].armed)
-				peers[i].fd = -1; /* its handshake was cut off; it comes again */
+			/* Cut off in its handshake it comes again; of a client that is gone the engine has closed
+			 * the connection. */
+			if (peers[i].fd >= 0 && (!peers[i].armed ||
+						 engine_client_label(engine, peers[i].token, peers[i].fd, 0) < 0))
+				peers[i].fd = -1;
 	} else {
 		group = engine_group_create(engine, "drive", options->limit_bytes, options->pool_bytes,
 					    options->torture ? ENGINE_GROUP_TORTURE : 0);

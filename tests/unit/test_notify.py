@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vswapd.notify import notify
+from vswapd.notify import DescriptorStore, notify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +48,8 @@ sys.path.insert(0, {root!r})
 os.environ["LISTEN_PID"] = str(os.getpid() + {other})
 os.environ["LISTEN_FDS"] = "2"
 os.dup2({null}, 3) ; os.dup2({listener}, 4)
-from vswapd.notify import take_listener
-sock = take_listener()
+from vswapd.notify import take_inherited
+sock, stored = take_inherited()
 print(sock and sock.getsockname(), os.environ.get("LISTEN_FDS"), sock and sock.get_inheritable())
 """
 
@@ -70,3 +70,40 @@ def test_passed_listener_is_taken(tmp_path: Path, other: int, taken: bool) -> No
             check=True,
         )
     assert result.stdout == (f"{path} None False\n" if taken else "None None None\n")
+
+
+_STORED = """
+import os, sys
+sys.path.insert(0, {root!r})
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = "3"
+os.environ["LISTEN_FDNAMES"] = "vswap-4-17:other:vswap-3-0"
+for number, name in enumerate(("four", "other", "three")):
+    os.dup2(os.memfd_create(name), number + 3)
+from vswapd.notify import take_inherited
+listener, stored = take_inherited()
+print(listener, stored, [os.readlink(f"/proc/self/fd/{{number}}") for number in stored])
+"""
+
+
+def test_stored_descriptors_get_their_numbers_back() -> None:
+    """Whatever the order they come in: 4 was passed as 3, and 3 as 5."""
+    root = str(Path(__file__).resolve().parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", _STORED.format(root=root)], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "None [3, 4] ['/memfd:three (deleted)', '/memfd:four (deleted)']\n"
+
+
+def test_store_holds_what_is_wanted(manager: socket.socket) -> None:
+    store = DescriptorStore()
+    with Path("/dev/null").open("rb") as null:
+        fd = null.fileno()
+        store.update({(fd, 1)})
+        data, rights, _, _ = manager.recvmsg(200, 64)
+        assert data == f"FDSTORE=1\nFDPOLL=0\nFDNAME=vswap-{fd}-1".encode()
+        assert len(rights) == 1
+        os.close(int.from_bytes(rights[0][2], sys.byteorder))
+        store.update({(fd, 2)})  # the number is another's now
+        assert manager.recv(200) == f"FDSTOREREMOVE=1\nFDNAME=vswap-{fd}-1".encode()
+        assert manager.recv(200).endswith(f"FDNAME=vswap-{fd}-2".encode())
