@@ -15,7 +15,7 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor"]
 
 
 @pytest.fixture(autouse=True)

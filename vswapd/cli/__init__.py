@@ -119,6 +119,12 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "program", nargs="?", metavar="PROGRAM", help="look also at this program: whether it can be managed"
+    )
+
+
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
@@ -126,6 +132,7 @@ _VERBS = {
     "pageout": (_add_page, "swap out all of a process that can be", "vswapctl pageout 4711"),
     "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+    "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),
 }
 
 
