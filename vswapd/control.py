@@ -38,7 +38,8 @@ class Session:
 
     def __init__(self, sock: trio.socket.SocketType, peer: Peer) -> None:
         self.peer = peer
-        self.groups: list[Group] = []
+        self.groups: list[Group] = []  # that it made
+        self.joined: set[str] = set()  # names of others that it wants to hear of
         self._sock = sock
         self._notices: deque[dict[str, Any]] = deque(maxlen=config.NOTICES_QUEUED_MAX)
         self._has_notices = trio.Event()
@@ -84,7 +85,7 @@ class ControlServer:
             return False
         told = False
         for session in self._sessions:
-            names = {group.name for group in session.groups}
+            names = session.joined.union(group.name for group in session.groups)
             if names and (not notice.group or notice.group in names):
                 session.notify(notice)
                 told = True

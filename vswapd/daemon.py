@@ -22,7 +22,7 @@ import signal
 import socket
 import stat
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -30,7 +30,7 @@ from vswapd import __version__, backends, config, events, machine, notify, paths
 from vswapd.accept import Acceptor
 from vswapd.clients import ClientServer
 from vswapd.control import ControlServer
-from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.failure import Failure
 from vswapd.groups import GroupRegistry
 from vswapd.log import LEVELS, PlainLog, make_daemon_log
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from vswapd.engine import Engine
     from vswapd.log import Log
+    from vswapd.settings import Settings
 
 _STOP_REMINDER_SECONDS = 30.0
 
@@ -94,15 +95,16 @@ class Daemon:
     ) -> None:
         """Serve until `wait_stop` (async; gets the nursery for its own tasks) returns."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_running, self._watch_events)
-            nursery.start_soon(self._keep_running, self.groups.watch_members)
-            nursery.start_soon(self._keep_running, self.acceptor.run, listener)
+            nursery.start_soon(self.keep_running, self._watch_events)
+            nursery.start_soon(self.keep_running, self.groups.watch_members)
+            nursery.start_soon(self.keep_running, self.acceptor.run, listener)
             on_ready()
             await wait_stop(self, nursery)
             nursery.cancel_scope.cancel()
 
-    async def _keep_running(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """A mistake of ours in one task must not end the daemon: clients' memory is in its hands."""
+    async def keep_running(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a task for ever. A mistake of ours in it must not end the daemon: clients' memory is in its
+        hands."""
         while True:
             try:
                 await task(*arguments)
@@ -126,10 +128,11 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _make_engine(spills: Sequence[backends.Spill]) -> Engine:
+def make_engine(spills: Sequence[backends.Spill], **options: Any) -> Engine:
+    """An engine with `spills`, which it takes over. `options`: of Engine.create. OSError."""
     from vswapd.engine import Engine  # late: loads the extension; tests run this module without it
 
-    engine = Engine.create()
+    engine = Engine.create(**options)
     try:
         for spill in spills:
             engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority)
@@ -149,7 +152,7 @@ def run_embedded(
     OSError, Failure.
     """
     _raise_descriptor_limit()
-    engine = _make_engine(spills)
+    engine = make_engine(spills)
     gc.freeze()  # what the start made stays: later collections need not look at it
     gc.enable()
 
@@ -212,7 +215,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: vswapd --spill /var/lib/vswapd/spill:64G",
     )
     parser.add_argument(
-        "--socket", metavar="PATH", default=paths.default_socket(), help="listen here (default %(default)s)"
+        "--config",
+        metavar="FILE",
+        help="read this file and FILE.d/*.conf (default: /etc/vswapd/vswapd.conf, if it is there); "
+        "options given here go before what stands there",
+    )
+    parser.add_argument(
+        "--socket", metavar="PATH", help="listen here (default: $VSWAPD_SOCKET or /run/vswapd/vswapd.sock)"
     )
     parser.add_argument(
         "--spill",
@@ -221,13 +230,18 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="swap to this file or block device; repeat for more, in order of preference (default: RAM only)",
     )
-    parser.add_argument("--log-level", choices=LEVELS, default="info", help="default %(default)s")
+    parser.add_argument("--log-level", choices=LEVELS, help="what to log (default: info)")
     parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
     return parser
 
 
-async def _serve_system(engine: Engine, listener: socket.socket, log: Log) -> None:
+async def _serve_system(
+    engine: Engine, listener: socket.socket, log: Log, loaded: Settings, options: argparse.Namespace
+) -> None:
+    from vswapd import service
+
     async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
+        service.start(nursery, daemon, engine, log, loaded, options)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await signals.__anext__()
             log.info("stopping")
@@ -250,33 +264,33 @@ async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vswapd`."""
+    from vswapd import service  # late: an embedded daemon does without
+
     options = _parser().parse_args(arguments)
-    spills: list[backends.Spill] = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until a reload can be carried out
     try:
-        try:
-            named = [backends.split_argument(text) for text in options.spill]
-        except ValueError as error:
-            raise Failure(str(error), status=STATUS_USAGE) from None
+        loaded = service.load(options)
         machine.check_all()
-        log = make_daemon_log(options.log_level)
-        for index, (path, size) in enumerate(named):
-            spills.append(backends.open_spill(path, size, 0, -index))
+        log = make_daemon_log(loaded.daemon.log_level)
         passed = notify.take_listener()
-        listener = passed or listen(options.socket, 0o666)
+        listener = passed or listen(loaded.daemon.socket, 0o666)
         _raise_descriptor_limit()
         try:
-            engine = _make_engine(spills)
-        except OSError as error:
-            raise Failure(error.strerror or str(error)) from None
+            engine = service.open_engine(loaded)
+        except BaseException:
+            if not passed:
+                os.unlink(loaded.daemon.socket)
+            raise
     except Failure as error:
-        print(f"vswapd: {error}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"vswapd: {line}", file=sys.stderr)
         return error.status
     gc.freeze()
     try:
-        trio.run(_serve_system, engine, listener, log)
+        trio.run(_serve_system, engine, listener, log, loaded, options)
     finally:
         if not passed:
-            os.unlink(options.socket)
+            os.unlink(loaded.daemon.socket)
     if engine.clients():
         return 1  # told twice to stop: their memory is given up, but nothing of it is taken apart
     engine.destroy()

@@ -183,6 +183,15 @@ class Operations:
         self._log.info("group created", group=group.name, limit=format_size(limit), uid=session.peer.uid)
         return {"group": group.name}
 
+    async def op_group_join(self, request: Request, session: Session) -> Reply:
+        """Takes group: be told what happens to it. Answers its limit."""
+        group = self._group_named(request, session)
+        record = self._groups.statistics(group)
+        if group.doomed or record is None:
+            raise RequestError("no-group", f"group '{group.name}' is ending", "see vswapctl status")
+        session.joined.add(group.name)
+        return {"group": group.name, "limit_bytes": record.limit_bytes}
+
     async def op_group_wait(self, request: Request, session: Session) -> Reply:
         """Takes group, timeout_ms: wait until it has no clients. Answers how many it has, and who."""
         group = self._group_named(request, session)
@@ -193,10 +202,12 @@ class Operations:
         return {"clients": count, "pids": pids}
 
     async def op_limit(self, request: Request, session: Session) -> Reply:
-        """Takes pid, limit_bytes: change the limit of the group of a process."""
+        """Takes group, or pid: of a process in it; limit_bytes: change the limit of a group."""
         limit = take_int(request, "limit_bytes", config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX)
-        pid = take_int(request, "pid", 1, _PID_MAX)
-        group = self._group_of(pid, session.peer)
+        if "group" in request:
+            group = self._group_named(request, session)
+        else:
+            group = self._group_of(take_int(request, "pid", 1, _PID_MAX), session.peer)
         record = self._groups.statistics(group)
         pool_limit = record.pool_limit_bytes if record else 0
         self._engine.group_set_limit(group.number, limit, pool_limit)

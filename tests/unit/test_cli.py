@@ -15,7 +15,7 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,10 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["run", "--spill", "", "--", "true"], "empty spill path"),
         (["run", "--socket", "x", "--private", "--", "true"], "not allowed with"),
         (["run", "--lim", "64M", "--", "true"], "see vswapctl"),
+        (["run", "--group", "g", "--limit", "64M", "--", "true"], "--group and --limit contradict each other"),
+        (["run", "--group", "g", "--no-spill", "--", "true"], "--group and --no-spill contradict each other"),
+        (["config"], "ACTION"),
+        (["config", "nosuch"], "invalid choice"),
         (["status", "--", "x"], "'--' means nothing to status"),
         (["status", "x"], "unrecognized arguments: x"),
         (["pageout"], "PID"),
@@ -91,6 +95,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
         (["pagein", str(os.getpid())], "is not managed; start it with vswapctl run"),
         (["limit", str(os.getpid()), "64M"], "is not managed; start it with vswapctl run"),
         (["run", "--stats", "/nonexistent/s", "--", "true"], "cannot write /nonexistent/s"),
+        (["run", "--group", "g", "--", "true"], "so there is no group g; start vswapd, or give --limit"),
         (["run", "--", "true"], "an embedded daemon would be started"),
     ],
 )

@@ -48,7 +48,7 @@ def _imported(arguments: list[str], modules: list[str]) -> str:
     return result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor"])
+@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config"])
 def test_verbs_import_nothing_heavy(verb: str) -> None:
     assert _imported([verb, "--help"], [f"vswapd.cli.{verb}"]) == ""
 

@@ -61,6 +61,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "(default: 80%% of the available RAM; at least 16M)",
     )
     parser.add_argument(
+        "--group",
+        metavar="NAME",
+        help="run in this group of the daemon's configuration, within its limit (instead of --limit)",
+    )
+    parser.add_argument(
         "--pool", type=_size, metavar="SIZE", help="cap the compressed pool's part of it (default: adapts)"
     )
     parser.add_argument(
@@ -125,6 +130,22 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        choices=("check", "show", "example"),
+        metavar="ACTION",
+        help="check: name every mistake; show: what is in force and where it was set; "
+        "example: a file with every key, to begin with",
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="with its drop-ins FILE.d/*.conf (default: /etc/vswapd/vswapd.conf, if it is there)",
+    )
+
+
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
@@ -132,6 +153,7 @@ _VERBS = {
     "pageout": (_add_page, "swap out all of a process that can be", "vswapctl pageout 4711"),
     "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+    "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
     "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),
 }
 
@@ -152,7 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "run":  # argparse has no words for "the rest is the command's"
             verb.usage = "vswapctl run [OPTIONS] -- COMMAND [ARGUMENT...]"
         add_arguments(verb)
-        if name != "run":
+        if name not in ("run", "config"):
             verb.add_argument(
                 "--socket",
                 metavar="PATH",
