@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from vswapd.engine import Engine
     from vswapd.log import Log
-    from vswapd.settings import Settings
+    from vswapd.service import Service
 
 _STOP_REMINDER_SECONDS = 30.0
 
@@ -230,18 +230,19 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="swap to this file or block device; repeat for more, in order of preference (default: RAM only)",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDRESS",
+        help="serve metrics for Prometheus there: the path of a Unix socket, or 127.0.0.1:PORT",
+    )
     parser.add_argument("--log-level", choices=LEVELS, help="what to log (default: info)")
     parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
     return parser
 
 
-async def _serve_system(
-    engine: Engine, listener: socket.socket, log: Log, loaded: Settings, options: argparse.Namespace
-) -> None:
-    from vswapd import service
-
+async def _serve_system(engine: Engine, listener: socket.socket, log: Log, service: Service) -> None:
     async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
-        service.start(nursery, daemon, engine, log, loaded, options)
+        service.start(nursery, daemon, engine, log)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await signals.__anext__()
             log.info("stopping")
@@ -264,33 +265,30 @@ async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vswapd`."""
-    from vswapd import service  # late: an embedded daemon does without
+    from vswapd.service import Service  # late: an embedded daemon does without
 
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until a reload can be carried out
     try:
-        loaded = service.load(options)
+        service = Service(options)
         machine.check_all()
-        log = make_daemon_log(loaded.daemon.log_level)
+        log = make_daemon_log(service.settings.daemon.log_level)
         passed = notify.take_listener()
-        listener = passed or listen(loaded.daemon.socket, 0o666)
-        _raise_descriptor_limit()
+        listener = passed or listen(service.settings.daemon.socket, 0o666)
         try:
-            engine = service.open_engine(loaded)
-        except BaseException:
+            service.listen()
+            _raise_descriptor_limit()
+            engine = service.open_engine()
+            gc.freeze()
+            trio.run(_serve_system, engine, listener, log, service)
+        finally:
+            service.close()
             if not passed:
-                os.unlink(loaded.daemon.socket)
-            raise
+                os.unlink(service.settings.daemon.socket)
     except Failure as error:
         for line in str(error).split("\n"):
             print(f"vswapd: {line}", file=sys.stderr)
         return error.status
-    gc.freeze()
-    try:
-        trio.run(_serve_system, engine, listener, log, loaded, options)
-    finally:
-        if not passed:
-            os.unlink(loaded.daemon.socket)
     if engine.clients():
         return 1  # told twice to stop: their memory is given up, but nothing of it is taken apart
     engine.destroy()

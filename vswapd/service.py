@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""service — what the system daemon has and an embedded one has not: a configuration that can be reloaded.
+"""service — what the system daemon has and an embedded one has not: configuration, reload, metrics.
 
 Imported by `vswapd` alone, so that `vswapctl run` does not pay for it.
 """
@@ -18,6 +18,7 @@ from vswapd.reload import Reloader
 
 if TYPE_CHECKING:
     import argparse
+    import socket
 
     import trio
 
@@ -26,49 +27,77 @@ if TYPE_CHECKING:
     from vswapd.log import Log
 
 
-def load(options: argparse.Namespace) -> settings.Settings:
-    """The files, and on top what the command line says. Failure with a line for each mistake."""
-    try:
+class Service:
+    """One system daemon's. Everything that can be refused is refused before it starts to serve."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Read the configuration. Failure with a line for each mistake."""
+        self._options = options
+        try:
+            self.settings = self._load()
+        except settings.SettingsError as error:
+            raise Failure(str(error)) from None
+        self._metrics_listener: socket.socket | None = None
+
+    def _load(self) -> settings.Settings:
+        """The files, and on top what the command line says. SettingsError, Failure."""
+        options = self._options
         loaded = settings.load(options.config)
-    except settings.SettingsError as error:
-        raise Failure(str(error)) from None
-    try:
-        named = [backends.split_argument(text) for text in options.spill]
-    except ValueError as error:
-        raise Failure(str(error), status=STATUS_USAGE) from None
-    spills = tuple(
-        settings.BackendSettings(os.path.abspath(path), size, -index) for index, (path, size) in enumerate(named)
-    )
-    daemon = dataclasses.replace(
-        loaded.daemon,
-        socket=options.socket or os.environ.get("VSWAPD_SOCKET") or loaded.daemon.socket,
-        log_level=options.log_level or loaded.daemon.log_level,
-    )
-    return dataclasses.replace(loaded, daemon=daemon, backends=spills or loaded.backends)
-
-
-def open_engine(loaded: settings.Settings) -> Engine:
-    """An engine with all configured backends. Failure."""
-    try:
-        spills = [backends.open_spill(backend.path, backend.size, 0, backend.priority) for backend in loaded.backends]
-        return make_engine(
-            spills,
-            pool_capacity_bytes=loaded.daemon.pool_capacity,
-            evictor_count=loaded.daemon.evictors,
-            io_threads=loaded.daemon.io_threads,
+        try:
+            named = [backends.split_argument(text) for text in options.spill]
+            metrics = settings.check_metrics(options.metrics or loaded.daemon.metrics)
+        except ValueError as error:
+            raise Failure(str(error), status=STATUS_USAGE) from None
+        spills = tuple(
+            settings.BackendSettings(os.path.abspath(path), size, -index) for index, (path, size) in enumerate(named)
         )
-    except OSError as error:
-        raise Failure(error.strerror or str(error)) from None
+        daemon = dataclasses.replace(
+            loaded.daemon,
+            socket=options.socket or os.environ.get("VSWAPD_SOCKET") or loaded.daemon.socket,
+            log_level=options.log_level or loaded.daemon.log_level,
+            metrics=metrics,
+        )
+        return dataclasses.replace(loaded, daemon=daemon, backends=spills or loaded.backends)
 
+    def open_engine(self) -> Engine:
+        """An engine with all configured backends. Failure."""
+        daemon = self.settings.daemon
+        try:
+            spills = [
+                backends.open_spill(backend.path, backend.size, 0, backend.priority)
+                for backend in self.settings.backends
+            ]
+            return make_engine(
+                spills,
+                pool_capacity_bytes=daemon.pool_capacity,
+                evictor_count=daemon.evictors,
+                io_threads=daemon.io_threads,
+            )
+        except OSError as error:
+            raise Failure(error.strerror or str(error)) from None
 
-def start(
-    nursery: trio.Nursery,
-    daemon: Daemon,
-    engine: Engine,
-    log: Log,
-    loaded: settings.Settings,
-    options: argparse.Namespace,
-) -> None:
-    """Make the configured groups and start the tasks."""
-    reloader = Reloader(loaded, lambda: load(options), engine, daemon.groups, log, make_daemon_log)
-    nursery.start_soon(daemon.keep_running, reloader.run)
+    def listen(self) -> None:
+        """Open what is served beside the daemon's socket. Failure."""
+        if self.settings.daemon.metrics:
+            from vswapd import metrics
+
+            self._metrics_listener = metrics.open_listener(self.settings.daemon.metrics)
+
+    def close(self) -> None:
+        """Undo listen(). Again: no effect."""
+        listener, self._metrics_listener = self._metrics_listener, None
+        if listener is not None:
+            listener.close()
+            if self.settings.daemon.metrics.startswith("/"):
+                os.unlink(self.settings.daemon.metrics)
+
+    def start(self, nursery: trio.Nursery, daemon: Daemon, engine: Engine, log: Log) -> None:
+        """Make the configured groups and start the tasks."""
+        reloader = Reloader(self.settings, self._load, engine, daemon.groups, log, make_daemon_log)
+        nursery.start_soon(daemon.keep_running, reloader.run)
+        if self._metrics_listener is not None:
+            from vswapd.metrics import MetricsServer
+
+            pids = daemon.control.operations.footprint_pids
+            server = MetricsServer(self._metrics_listener, engine, pids, log)
+            nursery.start_soon(daemon.keep_running, server.run)

@@ -10,6 +10,7 @@ Every mistake is found at once, with file and line. config.py has the constants 
 from __future__ import annotations
 
 import glob
+import ipaddress
 import os
 import pwd
 import tomllib
@@ -88,6 +89,21 @@ def _level(value: object) -> str:
     return str(value)
 
 
+def check_metrics(value: object) -> str:
+    """A socket's absolute path, or HOST:PORT of the loopback interface; '': none."""
+    text = str(value)
+    if not text or text.startswith("/"):
+        return text
+    host, _, port = text.rpartition(":")
+    try:
+        is_loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError("neither the path of a Unix socket nor a loopback address and port")
+    return text
+
+
 def _group_name(value: object) -> str:
     if not isinstance(value, str) or not value or not wire.is_group_name(value):
         raise ValueError("not a name of up to 31 letters, digits, '.', '_', '-'")
@@ -130,6 +146,14 @@ TABLES: dict[str, tuple[Key, ...]] = {
             '"/run/vswapd/vswapd.sock"',
         ),
         Key("log_level", _level, "info", "level", f"What is logged: {', '.join(LEVELS)}.", '"debug"', reloads=True),
+        Key(
+            "metrics",
+            check_metrics,
+            "",
+            "address",
+            "Serve metrics for Prometheus on this Unix socket or loopback port; empty: nowhere.",
+            '"127.0.0.1:9841"',
+        ),
         Key(
             "pool_capacity",
             _size,
@@ -196,6 +220,7 @@ class DaemonSettings:
 
     socket: str
     log_level: str
+    metrics: str
     pool_capacity: int
     evictors: int
     io_threads: bool

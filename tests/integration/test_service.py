@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from support.limited import MIB, command_path
 from support.sampler import ControlClient
@@ -163,3 +166,18 @@ def test_statistics_of_a_run_in_a_group(tmp_path: Path) -> None:
         subprocess.run([command_path("vswapctl"), "run", *options, "true"], check=True)
         document = json.loads((tmp_path / "stats").read_text())
         assert (document["run"]["group"], document["run"]["limit_bytes"]) == ("batch", 48 * MIB)
+
+
+def test_metrics_of_the_real_engine(tmp_path: Path) -> None:
+    address = str(tmp_path / "metrics.sock")
+    with serving(tmp_path, _BATCH.format("48M"), more=f'metrics = "{address}"\n') as service, program(service, "batch"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(address)
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text\r\n\r\n")
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        families = list(parse_openmetrics(answer.decode().partition("\r\n\r\n")[2]))
+        values = {sample.name: sample.value for family in families for sample in family.samples}
+        assert values["vswapd_group_swapped_pages"] * 4096 > 32 * MIB
+        assert values["vswapd_faults_total"] >= values["vswapd_group_faults_total"] > 0
+        assert values["vswapd_evicted_pages_total"] > 0
+    assert not os.path.exists(address)

@@ -87,6 +87,8 @@ def test_drop_ins_replace_key_by_key_in_order(conf: Path) -> None:
         ("[daemon]\nx = 1\n", ["2: unknown key 'x'; known are socket, log_level"]),
         ("y = 1\n[deamon]\n", ["1: unknown table or key 'y'; known are [daemon], [[backend]]", "2: unknown table"]),
         ("[daemon]\n\nlog_level = 'loud'\n", ['3: log_level = "loud" is wrong: not one of debug, info']),
+        ("[daemon]\nmetrics = '0.0.0.0:80'\n", ['2: metrics = "0.0.0.0:80" is wrong: neither the path']),
+        ("[daemon]\nmetrics = '127.0.0.1'\n", ['2: metrics = "127.0.0.1" is wrong: neither the path']),
         ("[daemon]\nsocket = 'x'\n", ['2: socket = "x" is wrong: not an absolute path']),
         ("[daemon]\nevictors = true\n", ["2: evictors = true is wrong: not a whole number from 0 to 64"]),
         ("[daemon]\nevictors = 65\n", ["2: evictors = 65 is wrong"]),
