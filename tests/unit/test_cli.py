@@ -15,7 +15,7 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config", "top"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,9 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["run", "--group", "g", "--no-spill", "--", "true"], "--group and --no-spill contradict each other"),
         (["config"], "ACTION"),
         (["config", "nosuch"], "invalid choice"),
+        (["status", "--json", "--watch"], "not allowed with"),
+        (["status", "--watch", "0"], "'0' is too often; give at least 0.1"),
+        (["top", "--interval", "x"], "is not a number of seconds"),
         (["status", "--", "x"], "'--' means nothing to status"),
         (["status", "x"], "unrecognized arguments: x"),
         (["pageout"], "PID"),
@@ -88,6 +91,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
     ("arguments", "text"),
     [
         (["status"], "no daemon answers on"),
+        (["top"], "top needs a terminal; use vswapctl status"),
         (["swaps"], "start vswapd, or a command with vswapctl run"),
         (["status", "--socket", "/nonexistent/s"], "no daemon answers on /nonexistent/s"),
         (["run", "--socket", "/nonexistent/s", "--", "true"], "start vswapd, or leave --socket out"),

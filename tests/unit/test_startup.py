@@ -16,6 +16,8 @@ _HEAVY = (
     "pyfuse3",
     "rich",
     "structlog",
+    "textual",
+    "tomllib",
     "psutil",
     "cffi",
     "_cffi_backend",
@@ -48,7 +50,7 @@ def _imported(arguments: list[str], modules: list[str]) -> str:
     return result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config"])
+@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "top"])
 def test_verbs_import_nothing_heavy(verb: str) -> None:
     assert _imported([verb, "--help"], [f"vswapd.cli.{verb}"]) == ""
 

@@ -101,7 +101,7 @@ def test_tables_show_it(
     document: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(connection, "connect_any", lambda _: _Daemon(document))
-    status_command.main(argparse.Namespace(json=False, socket=None))
+    status_command.main(argparse.Namespace(json=False, watch=None, socket=None))
     text = capsys.readouterr().out
     for part in (
         "run-1",

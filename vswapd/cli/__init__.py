@@ -52,6 +52,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0.1:
+        raise argparse.ArgumentTypeError(f"'{text}' is too often; give at least 0.1")
+    return seconds
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
@@ -103,7 +110,26 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    how.add_argument(
+        "--watch",
+        nargs="?",
+        const=2.0,
+        type=_interval,
+        metavar="SECONDS",
+        help="again and again, until interrupted (default: every 2 s)",
+    )
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="SECONDS",
+        help="look so often (default: every 1 s)",
+    )
 
 
 def _add_pid(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +175,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
+    "top": (_add_top, "watch where the memory is, and change limits", "vswapctl top"),
     "swaps": (lambda _: None, "list spill files and devices like /proc/swaps", "vswapctl swaps"),
     "pageout": (_add_page, "swap out all of a process that can be", "vswapctl pageout 4711"),
     "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
