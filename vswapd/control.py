@@ -20,26 +20,24 @@ import trio
 
 from vswapd import config
 from vswapd.groups import GroupError
-from vswapd.operations import Operations, RequestError
+from vswapd.operations import Caller, Operations, RequestError
 
 if TYPE_CHECKING:
     from vswapd.accept import Peer
     from vswapd.clients import ClientServer
     from vswapd.engine import Engine
     from vswapd.events import Notice
-    from vswapd.groups import Group, GroupRegistry
+    from vswapd.groups import GroupRegistry
     from vswapd.log import Log
 
 _LEVELS_SENT = ("warning", "error")
 
 
-class Session:
+class Session(Caller):
     """One control connection."""
 
     def __init__(self, sock: trio.socket.SocketType, peer: Peer) -> None:
-        self.peer = peer
-        self.groups: list[Group] = []  # that it made
-        self.joined: set[str] = set()  # names of others that it wants to hear of
+        super().__init__(peer)
         self._sock = sock
         self._notices: deque[dict[str, Any]] = deque(maxlen=config.NOTICES_QUEUED_MAX)
         self._has_notices = trio.Event()

@@ -235,6 +235,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="serve metrics for Prometheus there: the path of a Unix socket, or 127.0.0.1:PORT",
     )
+    parser.add_argument(
+        "--fs", metavar="DIR", help="show state as files in this directory, and take writes to them (FUSE)"
+    )
     parser.add_argument("--log-level", choices=LEVELS, help="what to log (default: info)")
     parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
     return parser

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""service — what the system daemon has and an embedded one has not: configuration, reload, metrics.
+"""service — what the system daemon has and an embedded one has not: configuration, reload, metrics, files.
 
 Imported by `vswapd` alone, so that `vswapctl run` does not pay for it.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vswapd.daemon import Daemon
     from vswapd.engine import Engine
+    from vswapd.fs import Mount
     from vswapd.log import Log
 
 
@@ -38,6 +39,7 @@ class Service:
         except settings.SettingsError as error:
             raise Failure(str(error)) from None
         self._metrics_listener: socket.socket | None = None
+        self._mount: Mount | None = None
 
     def _load(self) -> settings.Settings:
         """The files, and on top what the command line says. SettingsError, Failure."""
@@ -56,6 +58,7 @@ class Service:
             socket=options.socket or os.environ.get("VSWAPD_SOCKET") or loaded.daemon.socket,
             log_level=options.log_level or loaded.daemon.log_level,
             metrics=metrics,
+            fs=os.path.abspath(options.fs) if options.fs else loaded.daemon.fs,
         )
         return dataclasses.replace(loaded, daemon=daemon, backends=spills or loaded.backends)
 
@@ -82,9 +85,16 @@ class Service:
             from vswapd import metrics
 
             self._metrics_listener = metrics.open_listener(self.settings.daemon.metrics)
+        if self.settings.daemon.fs:
+            from vswapd.fs import Mount
+
+            self._mount = Mount(self.settings.daemon.fs)
 
     def close(self) -> None:
         """Undo listen(). Again: no effect."""
+        mount, self._mount = self._mount, None
+        if mount is not None:
+            mount.close()
         listener, self._metrics_listener = self._metrics_listener, None
         if listener is not None:
             listener.close()
@@ -101,3 +111,8 @@ class Service:
             pids = daemon.control.operations.footprint_pids
             server = MetricsServer(self._metrics_listener, engine, pids, log)
             nursery.start_soon(daemon.keep_running, server.run)
+        if self._mount is not None:
+            from vswapd.tree import Tree
+
+            tree = Tree(engine, daemon.groups, daemon.control.operations)
+            nursery.start_soon(daemon.keep_running, self._mount.run, tree, engine, log)

@@ -45,6 +45,10 @@ def _absolute(value: object) -> str:
     return value
 
 
+def _absolute_or_none(value: object) -> str:
+    return "" if value == "" else _absolute(value)
+
+
 def _size(value: object) -> int:
     if isinstance(value, str):
         return parse_size(value)
@@ -155,6 +159,14 @@ TABLES: dict[str, tuple[Key, ...]] = {
             '"127.0.0.1:9841"',
         ),
         Key(
+            "fs",
+            _absolute_or_none,
+            "",
+            "path",
+            "Show the daemon's state as files, and take writes to them, in this directory; empty: nowhere.",
+            '"/run/vswapd/fs"',
+        ),
+        Key(
             "pool_capacity",
             _size,
             0,
@@ -221,6 +233,7 @@ class DaemonSettings:
     socket: str
     log_level: str
     metrics: str
+    fs: str
     pool_capacity: int
     evictors: int
     io_threads: bool

@@ -74,12 +74,17 @@ class Service:
         """Have it read its configuration again."""
         self.signal(signal.SIGHUP)
 
+    def wait(self) -> int:
+        """Until it has ended; its exit status."""
+        assert self._process
+        return self._process.wait(_SECONDS_MAX)
+
     def stop(self) -> int:
         """Its exit status."""
         assert self._process
         if self._process.poll() is None:
             self._process.terminate()
-        return self._process.wait(_SECONDS_MAX)
+        return self.wait()
 
     def status(self) -> dict[str, Any]:
         """As it answers."""
