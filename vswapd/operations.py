@@ -15,7 +15,7 @@ import trio
 
 from vswapd import __version__, config, processes
 from vswapd.sizes import format_size
-from vswapd.status import build_status
+from vswapd.document import build_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,7 +152,7 @@ class Operations:
         return {"version": __version__, "pid": os.getpid()}
 
     async def op_status(self, request: Request, session: Caller) -> Reply:
-        """status.py's document, without what other users own."""
+        """document.py's document, without what other users own."""
         self.drain_events()
         admin, uid = self._is_admin(session.peer), session.peer.uid
         visible = {group.name for group in self._groups if admin or group.owner_uid == uid}

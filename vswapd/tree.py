@@ -27,7 +27,7 @@ from vswapd.groups import GroupError
 from vswapd.operations import Caller, RequestError
 from vswapd.records import BACKEND_STATES
 from vswapd.sizes import parse_size
-from vswapd.status import TOTALS, backend_document
+from vswapd.document import TOTALS, backend_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""view — figures of status.py's document as people look at them. Pure; `vswapctl top` shows them."""
+"""view — figures of document.py's document as people look at them. Pure; `vswapctl top` shows them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from support.fake_engine import FakeEngine
 from vswapd import connection
 from vswapd.cli import status as status_command
 from vswapd.cli import swaps
-from vswapd.status import build_status
+from vswapd.document import build_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from support.fake_engine import FakeEngine
 from vswapd import connection, view
 from vswapd.cli import status as status_command
 from vswapd.failure import Failure
-from vswapd.status import build_status
+from vswapd.document import build_status
 from vswapd.top import LimitScreen, RecordTable, TopApp
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""status — the document that `vswapctl status --json` prints and `run --stats` writes.
+"""document — what `vswapctl status --json` prints and `run --stats` writes.
 
 Sums agree with their parts: every total is the engine's, taken in one call. RAM is counted once:
 resident_bytes (clients' own memory), pool_bytes, metadata_bytes, and daemon_bytes for everything
