@@ -15,7 +15,7 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config", "top"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config", "top", "completion"]
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,7 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["run", "--group", "g", "--limit", "64M", "--", "true"], "--group and --limit contradict each other"),
         (["run", "--group", "g", "--no-spill", "--", "true"], "--group and --no-spill contradict each other"),
         (["config"], "ACTION"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
         (["config", "nosuch"], "invalid choice"),
         (["status", "--json", "--watch"], "not allowed with"),
         (["status", "--watch", "0"], "'0' is too often; give at least 0.1"),

@@ -15,6 +15,7 @@ _HEAVY = (
     "trio",
     "pyfuse3",
     "rich",
+    "shtab",
     "structlog",
     "textual",
     "tomllib",
@@ -50,7 +51,7 @@ def _imported(arguments: list[str], modules: list[str]) -> str:
     return result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "top"])
+@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "top", "completion"])
 def test_verbs_import_nothing_heavy(verb: str) -> None:
     assert _imported([verb, "--help"], [f"vswapd.cli.{verb}"]) == ""
 

@@ -172,6 +172,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
+
+
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
@@ -181,6 +185,7 @@ _VERBS = {
     "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
+    "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),
     "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),
 }
 
@@ -201,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "run":  # argparse has no words for "the rest is the command's"
             verb.usage = "vswapctl run [OPTIONS] -- COMMAND [ARGUMENT...]"
         add_arguments(verb)
-        if name not in ("run", "config"):
+        if name not in ("run", "config", "completion"):
             verb.add_argument(
                 "--socket",
                 metavar="PATH",
