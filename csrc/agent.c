@@ -374,6 +374,7 @@ static void ask_beacon(struct agent_state *state)
 		atomic_set(&state->beacon_armed, 0);
 		return;
 	}
+	state->forked = 1;
 	atomic_set(&state->phase, AGENT_JOINING);
 	while ((outcome = agent_join(state, token)) == JOIN_ABSENT) {
 		if (state->config.verbose && !(state->said & AGENT_SAID_ABSENT))
@@ -439,12 +440,18 @@ static _Noreturn void agent_main(void *argument)
 	priority_raise();
 	capabilities_drop();
 	(void)RAW_2(__NR_prctl, PR_SET_NAME, "vswap-agent");
-	if (!state->armed && atomic_get(&state->beacon_armed))
-		ask_beacon(state);
-	if (!state->armed)
-		come_under_management(state);
-	atomic_set(&state->phase, AGENT_SERVING);
-	agent_serve(state);
+	for (;;) {
+		if (!state->armed && atomic_get(&state->beacon_armed))
+			ask_beacon(state);
+		if (!state->armed)
+			come_under_management(state);
+		atomic_set(&state->phase, AGENT_SERVING);
+		agent_serve(state);
+		/* The daemon died before it took our ARM: nothing is registered but what another did. */
+		agent_unjoin(state);
+		if (!state->forked)
+			atomic_set(&state->beacon_armed, 0);
+	}
 }
 
 int agent_start(struct agent_state *state)
@@ -494,6 +501,7 @@ void agent_forget_parent(struct agent_state *state)
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1);
 	state->tid = 0;
 	state->armed = 0;
+	state->forked = 0;
 	state->token = 0;
 	state->said = 0;
 	state->next_command = 0;

@@ -89,6 +89,7 @@ struct agent_state {
 	uint32_t phase;        /* enum agent_phase */
 	uint32_t beacon_armed;
 	uint32_t armed;        /* descriptors valid, ring mapped */
+	uint32_t forked;       /* joined with the token of its beacon, and has no choice but to again */
 	uint32_t sandboxed;    /* left for good: seccomp. Forked children have no agent either */
 	uint32_t next_command; /* number of the next command of the ring */
 	uint32_t differed;     /* looks in a row at which the program had other credentials */
@@ -144,10 +145,12 @@ enum join_outcome { JOIN_DONE, JOIN_ABSENT, JOIN_REFUSED };
 
 /* Come under management: NEW when token is 0, else FORKED. Nothing is left behind but by DONE. */
 enum join_outcome agent_join(struct agent_state *state, uint64_t token);
+/* Undo it: its ring is retired. */
+void agent_unjoin(struct agent_state *state);
 
 /* ---- agent_ring.c ---- */
 
-/* Execute commands for ever. */
-_Noreturn void agent_serve(struct agent_state *state);
+/* Execute commands; returns when the ring is retired. */
+void agent_serve(struct agent_state *state);
 
 #endif

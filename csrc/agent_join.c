@@ -384,6 +384,14 @@ static enum join_outcome shake_hands(struct agent_state *state, struct join *joi
 	return arm(state, join, token != 0, &message);
 }
 
+void agent_unjoin(struct agent_state *state)
+{
+	atomic_set(&state->armed, 0);
+	for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++)
+		close_if_open(&state->descriptors[i]);
+	ring_unmap(state);
+}
+
 enum join_outcome agent_join(struct agent_state *state, uint64_t token)
 {
 	struct join join = { -1, -1, -1, -1, -1, "" };

@@ -237,6 +237,8 @@ void agent_serve(struct agent_state *state)
 			atomic_set(&ring->epoch_seen, epoch);
 			raw_futex_wake(&ring->done, 0);
 		}
+		if (atomic_get(&ring->retired))
+			return;
 		if (posted - state->next_command - 1 >= VSWAP_RING_COMMANDS) {
 			/* nothing posted, or nonsense */
 			sleep_until_posted(state, ring, posted, request);

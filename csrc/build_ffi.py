@@ -7,7 +7,8 @@ The declarations are engine.h itself, as the preprocessor leaves it with VSWAP_C
 macros named ENGINE_* become constants. So nothing is declared twice.
 
 cffi releases the GIL around every call. hold_gil_ms() is the one exception, made by taking it again
-inside: the test that no Python runs on the hot path needs a C call that keeps it.
+inside: the test that no Python runs on the hot path needs a C call that keeps it. And
+fork_sharing_descriptors() is supervise_fork() with what the interpreter has to do around a fork.
 """
 
 from __future__ import annotations
@@ -18,11 +19,30 @@ import sys
 
 from cffi import FFI
 
-_EXTRA_DECLARATIONS = "void hold_gil_ms(int milliseconds);"
+_EXTRA_DECLARATIONS = """
+void hold_gil_ms(int milliseconds);
+int fork_sharing_descriptors(void);
+"""
 
 _SOURCE = """
 #include <stdint.h>
 #include "engine.h"
+#include "supervise.h"
+
+static int fork_sharing_descriptors(void)
+{
+	PyGILState_STATE state = PyGILState_Ensure();
+	int pid;
+
+	PyOS_BeforeFork();
+	pid = supervise_fork();
+	if (pid == 0)
+		PyOS_AfterFork_Child();
+	else
+		PyOS_AfterFork_Parent();
+	PyGILState_Release(state);
+	return pid;
+}
 
 static void hold_gil_ms(int milliseconds)
 {

@@ -10,6 +10,8 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "checkpoint.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "fill.h"
 #include "sys.h"
@@ -71,6 +73,32 @@ static int client_allocate(struct engine *engine, struct client **ret_client)
 	return 0;
 }
 
+/* Give it its place in the registry, which is locked. */
+static void enlist(struct engine *engine, struct client *client, unsigned index, struct group *group)
+{
+	client->index = index;
+	client->pid = client->record->pid;
+	client->group = group;
+	client->references = 2; /* the registry's and the caller's */
+	engine->clients[index] = client;
+	WRITE_ONCE(engine->clients_end, max_of(engine->clients_end, index + 1));
+	group->client_count++;
+}
+
+void client_set_phase(struct client *client, enum client_phase phase)
+{
+	__atomic_store_n(&client->record->phase, phase, __ATOMIC_RELEASE);
+}
+
+bool client_has_descriptor(struct engine *engine, int events_fd)
+{
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++)
+		if (engine->clients[i] && engine->clients[i]->events_fd == events_fd)
+			return true;
+	return false;
+}
+
 int client_create(struct engine *engine, pid_t pid, struct group *group, struct client **ret_client)
 {
 	struct client *client = NULL;
@@ -82,28 +110,43 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	SCOPED_LOCK(&engine->registry);
 	while (index < CLIENTS_MAX &&
 	       (engine->clients[index] ||
-		__atomic_load_n(&engine->state->clients[index].used, __ATOMIC_ACQUIRE)))
+		__atomic_load_n(&engine->state->clients[index].phase, __ATOMIC_ACQUIRE) !=
+			CLIENT_UNUSED))
 		index++;
 	if (index == CLIENTS_MAX) {
 		close(client->wake_fd);
 		free(client);
 		return -EMFILE;
 	}
-	client->index = index;
-	client->pid = pid;
-	client->group = group;
-	client->references = 2; /* the registry's and the caller's */
 	client->record = &engine->state->clients[index];
 	memset(client->record, 0, sizeof *client->record);
 	client->record->pid = pid;
 	client->record->group = group->number;
 	client->record->events_fd = client->record->trash_fd = client->record->ring_fd = -1;
+	client->record->socket_fd = -1;
 	client->record->token = engine->state->token_next++;
-	__atomic_store_n(&client->record->used, 1, __ATOMIC_RELEASE);
-	engine->clients[index] = client;
-	WRITE_ONCE(engine->clients_end, max_of(engine->clients_end, index + 1));
-	group->client_count++;
+	client_set_phase(client, CLIENT_FORMING);
+	enlist(engine, client, index, group);
 	counter_add(engine, clients_added, 1);
+	*ret_client = client;
+	return 0;
+}
+
+int client_adopt(struct engine *engine, unsigned index, struct client **ret_client)
+{
+	struct client *client = NULL;
+	struct client_record *record = &engine->state->clients[index];
+	int result = client_allocate(engine, &client);
+
+	if (result < 0)
+		return result;
+	client->record = record;
+	client->recovering = true;
+	client->events_fd = record->events_fd;
+	client->trash_fd = record->trash_fd;
+	client->ring_fd = record->ring_fd;
+	SCOPED_LOCK(&engine->registry);
+	enlist(engine, client, index, engine->groups[record->group]);
 	*ret_client = client;
 	return 0;
 }
@@ -156,8 +199,9 @@ void client_put(struct client *client)
 	pthread_mutex_unlock(&engine->registry);
 	if (!last)
 		return;
+	checkpoint_discard(engine->state, client->index);
 	client_free(client);
-	__atomic_store_n(&record->used, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&record->phase, CLIENT_UNUSED, __ATOMIC_RELEASE);
 }
 
 /* ---- life ---- */
@@ -235,6 +279,8 @@ void client_bury(struct client *client)
 	__atomic_store_n(&client->stopping, true, __ATOMIC_RELEASE);
 	__atomic_store_n(&client->dead, true, __ATOMIC_SEQ_CST);
 	WRITE_ONCE(client->agent_gone, true);
+	client_set_phase(client, CLIENT_DEAD);
+	crash_point(CRASH_CLIENT_DEAD);
 	slot_map_clear(engine->slots, &client->record->map, 0, 2 * ADDRESS_PAGES_MAX, client_staged_gone,
 		       client_free_copy, client);
 	range_set_clear(&client->regions);

@@ -13,8 +13,10 @@
  *              an evictor: the batch is parked, the mutex released and the gate stays shut by
  *              `parked`, until the answer comes or the agent is proven dead. Never by a time-out.
  * Threads      worker_count fault threads (fault.c); evictors and the writer come from outside.
- * Life         REGISTRY: made by begin (or by a fork event), armed by arm, dead when its address
- *              space is gone; freed when dead and no thread holds a reference.
+ * Life         made by begin (or by a fork event), armed by arm, dead when its address
+ *              space is gone; freed when dead and no thread holds a reference. Or made by a successor
+ *              from the record it finds (recover.c): then `recovering`, and shut, until one of its fault
+ *              threads has finished what the daemon before had begun.
  * Quarantine   a range that madvise removed may not be evicted until its pages were populated again
  *              by a fill of ours, or until they are seen missing, or QUARANTINE_NS have passed:
  *              the event comes before the zap, and a MOVE in between would capture freed bytes.
@@ -43,13 +45,6 @@
 #define READS_MAX 32
 
 struct engine;
-
-/* Slots of a mapping that was moved to an address which is not vacated yet (remap.h). */
-struct waiting_remap {
-	uint64_t to, bytes;
-	uint64_t limbo_page;
-	uint64_t region_bytes, protection;
-};
 
 struct fault {
 	uint64_t page;
@@ -96,6 +91,7 @@ struct client {
 	bool dead;
 	bool stopping;    /* workers end */
 	bool fork_pending; /* no new MOVE, no read, until nothing is staged */
+	bool recovering;   /* the gate stays shut */
 	struct parked_batch *parked; /* a MOVE its agent has not answered yet: the gate stays shut */
 	bool populating;   /* a POPULATE is in the ring: it may fault, so no MOVE behind it */
 	uint32_t populate_number;
@@ -111,6 +107,10 @@ struct client {
 	struct range_set armed;      /* registered, until an UNMAP says otherwise */
 	struct waiting_remap remaps[REMAPS_MAX];
 	unsigned remap_count;
+	uint64_t remap_changes;
+	uint64_t checkpoint_changes; /* what the checkpoint that counts was made of */
+	uint32_t checkpoint_applied, checkpoint_flags;
+	uint64_t steps;              /* since then */
 	struct range_set quarantine; /* value: sys_now_ns() of the event */
 	uint64_t size_pages_seen;    /* VmSize at the last discovery; 0: look again soon */
 	uint64_t discover_next_ns;   /* a mapping can be replaced by another of its size */
@@ -147,6 +147,17 @@ struct client {
 /* ---- registry (engine's list of clients) ---- */
 
 int client_create(struct engine *engine, pid_t pid, struct group *group, struct client **ret_client);
+/* In a successor: a client for a record it found; as client_create, but nothing in the record changes. */
+int client_adopt(struct engine *engine, unsigned index, struct client **ret_client);
+/* One store: see enum client_phase. */
+void client_set_phase(struct client *client, enum client_phase phase);
+/* Whether some client has this userfaultfd. */
+bool client_has_descriptor(struct engine *engine, int events_fd);
+/* The gate is shut: a MOVE may be under way, or what a dead daemon began is not finished. */
+static inline bool client_is_shut(const struct client *client)
+{
+	return client->parked || client->recovering;
+}
 /* With a reference each; release with client_put. NULL when there is none. */
 struct client *client_get(struct engine *engine, uint64_t token);
 struct client *client_get_pid(struct engine *engine, pid_t pid);

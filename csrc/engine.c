@@ -18,6 +18,8 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "checkpoint.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
 
@@ -34,8 +36,8 @@ void engine_latency_add(struct engine *engine, enum engine_backing backing, uint
 	int bucket = us <= 1.0 ? 0 : (int)(log2(us) * 4.0);
 
 	bucket = min_of(bucket, ENGINE_LATENCY_BUCKETS - 1);
-	__atomic_fetch_add(&engine->latency[backing][bucket], 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&engine->latency_ns_sum[backing], ns, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&engine->state->latency[backing][bucket], 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&engine->state->latency_ns_sum[backing], ns, __ATOMIC_RELAXED);
 }
 
 void engine_event_push(struct engine *engine, const struct engine_event *event)
@@ -118,25 +120,45 @@ void engine_room_made(struct engine *engine, struct group *group)
 
 /* ---- create and destroy ---- */
 
-static int make_state(struct engine *engine)
+int engine_make_memfds(int *ret_state_fd, int *ret_pool_fd)
 {
-	void *base;
+	int state_fd = sys_memfd("vswap-state", STATE_BYTES, false);
+	int pool_fd = state_fd < 0 ? state_fd : sys_memfd("vswap-pool", 0, false);
 
-	engine->state_fd = sys_memfd("vswap-state", STATE_BYTES, false);
-	if (engine->state_fd < 0)
-		return engine->state_fd;
-	base = mmap(NULL, STATE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
-		    engine->state_fd, 0);
-	if (base == MAP_FAILED)
+	if (pool_fd < 0) {
+		if (state_fd >= 0)
+			close(state_fd);
+		return pool_fd;
+	}
+	*ret_state_fd = state_fd;
+	*ret_pool_fd = pool_fd;
+	return 0;
+}
+
+/* Map the state, and begin it or see that it is one to go on with. */
+static int make_state(struct engine *engine, char *message)
+{
+	struct state *state = mmap(NULL, STATE_BYTES, PROT_READ | PROT_WRITE,
+				   MAP_SHARED | MAP_NORESERVE, engine->state_fd, 0);
+
+	if (state == MAP_FAILED)
 		return -errno;
-	engine->state = base;
-	engine->state->magic = STATE_MAGIC;
-	engine->state->version = STATE_VERSION;
-	engine->state->epoch = 1;
-	engine->state->token_next = 1;
-	if (getrandom(engine->state->secret, CODEC_SECRET_BYTES, 0) != CODEC_SECRET_BYTES)
+	engine->state = state;
+	engine->is_successor = __atomic_load_n(&state->magic, __ATOMIC_ACQUIRE) == STATE_MAGIC;
+	if (engine->is_successor && state->version != STATE_VERSION) {
+		snprintf(message, 256, "state format %u found, this version reads %u; start the version that wrote it",
+			 state->version, STATE_VERSION);
+		return -EPROTO;
+	}
+	state->epoch++;
+	if (engine->is_successor)
+		return 0;
+	state->version = STATE_VERSION;
+	state->token_next = 1;
+	if (getrandom(state->secret, CODEC_SECRET_BYTES, 0) != CODEC_SECRET_BYTES)
 		return -EIO;
-	return slot_space_create((char *)base + STATE_BYTES / 4, STATE_BYTES / 4 * 3, &engine->slots);
+	__atomic_store_n(&state->magic, STATE_MAGIC, __ATOMIC_RELEASE);
+	return slot_space_create((char *)state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS, &engine->slots);
 }
 
 static int make_pool(struct engine *engine, uint64_t capacity_bytes)
@@ -145,9 +167,6 @@ static int make_pool(struct engine *engine, uint64_t capacity_bytes)
 
 	if (capacity_bytes == 0 && sysinfo(&info) == 0)
 		capacity_bytes = (uint64_t)info.totalram * info.mem_unit;
-	engine->pool_fd = sys_memfd("vswap-pool", 0, false);
-	if (engine->pool_fd < 0)
-		return engine->pool_fd;
 	return pool_space_create(engine->pool_fd, capacity_bytes, &engine->pool_space);
 }
 
@@ -178,6 +197,13 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	if (!engine)
 		return -ENOMEM;
 	sys_prefer_this_thread(); /* and all that it starts */
+	if (config->state_fd) {
+		result = recover_descriptors(config);
+		if (result < 0) {
+			snprintf(message, 256, "cannot read the state: %s", strerror(-result));
+			return result;
+		}
+	}
 	engine->cpu_count = (uint32_t)max_of(sysconf(_SC_NPROCESSORS_ONLN), 1L);
 	result = sys_probe(&engine->device_fd, message);
 	if (result < 0) {
@@ -193,19 +219,31 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_cond_init(&engine->evict_work, NULL);
 	pthread_cond_init(&engine->write_work, NULL);
 	pthread_cond_init(&engine->look_work, NULL);
+	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	result = make_state(engine);
+	engine->state_fd = config->state_fd;
+	engine->pool_fd = config->pool_fd;
+	result = config->state_fd ? 0 : engine_make_memfds(&engine->state_fd, &engine->pool_fd);
+	if (result == 0)
+		result = make_state(engine, message);
 	if (result == 0)
 		result = make_pool(engine, config->pool_capacity_bytes);
+	if (result == 0 && engine->is_successor)
+		result = recover_engine(engine);
 	if (result == 0)
 		result = start_threads(engine, evictors);
 	if (result < 0) {
-		snprintf(message, 256, "the engine cannot start: %s", strerror(-result));
+		if (!message[0])
+			snprintf(message, 256, "the engine cannot start: %s", strerror(-result));
 		return result; /* the caller ends; nothing is worth undoing piece by piece */
 	}
+	if (engine->is_successor)
+		recover_start(engine);
 	*ret_engine = engine;
 	return 0;
 }
+
+int engine_is_successor(struct engine *engine) { return engine->is_successor; }
 
 static void destroy_clients(struct engine *engine)
 {
@@ -219,7 +257,7 @@ static void destroy_clients(struct engine *engine)
 	}
 	/* Fault threads hold the last references. */
 	for (unsigned i = 0; i < engine->clients_end; i++)
-		while (__atomic_load_n(&engine->state->clients[i].used, __ATOMIC_ACQUIRE))
+		while (__atomic_load_n(&engine->state->clients[i].phase, __ATOMIC_ACQUIRE) != CLIENT_UNUSED)
 			sys_sleep_ms(1);
 }
 
@@ -271,17 +309,12 @@ int engine_group_find(struct engine *engine, const char *name)
 	return -ENOENT;
 }
 
-int engine_group_create(struct engine *engine, const char *name, uint64_t limit_bytes,
-			uint64_t pool_limit_bytes, uint32_t flags)
+/* A group with a pool, in no table yet. */
+static int group_make(struct engine *engine, const struct group_record *record, struct group **ret_group)
 {
-	struct group *group;
-	int number = 0, result;
+	struct group *group = calloc(1, sizeof *group);
+	int result;
 
-	if (strlen(name) == 0 || strlen(name) >= sizeof group->name || limit_bytes < (1 << 20))
-		return -EINVAL;
-	if (engine_group_find(engine, name) >= 0)
-		return -EEXIST;
-	group = calloc(1, sizeof *group);
 	if (!group)
 		return -ENOMEM;
 	result = pool_create(engine->pool_space, &group->pool);
@@ -289,11 +322,43 @@ int engine_group_create(struct engine *engine, const char *name, uint64_t limit_
 		free(group);
 		return result;
 	}
-	strcpy(group->name, name);
-	group->limit_bytes = limit_bytes;
-	group->pool_limit_bytes = pool_limit_bytes;
-	group->flags = flags;
+	memcpy(group->name, record->name, sizeof group->name);
+	group->limit_bytes = record->limit_bytes;
+	group->pool_limit_bytes = record->pool_limit_bytes;
+	group->flags = record->flags;
+	group->usage_bytes_max = record->usage_bytes_max;
+	group->swapped_pages_max = record->swapped_pages_max;
+	group->faults = record->faults;
 	group->stream_percent = 50;
+	*ret_group = group;
+	return 0;
+}
+
+int group_adopt(struct engine *engine, unsigned number)
+{
+	int result = group_make(engine, &engine->state->groups[number], &engine->groups[number]);
+
+	if (result == 0)
+		engine->groups[number]->number = (int)number;
+	return result;
+}
+
+int engine_group_create(struct engine *engine, const char *name, uint64_t limit_bytes,
+			uint64_t pool_limit_bytes, uint32_t flags)
+{
+	struct group_record record = { .flags = flags, .limit_bytes = limit_bytes,
+				       .pool_limit_bytes = pool_limit_bytes, .session_fd = -1 };
+	struct group *group;
+	int number = 0, result;
+
+	if (strlen(name) == 0 || strlen(name) >= sizeof record.name || limit_bytes < (1 << 20))
+		return -EINVAL;
+	if (engine_group_find(engine, name) >= 0)
+		return -EEXIST;
+	strcpy(record.name, name);
+	result = group_make(engine, &record, &group);
+	if (result < 0)
+		return result;
 	SCOPED_LOCK(&engine->registry);
 	while (number < GROUPS_MAX && engine->groups[number])
 		number++;
@@ -304,7 +369,27 @@ int engine_group_create(struct engine *engine, const char *name, uint64_t limit_
 	}
 	group->number = number;
 	engine->groups[number] = group;
+	engine->state->groups[number] = record;
+	__atomic_store_n(&engine->state->groups[number].used, 1, __ATOMIC_RELEASE);
 	return number;
+}
+
+int engine_group_label(struct engine *engine, int number, const char *label, int session_fd)
+{
+	SCOPED_LOCK(&engine->registry);
+	struct group_record *record;
+
+	if (!group_at(engine, number))
+		return -ENOENT;
+	if (strlen(label) >= sizeof record->label)
+		return -EMSGSIZE;
+	/* A death in between leaves a group of nobody, which ends with its last client. */
+	record = &engine->state->groups[number];
+	record->label[0] = '\0';
+	record->session_fd = session_fd;
+	strcpy(record->label + 1, label[0] ? label + 1 : "");
+	__atomic_store_n(&record->label[0], label[0], __ATOMIC_RELEASE);
+	return 0;
 }
 
 int engine_group_set_limit(struct engine *engine, int number, uint64_t limit_bytes,
@@ -315,7 +400,8 @@ int engine_group_set_limit(struct engine *engine, int number, uint64_t limit_byt
 
 	if (!group || limit_bytes < (1 << 20))
 		return group ? -EINVAL : -ENOENT;
-	group->pool_limit_bytes = pool_limit_bytes;
+	group->pool_limit_bytes = engine->state->groups[number].pool_limit_bytes = pool_limit_bytes;
+	engine->state->groups[number].limit_bytes = limit_bytes;
 	WRITE_ONCE(group->limit_bytes, limit_bytes);
 	return 0;
 }
@@ -338,6 +424,7 @@ int engine_group_destroy(struct engine *engine, int number)
 		return group ? -EBUSY : -ENOENT;
 	}
 	engine->groups[number] = NULL;
+	__atomic_store_n(&engine->state->groups[number].used, 0, __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&engine->registry);
 	pool_destroy(group->pool);
 	free(group);
@@ -357,26 +444,50 @@ int engine_group_set_unmanaged(struct engine *engine, int number, uint64_t bytes
 
 /* ---- backends ---- */
 
-int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
-		       int32_t priority)
+static int backend_make(const struct backend_record *record, struct backend *ret_backend)
 {
-	struct backend backend = { .priority = priority };
+	struct backend backend = { .priority = record->priority };
 	struct stat status;
 	int result;
 
-	if (fstat(fd, &status) != 0)
+	if (fstat(record->fd, &status) != 0)
 		return -errno;
 	backend.is_device = S_ISBLK(status.st_mode);
-	snprintf(backend.path, sizeof backend.path, "%s", path);
+	memcpy(backend.path, record->path, sizeof backend.path);
+	result = spill_create(record->fd, record->size_bytes, &backend.spill);
+	if (result == 0)
+		*ret_backend = backend;
+	return result;
+}
+
+int backend_adopt(struct engine *engine, unsigned number)
+{
+	int result = backend_make(&engine->state->backends[number], &engine->backends[number]);
+
+	if (result == 0)
+		engine->backend_count = max_of(engine->backend_count, number + 1);
+	return result;
+}
+
+int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
+		       int32_t priority)
+{
+	struct backend_record record = { .fd = fd, .priority = priority, .size_bytes = size_bytes };
+	unsigned number;
+	int result;
+
+	snprintf(record.path, sizeof record.path, "%s", path);
 	SCOPED_LOCK(&engine->registry);
-	if (engine->backend_count == BACKENDS_MAX)
+	number = engine->backend_count;
+	if (number == BACKENDS_MAX)
 		return -EMFILE;
-	result = spill_create(fd, size_bytes, &backend.spill);
+	result = backend_make(&record, &engine->backends[number]);
 	if (result < 0)
 		return result;
-	engine->backends[engine->backend_count] = backend;
-	__atomic_store_n(&engine->backend_count, engine->backend_count + 1, __ATOMIC_RELEASE);
-	return (int)engine->backend_count - 1;
+	engine->state->backends[number] = record;
+	__atomic_store_n(&engine->state->backends[number].used, 1, __ATOMIC_RELEASE);
+	__atomic_store_n(&engine->backend_count, number + 1, __ATOMIC_RELEASE);
+	return (int)number;
 }
 
 /* ---- clients ---- */
@@ -410,6 +521,7 @@ int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t
 		*ret_token = client->record->token;
 		*ret_ring_fd = client->ring_fd;
 	}
+	crash_point(CRASH_CLIENT_BEGUN);
 	client_put(client);
 	return result;
 }
@@ -467,26 +579,33 @@ static bool arena_is_sane(const struct engine_arena *arena)
 	return true;
 }
 
-/* UFFDIO_API on both descriptors, and the arena registered. `events` false: the child's descriptor
- * came out of its parent's, handshake done. */
-static int arm_descriptors(struct client *client, const struct engine_arena *arena, bool events)
+/* One descriptor's UFFDIO_API; a second one is EINVAL. */
+static int handshake(int fd, uint64_t features, bool may_be_done)
 {
+	int result = sys_userfaultfd_api(fd, features);
+
+	return result == -EINVAL && may_be_done ? 0 : result;
+}
+
+int client_arm_descriptors(struct client *client, bool events, bool may_be_done)
+{
+	const struct client_record *record = client->record;
 	uint64_t features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
 			    UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP |
 			    UFFD_FEATURE_THREAD_ID;
-	int result = events ? sys_userfaultfd_api(client->events_fd, features) : 0;
+	int result = events ? handshake(client->events_fd, features, may_be_done) : 0;
 
 	if (result == 0)
-		result = sys_userfaultfd_api(client->trash_fd, 0);
+		result = handshake(client->trash_fd, 0, may_be_done);
 	if (result == 0)
-		result = sys_userfaultfd_register(client->events_fd, arena->beacon, PAGE_BYTES);
+		result = sys_userfaultfd_register(client->events_fd, record->beacon, PAGE_BYTES);
 	for (int i = 0; result == 0 && i < VSWAP_PROTECTIONS; i++) {
-		if (arena->staging[i] == 0)
+		if (record->staging[i] == 0)
 			continue;
-		result = sys_userfaultfd_register(client->events_fd, arena->staging[i],
+		result = sys_userfaultfd_register(client->events_fd, record->staging[i],
 						  VSWAP_WINDOWS * BATCH_PAGES_MAX * PAGE_BYTES);
 		if (result == 0)
-			result = sys_userfaultfd_register_quiet(client->trash_fd, arena->trash[i],
+			result = sys_userfaultfd_register_quiet(client->trash_fd, record->trash[i],
 								VSWAP_WINDOW_PAGES * PAGE_BYTES);
 	}
 	return result;
@@ -528,20 +647,39 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 		return result;
 	}
 	pthread_mutex_lock(&client->gate);
+	store_arena(client, arena);
 	if (!forked)
 		client->events_fd = client->record->events_fd = events_fd;
 	client->trash_fd = client->record->trash_fd = trash_fd;
-	result = arm_descriptors(client, arena, !forked);
-	if (result == 0) {
-		store_arena(client, arena);
-		WRITE_ONCE(client->size_pages_seen, 0); /* look at its mappings again */
-	}
+	/* From here on the agent may take itself for armed, whatever becomes of us (agent_join.c). */
+	if (!forked)
+		client_set_phase(client, CLIENT_ARMING);
+	crash_point(CRASH_CLIENT_ARMING);
+	result = client_arm_descriptors(client, !forked, false);
+	WRITE_ONCE(client->size_pages_seen, 0); /* look at its mappings again */
 	if (result == 0)
 		result = client_start(client);
+	crash_point(CRASH_CLIENT_ARMED);
+	if (result == 0) {
+		checkpoint_write(client, 0);
+		client_set_phase(client, CLIENT_LIVE);
+	}
 	pthread_mutex_unlock(&client->gate);
 	engine_kick_look(engine);
 	client_put(client);
 	return result;
+}
+
+int engine_client_label(struct engine *engine, uint64_t token, int socket_fd, uint32_t uid)
+{
+	struct client *client = client_get(engine, token);
+
+	if (!client)
+		return -ENOENT;
+	client->record->uid = uid;
+	WRITE_ONCE(client->record->socket_fd, socket_fd);
+	client_put(client);
+	return 0;
 }
 
 int engine_client_lost(struct engine *engine, uint64_t token)
@@ -566,7 +704,7 @@ int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
 		return -ESRCH;
 	if (!client->registered && client->ring && client->serving) {
 		pthread_mutex_lock(&client->gate);
-		if (!client->dead && !client->parked)
+		if (!client->dead && !client_is_shut(client))
 			look_discover(client);
 		pthread_mutex_unlock(&client->gate);
 	}
@@ -696,9 +834,9 @@ int engine_statistics(struct engine *engine, struct engine_statistics *ret_stati
 	add_storage(engine, &statistics);
 	statistics.backend_count = engine->backend_count;
 	statistics.events_dropped = engine->events_dropped;
-	statistics.counters = engine->counters;
-	memcpy(statistics.latency_ns_sum, engine->latency_ns_sum, sizeof statistics.latency_ns_sum);
-	memcpy(statistics.latency, engine->latency, sizeof statistics.latency);
+	statistics.counters = engine->state->counters;
+	memcpy(statistics.latency_ns_sum, engine->state->latency_ns_sum, sizeof statistics.latency_ns_sum);
+	memcpy(statistics.latency, engine->state->latency, sizeof statistics.latency);
 	*ret_statistics = statistics;
 	return 0;
 }
@@ -728,6 +866,8 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		record.swapped_pages_max = group->swapped_pages_max;
 		record.client_count = group->client_count;
 		record.faults = group->faults;
+		record.session_fd = engine->state->groups[g].session_fd;
+		memcpy(record.label, engine->state->groups[g].label, sizeof record.label);
 		for (unsigned i = 0; i < engine->clients_end; i++)
 			if (engine->clients[i] && engine->clients[i]->group == group) {
 				record.swapped_pages +=
@@ -767,6 +907,8 @@ int engine_client_list(struct engine *engine, struct engine_client_statistics *r
 			.evicted_pages = client->evicted_pages,
 			.region_count = (uint32_t)client->regions.count,
 			.registered = READ_ONCE(client->registered),
+			.uid = client->record->uid,
+			.socket_fd = client->record->socket_fd,
 		};
 	}
 	return count;
@@ -821,6 +963,8 @@ int engine_is_valid(struct engine *engine)
 		pthread_mutex_unlock(&client->gate);
 		client_put(client);
 	}
+	if (!slot_space_is_valid(engine->slots))
+		result = -EUCLEAN;
 	for (unsigned i = 0; i < engine->backend_count; i++)
 		if (!spill_is_valid(engine->backends[i].spill))
 			result = -EUCLEAN;

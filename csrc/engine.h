@@ -36,7 +36,21 @@ struct engine_config {
 	uint64_t pool_capacity_bytes; /* address space of the pool memfd; 0: total RAM */
 	uint32_t evictor_count;       /* 0: as many as CPUs, at most 4 */
 	uint32_t io_threads;          /* 1: use pread/pwrite threads even where io_uring works */
+	int32_t state_fd, pool_fd;    /* memfds that outlive the daemon (engine_make_memfds); 0: its own */
+	const int32_t *keep_fds;      /* descriptors above 2 that a successor is not to close, besides */
+	uint32_t keep_count;          /* those that the engine knows of */
 };
+
+/*
+ * Make both memfds, empty, in a process that shares its descriptors with the daemons to come. The first
+ * engine that is created with them fills them; one that finds them filled is its successor: it
+ * closes all descriptors that it cannot name, and goes on with the groups, backends and clients it finds
+ * (recover.c). 0 or -errno.
+ */
+int engine_make_memfds(int *ret_state_fd, int *ret_pool_fd);
+
+/* 1 when the engine went on from what another had left. */
+int engine_is_successor(struct engine *engine);
 
 /* Make the state and start the threads; the calling thread and they get a higher priority where that is
  * allowed, since programs wait for them. Returns 0 or -errno; message (256 bytes) says why and what to do. */
@@ -49,6 +63,8 @@ void engine_destroy(struct engine *engine);
 int engine_userfaultfd_device(struct engine *engine);
 
 /* ---- groups ---- */
+
+#define ENGINE_LABEL_BYTES 256
 
 /* Flags of a group */
 #define ENGINE_GROUP_TORTURE 1u  /* evict random runs of pages all the time, whatever the limit */
@@ -64,6 +80,10 @@ int engine_group_set_limit(struct engine *engine, int group, uint64_t limit_byte
 			   uint64_t pool_limit_bytes);
 int engine_group_find(struct engine *engine, const char *name); /* number or -ENOENT */
 int engine_group_destroy(struct engine *engine, int group);     /* -EBUSY while it has clients */
+
+/* For the control plane of a successor: a text of its own (NUL-terminated), and the descriptor of the
+ * connection that the group belongs to, -1 for none. */
+int engine_group_label(struct engine *engine, int group, const char *label, int session_fd);
 
 /* Anonymous memory of members that are not clients (too small, static): charged to the budget. */
 int engine_group_set_unmanaged(struct engine *engine, int group, uint64_t bytes);
@@ -113,6 +133,9 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 /* The agent's socket closed, or the handshake failed half-way. Frees the client when its address
  * space is gone; else it is served on without eviction until it ends. */
 int engine_client_lost(struct engine *engine, uint64_t token);
+
+/* For the control plane of a successor: the agent's connection, and the user it belongs to. */
+int engine_client_label(struct engine *engine, uint64_t token, int socket_fd, uint32_t uid);
 
 /* Evict all that can be evicted / bring everything back; wait until done or `timeout_ms` passed.
  * Returns 0, -ESRCH, -ETIMEDOUT, -ENOMEM (pagein: does not fit the group's limit). */
@@ -181,6 +204,8 @@ struct engine_group_statistics {
 	uint32_t client_count;
 	uint32_t managed_count; /* clients whose regions are registered */
 	uint64_t faults;
+	int32_t session_fd;     /* engine_group_label */
+	char label[ENGINE_LABEL_BYTES];
 };
 /* Fill at most `max` records; returns how many there are. */
 int engine_group_list(struct engine *engine, struct engine_group_statistics *records, int max);
@@ -201,6 +226,8 @@ struct engine_client_statistics {
 	uint64_t evicted_pages;
 	uint32_t region_count;
 	uint32_t registered; /* 1 when its regions are registered */
+	uint32_t uid;        /* engine_client_label */
+	int32_t socket_fd;
 };
 int engine_client_list(struct engine *engine, struct engine_client_statistics *records, int max);
 

@@ -34,6 +34,7 @@ struct backend {
 
 struct engine {
 	struct state *state;
+	bool is_successor;
 	int state_fd, pool_fd, device_fd;
 	struct pool_space *pool_space;
 	struct slot_space *slots;
@@ -53,10 +54,6 @@ struct engine {
 	pthread_cond_t evict_work, write_work, look_work;
 	uint64_t evict_requests, write_requests, look_requests;
 
-	struct engine_counters counters;
-	uint64_t latency_ns_sum[ENGINE_BACKING_COUNT];
-	uint64_t latency[ENGINE_BACKING_COUNT][ENGINE_LATENCY_BUCKETS];
-
 	pthread_mutex_t event_lock;
 	struct engine_event events[EVENTS_MAX];
 	unsigned event_head, event_count;
@@ -65,10 +62,18 @@ struct engine {
 };
 
 #define counter_add(engine, name, count) \
-	__atomic_fetch_add(&(engine)->counters.name, (uint64_t)(count), __ATOMIC_RELAXED)
+	__atomic_fetch_add(&(engine)->state->counters.name, (uint64_t)(count), __ATOMIC_RELAXED)
 
 void engine_latency_add(struct engine *engine, enum engine_backing backing, uint64_t ns);
 void engine_event_push(struct engine *engine, const struct engine_event *event);
+
+/* In a successor: a group for a record. 0 or -errno. */
+int group_adopt(struct engine *engine, unsigned number);
+/* In a successor: a backend for a record. */
+int backend_adopt(struct engine *engine, unsigned number);
+/* UFFDIO_API on both descriptors of a client (`events` false: the child's came out of its parent's, handshake
+ * done; may_be_done: the daemon before may have), and its arena registered. 0 or -errno. */
+int client_arm_descriptors(struct client *client, bool events, bool may_be_done);
 
 /* Ask for work: evictors look at all groups; the writer looks at all pools. */
 void engine_kick_evictors(struct engine *engine);
@@ -85,6 +90,19 @@ void engine_room_made(struct engine *engine, struct group *group);
 
 /* fault.c */
 void *fault_thread_main(void *client);
+/* Messages in a record that were read by its daemon and not forgotten. */
+uint32_t fault_message_count(const struct client_record *record);
+/* In a successor: apply the events that were read and not applied. settle(context) is called before a fork:
+ * nothing may be staged then. The gate is held. */
+typedef void (*fault_settle_fn)(void *context);
+void fault_replay(struct client *client, uint32_t applied, fault_settle_fn settle, void *context);
+/* recover.c */
+/* Before anything is opened: close what no record names. */
+int recover_descriptors(const struct engine_config *config);
+/* Groups, backends and clients from their records; before any thread runs. 0, or -errno: nothing can go on. */
+int recover_engine(struct engine *engine);
+/* The threads that bring each client to where it was. */
+void recover_start(struct engine *engine);
 /* look.c */
 void *look_thread_main(void *engine);
 /* Find and register regions of a client now. Gate held. */

@@ -27,6 +27,7 @@
 #include <sys/mman.h>
 
 #include "base.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
 
@@ -300,8 +301,10 @@ static void release(struct client *client, const struct choice *choice)
 
 	__atomic_store_n(&client->record->batches[choice->window].phase, BATCH_RELEASING,
 			 __ATOMIC_RELEASE);
+	crash_point(CRASH_EVICT_RELEASING);
 	batch->release_number = client_post(client, &command);
 	batch->releasing = true;
+	crash_point(CRASH_EVICT_RELEASED);
 }
 
 /* Step 4, once the MOVE was answered or its agent is gone (then its last command has ended too, one way
@@ -327,6 +330,7 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 		.staged = moved,
 		.resident_pages = (uint32_t)__builtin_popcountll(moved),
 	};
+	crash_point(CRASH_EVICT_STAGED);
 	if (moved == 0)
 		release(client, choice); /* nothing to store; zero pages may lie there */
 	*ret_moved = moved;
@@ -415,6 +419,7 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 				client_free_copy(client, record->before[i]);
 			if (stored->created >> i & 1)
 				client_cold_push(client, page >> CLUSTER_SHIFT);
+			crash_point(CRASH_EVICT_SETTLED_ONE);
 		} else if (stored->created >> i & 1) {
 			client_free_copy(client, stored->slots[i]);
 		}
@@ -422,6 +427,7 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 	batch->staged = 0;
 	__atomic_store_n(&batch->copied, false, __ATOMIC_RELEASE);
 	batch->buffer = NULL;
+	crash_point(CRASH_EVICT_SETTLED);
 	pthread_cond_broadcast(&client->batches_changed);
 }
 
@@ -439,7 +445,7 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 			if (!(moved >> i & 1))
 				add_to_runs(&left, page_of(choice->command.runs[r].address) + k);
 	SCOPED_LOCK(&client->gate);
-	if (client->dead || client->populating || client->parked || left.command.run_count == 0)
+	if (client->dead || client->populating || client_is_shut(client) || left.command.run_count == 0)
 		return;
 	/* Once for a place: what is still busy the second time is pinned. */
 	if (client->populated_address == left.command.runs[0].address)
@@ -470,6 +476,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 			if (moved >> i & 1)
 				store_page(client, evictor, choice->before[i], i, &stored);
 	}
+	crash_point(CRASH_EVICT_STORED);
 	pthread_mutex_lock(&client->gate);
 	if (result < 0 && !client->dead) {
 		/* Still in staging, served from there if at all possible; never touched again by us. */
@@ -505,7 +512,7 @@ static int may_evict(struct client *client)
 		return -EPIPE;
 	if (client->populating && client_is_answered(client, client->populate_number))
 		client->populating = false;
-	if (client->fork_pending || client->parked || client->populating)
+	if (client->fork_pending || client_is_shut(client) || client->populating)
 		return -EAGAIN;
 	return 0;
 }
@@ -539,9 +546,13 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 		release(client, &choice);
 		result = -EAGAIN;
 	} else if (choice.page_count > 0) {
-		uint32_t number = post_move(client, &choice);
+		uint32_t number;
 
+		crash_point(CRASH_EVICT_INTENT);
+		number = post_move(client, &choice);
+		crash_point(CRASH_EVICT_POSTED);
 		result = client_wait(client, number, ANSWER_MS);
+		crash_point(CRASH_EVICT_ANSWERED);
 		if (result == -ETIMEDOUT)
 			result = park(client, &choice, number);
 		else if (result == 0)
@@ -605,6 +616,114 @@ void evict_abandon(struct client *client)
 					  (struct slot){ .tag = SLOT_POISONED }) == 0);
 			counter_add(client->engine, poisoned_pages, 1);
 		}
+	}
+}
+
+/* ---- what a dead daemon left ---- */
+
+/* The pages of a window whose slots say that they are in it. */
+static uint64_t slots_mask(struct client *client, unsigned window)
+{
+	const struct batch_record *record = &client->record->batches[window];
+	uint64_t mask = 0;
+
+	for (unsigned i = 0; i < record->page_count; i++) {
+		struct slot slot;
+
+		if (record->pages[i] != BATCH_PAGE_GONE &&
+		    slot_get(client->engine->slots, &client->record->map, record->pages[i], &slot) == 0 &&
+		    slot.tag == SLOT_STAGED && slot.location == window * BATCH_PAGES_MAX + i)
+			mask |= 1ULL << i;
+	}
+	return mask;
+}
+
+/* Pages that are in the client: not moved, or back already. What they were they are again. */
+static uint64_t take_back_present(struct client *client, unsigned window, uint64_t mask)
+{
+	struct batch_record *record = &client->record->batches[window];
+
+	for (unsigned i = 0; i < record->page_count; i++) {
+		uint64_t page = record->pages[i];
+
+		if (!(mask >> i & 1) || !sys_page_is_present(client->pagemap_fd, address_of(page)))
+			continue;
+		VS_CHECK(slot_set(client->engine->slots, &client->record->map, page,
+				  record->before[i]) == 0);
+		record->pages[i] = BATCH_PAGE_GONE;
+		mask &= ~(1ULL << i);
+	}
+	return mask;
+}
+
+static struct choice choice_of(const struct client *client, unsigned window)
+{
+	const struct batch_record *record = &client->record->batches[window];
+	struct choice choice = { .window = window, .protection = record->protection,
+				 .page_count = record->page_count };
+
+	for (unsigned i = 0; i < record->page_count; i++)
+		choice.before[i] = record->before[i];
+	return choice;
+}
+
+int evict_recover_batches(struct client *client, unsigned *ret_windows)
+{
+	*ret_windows = 0;
+	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
+		struct batch_record *record = &client->record->batches[w];
+		uint64_t resident = 0, mask = slots_mask(client, w);
+		struct choice choice = choice_of(client, w);
+
+		if (record->phase != BATCH_FREE)
+			*ret_windows |= 1u << w;
+		if (record->phase != BATCH_INTENT && record->phase != BATCH_STAGED)
+			continue;
+		if (staged_mask(client, &choice, &resident) < 0)
+			return -ESRCH;
+		mask = take_back_present(client, w, mask);
+		/* In INTENT a page that is in neither place was a mapped zero page, and is untouched now; in
+		 * STAGED it was verified to be in staging, and its window is not released. */
+		for (unsigned i = 0; record->phase == BATCH_INTENT && i < record->page_count; i++)
+			if ((mask & ~resident) >> i & 1) {
+				VS_CHECK(slot_set(client->engine->slots, &client->record->map,
+						  record->pages[i], record->before[i]) == 0);
+				record->pages[i] = BATCH_PAGE_GONE;
+			}
+		mask = record->phase == BATCH_INTENT ? mask & resident : mask;
+		__atomic_store_n(&record->phase, BATCH_STAGED, __ATOMIC_RELEASE);
+		client->batches[w] = (struct batch){
+			.staged = mask, .resident_pages = (uint32_t)__builtin_popcountll(resident) };
+	}
+	return 0;
+}
+
+void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows)
+{
+	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
+		struct choice choice = choice_of(client, w);
+		uint64_t staged = 0;
+
+		if (!(*windows >> w & 1))
+			continue;
+		pthread_mutex_lock(&client->gate);
+		staged = client->batches[w].staged;
+		pthread_mutex_unlock(&client->gate);
+		if (staged == 0)
+			continue;
+		store_and_release(client, evictor, &choice, staged);
+		*windows &= ~(1u << w); /* somebody else's from now on */
+	}
+}
+
+void evict_recover_release(struct client *client, unsigned windows)
+{
+	SCOPED_LOCK(&client->gate);
+	for (unsigned w = 0; w < VSWAP_WINDOWS && !client->dead; w++) {
+		struct choice choice = choice_of(client, w);
+
+		if (windows >> w & 1)
+			release(client, &choice);
 	}
 }
 

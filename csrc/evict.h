@@ -40,6 +40,16 @@ bool evict_resume(struct client *client, struct evictor *evictor);
  * forked relative must not take them for untouched. Poison them. The gate is held. */
 void evict_abandon(struct client *client);
 
+/*
+ * In a successor, for a client that is recovering. Batches: what is in which place; the gate is held, and
+ * no MOVE is under way. 0 and the windows that are not free (a mask), which nobody else touches; or
+ * -ESRCH. Store: those that have pages in staging, as evict_batch would have, and take them out of the mask;
+ * the gate is not held. Release: all others, once the agent has answered whatever was posted before.
+ */
+int evict_recover_batches(struct client *client, unsigned *ret_windows);
+void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows);
+void evict_recover_release(struct client *client, unsigned windows);
+
 /* Free kept copies of about `pages` pages, from *cursor on (a cluster of the index; 0 after the last). Returns
  * pages whose copy was dropped: 0 when there was none to the end. Takes the gate. */
 unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor);

@@ -11,8 +11,8 @@
  *     in order, then faults are answered by what the map says then.
  *   - A fault may be read before its event is even queued. Then the fill says EAGAIN, the fault is
  *     deferred, and tried again after the next read.
- *   - read() consumes a message for good, so it targets the state memfd; the count there is cleared
- *     when all effects are in the map (state.h).
+ *   - read() consumes a message for good, so it targets the state memfd, and what is in the map is
+ *     said by the checkpoint: a successor applies the others (state.h, checkpoint.h).
  *   - REMOVE comes before the zap, and is never followed by a message that says the zap is over: see
  *     the quarantine in client.h.
  *   - A fork's child is a new userfaultfd that exists only in our descriptor table.
@@ -31,6 +31,8 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "checkpoint.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "evict.h"
 #include "fill.h"
@@ -91,6 +93,9 @@ static void apply_fork(struct client *parent, int child_fd)
 	struct engine *engine = parent->engine;
 	struct client *child;
 
+	if (client_has_descriptor(engine, child_fd)) /* made by the daemon before, in its last moment */
+		return;
+
 	counter_add(engine, events_fork, 1);
 	parent->fork_pending = true;
 	while (slot_map_count(&parent->record->map, SLOT_STAGED) > 0 && !parent->evict_error)
@@ -109,12 +114,14 @@ static void apply_fork(struct client *parent, int child_fd)
 		parent->fork_pending = false;
 		return;
 	}
+	crash_point(CRASH_FORK_CREATED);
 	child->events_fd = child->record->events_fd = child_fd;
 	child->record->beacon = parent->record->beacon;
 	child->record->arena = parent->record->arena;
 	child->record->arena_bytes = parent->record->arena_bytes;
 	if (slot_map_share(engine->slots, &parent->record->map, &child->record->map) < 0)
 		VS_CHECK(!"no memory to share the slots of a forked client");
+	crash_point(CRASH_FORK_SHARED);
 	forget_wiped(parent, child);
 	parent->fork_pending = false; /* from here on the parent may be buried */
 	/* What the parent registered between the fork and now is not registered in the child: until its own
@@ -139,6 +146,10 @@ static void apply_fork(struct client *parent, int child_fd)
 	WRITE_ONCE(parent->pss, true);
 	WRITE_ONCE(child->pss, true);
 	pthread_mutex_lock(&child->gate);
+	checkpoint_write(child, 0);
+	crash_point(CRASH_FORK_COMPLETE);
+	client_set_phase(child, CLIENT_LIVE);
+	crash_point(CRASH_FORK_LIVE);
 	client_metadata_changed(child);
 	(void)client_start(child);
 	pthread_mutex_unlock(&child->gate);
@@ -227,26 +238,73 @@ static void set_waiting(struct client *client)
 	}
 }
 
-/* Read what there is and deal with it. True when something was read. */
-static bool serve(struct client *client, struct fill_scratch *scratch)
+/* Apply the events among messages [first, count); after each the checkpoint says so. */
+static void apply_events(struct client *client, uint32_t first, uint32_t count)
 {
-	struct client_record *record = client->record;
-	ssize_t bytes;
+	const struct uffd_msg *messages = client->record->messages;
+
+	for (uint32_t i = first; i < count; i++) {
+		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+			continue;
+		apply_event(client, &messages[i]);
+		crash_point(CRASH_EVENT_APPLIED);
+		checkpoint_write(client, i + 1);
+		crash_point(CRASH_EVENT_CHECKPOINT);
+	}
+}
+
+/* All messages are dealt with: `count` of them are in the record. */
+static void forget_messages(struct client *client, uint32_t count)
+{
+	for (uint32_t i = count; i-- > 0;) /* so that after a death the first ones are still seen as such */
+		WRITE_ONCE(client->record->messages[i].event, 0);
+	crash_point(CRASH_EVENT_FORGOTTEN);
+	checkpoint_write(client, 0);
+}
+
+/* Read what there is and deal with it. */
+static void serve(struct client *client, struct fill_scratch *scratch)
+{
+	struct uffd_msg *messages = client->record->messages;
+	ssize_t bytes = read(client->events_fd, messages, sizeof client->record->messages);
+	uint32_t count = bytes > 0 ? (uint32_t)((size_t)bytes / sizeof *messages) : 0;
 	uint64_t now;
 
-	bytes = read(client->events_fd, record->messages, sizeof record->messages);
-	record->message_count = bytes > 0 ? (uint32_t)((size_t)bytes / sizeof *record->messages) : 0;
-	for (uint32_t i = 0; i < record->message_count; i++)
-		if (record->messages[i].event != UFFD_EVENT_PAGEFAULT)
-			apply_event(client, &record->messages[i]);
-	now = record->message_count ? sys_now_ns() : 0;
-	for (uint32_t i = 0; i < record->message_count; i++)
-		if (record->messages[i].event == UFFD_EVENT_PAGEFAULT)
-			answer_message(client, scratch, &record->messages[i], now);
-	record->message_count = 0;
-	if (client->remap_count > 0 && !sys_userfaultfd_is_changing(client->events_fd))
+	crash_point(CRASH_EVENT_READ);
+	apply_events(client, 0, count);
+	now = count ? sys_now_ns() : 0;
+	for (uint32_t i = 0; i < count; i++)
+		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+			answer_message(client, scratch, &messages[i], now);
+	forget_messages(client, count);
+	if (client->remap_count > 0 && !sys_userfaultfd_is_changing(client->events_fd)) {
 		remap_settle(client);
-	return bytes > 0;
+		checkpoint_write(client, 0);
+	}
+}
+
+uint32_t fault_message_count(const struct client_record *record)
+{
+	uint32_t count = 0;
+
+	while (count < MESSAGES_MAX && record->messages[count].event != 0)
+		count++;
+	return count;
+}
+
+void fault_replay(struct client *client, uint32_t applied, fault_settle_fn settle, void *context)
+{
+	const struct uffd_msg *messages = client->record->messages;
+	uint32_t count = fault_message_count(client->record);
+
+	if (count == 0 && checkpoint_is_interrupted(client))
+		remap_settle(client);
+	for (uint32_t i = applied; i < count; i++) {
+		if (messages[i].event == UFFD_EVENT_FORK)
+			settle(context);
+		apply_events(client, i, i + 1);
+	}
+	forget_messages(client, MESSAGES_MAX);
 }
 
 static void serve_all(struct client *client, struct fill_scratch *scratch)
@@ -311,7 +369,7 @@ void *fault_thread_main(void *argument)
 
 		wait_for_work(client);
 		pthread_mutex_lock(&client->gate);
-		shut = client->fork_pending || client->parked;
+		shut = client->fork_pending || client_is_shut(client);
 		if (!shut && !client->stopping)
 			serve_all(client, &scratch);
 		pthread_mutex_unlock(&client->gate);

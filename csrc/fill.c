@@ -24,6 +24,7 @@
 
 #include "base.h"
 #include "codec.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "remap.h"
 #include "sys.h"
@@ -349,8 +350,11 @@ static enum fill_result copy_run(struct client *client, const uint8_t *pages, ui
 	uncharge(client, charged - done);
 	if (done == 0)
 		return unfilled(client, outcome, page);
-	for (unsigned i = 0; i < done; i++)
+	crash_point(CRASH_FILL_COPIED);
+	for (unsigned i = 0; i < done; i++) {
 		settle(client, page + i, words[i], keep);
+		crash_point(CRASH_FILL_SETTLED_ONE);
+	}
 	filled(client, page, done);
 	return FILL_ANSWERED;
 }

@@ -13,10 +13,10 @@
 #define PAGE_SHIFT 12
 #define PAGE_BYTES 4096UL
 
-/* A cluster is 64 pages of one client's address space, aligned: the unit in which slot words are
- * allocated, one 64-bit mask wide. */
-#define CLUSTER_SHIFT 6
-#define CLUSTER_PAGES 64UL
+/* A cluster is 128 pages of one client's address space, aligned: the unit in which slots are allocated,
+ * shared and written back. */
+#define CLUSTER_SHIFT 7
+#define CLUSTER_PAGES 128UL
 
 /* Highest user page number of a 47-bit address space. */
 #define ADDRESS_PAGES_MAX (1ULL << (47 - PAGE_SHIFT))
@@ -26,6 +26,8 @@
 #define BACKENDS_MAX 15 /* 4 bits of a slot word; the value 15 is reserved */
 
 #define REGIONS_MAX 65536    /* registered ranges of one client */
+/* Ranges that one checkpoint of a client holds: with the rest of it, whole pages. */
+#define CHECKPOINT_RANGES_MAX 130847
 #define QUARANTINE_MAX 1024  /* removed ranges not yet requalified, of one client */
 #define REMAPS_MAX 32         /* mremaps of one client that wait for an older event */
 #define STREAMS_MAX 8        /* fault streams watched in one client */

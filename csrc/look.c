@@ -20,6 +20,8 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "checkpoint.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "remap.h"
 #include "sys.h"
@@ -104,8 +106,10 @@ static uint64_t register_region(struct client *client, uint64_t start, uint64_t 
 	if (!covered)
 		slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
 			       client_staged_gone, client_free_copy, client);
+	crash_point(CRASH_REGISTER_CLEARED);
 	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
 		return 0;
+	crash_point(CRASH_REGISTERED);
 	return adopt_pieces(client, start, end);
 }
 
@@ -132,6 +136,7 @@ void look_discover(struct client *client)
 			bytes += register_region(client, start, mapping.end, mapping.executable ? 1 : 0);
 	}
 	WRITE_ONCE(client->registered, true);
+	checkpoint_write(client, 0);
 	if (first) {
 		struct engine_event event = { .kind = ENGINE_EVENT_REGISTERED, .pid = client->pid,
 					      .group = client->group->number,
@@ -204,7 +209,7 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 	if (!READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
 	    now >= client->discover_next_ns) {
 		SCOPED_LOCK(&client->gate);
-		if (client->dead || client->parked)
+		if (client->dead || client_is_shut(client))
 			return;
 		look_discover(client);
 		WRITE_ONCE(client->size_pages_seen, size);
@@ -242,6 +247,9 @@ static void note_maxima(struct engine *engine)
 			if (engine->clients[i] && engine->clients[i]->group == group)
 				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);
 		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped);
+		engine->state->groups[g].swapped_pages_max = group->swapped_pages_max;
+		engine->state->groups[g].usage_bytes_max = group->usage_bytes_max;
+		engine->state->groups[g].faults = group->faults;
 	}
 }
 

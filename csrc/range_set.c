@@ -48,6 +48,7 @@ static void splice(struct range_set *set, size_t at, size_t old_count,
 {
 	struct range *hole = set->ranges + at;
 
+	set->changes++;
 	memmove(hole + new_count, hole + old_count,
 		(set->count - at - old_count) * sizeof *set->ranges);
 	if (new_count)
@@ -100,6 +101,7 @@ int range_set_add(struct range_set *set, uint64_t start, uint64_t end, uint64_t 
 	}
 	if (at > 0 && set->ranges[at - 1].end == start && set->ranges[at - 1].value == value) {
 		set->ranges[at - 1].end = range.end;
+		set->changes++;
 		return 0;
 	}
 	if (set->count + 1 > max)
@@ -125,7 +127,7 @@ bool range_set_has(const struct range_set *set, uint64_t address)
 void range_set_clear(struct range_set *set)
 {
 	free(set->ranges);
-	memset(set, 0, sizeof *set);
+	*set = (struct range_set){ .changes = set->changes + 1 };
 }
 
 bool range_set_is_valid(const struct range_set *set)

@@ -23,6 +23,7 @@ struct range {
 struct range_set {
 	struct range *ranges;
 	size_t count, capacity;
+	uint64_t changes; /* goes up with each */
 };
 
 /* Add [start, end) with `value`, replacing what was there. 0, -ENOMEM or -ENOSPC. */

@@ -2,6 +2,8 @@
 #include "remap.h"
 
 #include "base.h"
+#include "checkpoint.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
 
@@ -29,6 +31,8 @@ void remap_armed(struct client *client, uint64_t start, uint64_t end)
 
 static void drop_slots(struct client *client, uint64_t page, uint64_t pages)
 {
+	if (checkpoint_step(client) == STEP_DONE)
+		return;
 	slot_map_clear(client->engine->slots, &client->record->map, page, page + pages,
 		       client_staged_gone, client_free_copy, client);
 }
@@ -44,15 +48,22 @@ static void poison_rest(struct client *client, uint64_t page, uint64_t to_page, 
 			(void)sys_userfaultfd_poison(client->events_fd, address_of(to_page + i),
 						     PAGE_BYTES);
 	}
-	drop_slots(client, page, pages);
+	slot_map_clear(client->engine->slots, &client->record->map, page, page + pages,
+		       client_staged_gone, client_free_copy, client);
 }
 
 static void move_slots(struct client *client, uint64_t page, uint64_t to_page, uint64_t pages)
 {
 	drop_slots(client, to_page, pages); /* unmapped by the move; its event may come later */
+	crash_point(CRASH_REMAP_DROPPED);
+	if (checkpoint_step(client) == STEP_DONE)
+		return;
+	client->record->move = (struct slot_move){ page, to_page, pages, 0 };
+	__atomic_store_n(&client->record->move.step, client->record->step, __ATOMIC_RELEASE);
 	if (slot_map_move(client->engine->slots, &client->record->map, page, to_page, pages,
 			  client_staged_moved, client_free_copy, client) < 0)
 		poison_rest(client, page, to_page, pages);
+	crash_point(CRASH_REMAP_MOVED);
 }
 
 static void attach(struct client *client, const struct waiting_remap *remap)
@@ -67,6 +78,7 @@ static void attach(struct client *client, const struct waiting_remap *remap)
 static void remove_waiting(struct client *client, unsigned i)
 {
 	client->remaps[i] = client->remaps[--client->remap_count];
+	client->remap_changes++;
 }
 
 static void attach_vacated(struct client *client)
@@ -158,6 +170,7 @@ void remap_move(struct client *client, uint64_t from, uint64_t to, uint64_t byte
 	for (unsigned i = 0; !is_armed(client, from, from + bytes) && i < client->remap_count; i++)
 		if (client->remaps[i].to == from && client->remaps[i].bytes == bytes) {
 			client->remaps[i].to = to;
+			client->remap_changes++;
 			attach_vacated(client);
 			return;
 		}
@@ -173,4 +186,5 @@ void remap_move(struct client *client, uint64_t from, uint64_t to, uint64_t byte
 	remap.limbo_page = limbo_page(client);
 	move_slots(client, page_of(from), remap.limbo_page, page_of(bytes));
 	client->remaps[client->remap_count++] = remap;
+	client->remap_changes++;
 }

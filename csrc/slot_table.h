@@ -2,8 +2,9 @@
 /*
  * slot_table — where the bytes of each page of each client are.
  *
- * A client's pages are grouped in clusters of 64, aligned in its address space. A cluster exists
- * only while one of its pages has a slot; a page that was never swapped costs nothing.
+ * A client's pages are grouped in clusters of 128, aligned in its address space. A cluster holds an entry of
+ * 14 bytes for each page that has a slot, and for few others: a bitmap says for which, an entry's place is the
+ * number of bits before its page's. A page that was never swapped costs nothing, whatever its neighbours are.
  *
  * Backing of a page (tag of its slot)
  *   NONE        no slot: the page is resident, or was never touched (then it reads as zeros)
@@ -31,17 +32,38 @@
  * Sharing     fork shares whole clusters by count. Whoever wants to look into a shared cluster first
  *             makes it his own: every POOL and SPILL slot in it moves to a counted shared slot, and
  *             both copies become INDIRECT. A store of new content never goes into a shared slot.
- * Invariants  1 a cluster's `live` is the number of its words that are not NONE
- *             2 a cluster with live == 0 is in no index
+ * Entries     A page whose slot goes leaves a hole, an entry that is NONE; it is taken again by the same page,
+ *             or by another when the entries between make way. A cluster without a hole is copied to a larger
+ *             block of slot_heap.h, one with many to a smaller one. A shared cluster keeps its size.
+ * Invariants  1 `entries` is the number of bits in a cluster's `pages`, and fits in its `granules`
+ *             2 a cluster's `live` is the number of its words that are not NONE; with live == 0 it is in no index
  *             3 the count of a shared slot is the number of INDIRECT words that name it
  *             4 counts[tag] of a map is the number of its words with that tag (shared clusters are
  *               counted in every map that has them)
- *             slot_map_is_valid() checks 1, 2, 4; the model in tests/models checks 3.
- * Crash order the word is the truth and is written last; an index entry is one 64-bit word; a grown
- *             index is complete before the map's root is switched to it.
+ *             5 a cluster that more than one map has is marked `was_shared`
+ *             6 an entry of an index is where a search for its number ends; three quarters are used at most
+ *             slot_map_is_valid() checks all but 3, which the model in tests/models does.
+ * Crash order A daemon may be killed between any two stores; what its successor finds is the state before or
+ *             after each change of a slot.
+ *             slot      the check first, the word last. A check changes only under a word without one.
+ *             appended  the entry first, then its page's bit.
+ *             inserted  what is about to move is saved in map->undo and that is marked; then entries and bitmap
+ *                       change; then the mark goes. A successor that finds the mark puts everything back.
+ *             resized   the new cluster is complete before the one store that puts it into the index.
+ *             index     an entry is one word; a grown index is complete before the one store to map->root.
+ *             shared    a counted slot is complete before the word that names it; a copy of a cluster before
+ *                       the index entry; `was_shared` is set before a second map has the cluster.
+ *             freed     nothing names a cluster, index or copy any more when it is given back.
+ * Recovery    slot_space_open(), slot_space_adopt() for each map, slot_space_ready(). Truth are the roots, the
+ *             indexes, bitmaps, words and checks that they lead to, and the words of shared slots. All counts,
+ *             of clusters, shared slots and maps, are made anew from them, and what no map leads to is free: half
+ *             made clusters and indexes, slots whose last reference had just gone. What no order of stores could
+ *             have left behind is -EUCLEAN. One thing is the caller's: a daemon that dies in slot_map_move() may
+ *             leave one slot at both pages.
  * Locking     a map, and the clusters only it has, are protected by the gate of its client. Shared
  *             clusters and shared slots are protected by space->share_lock, taken inside the gate.
- * Cost        14 bytes a page in a cluster, 8 for the cluster, 8 / load factor for its index entry.
+ * Cost        14 bytes an entry; 28 bytes and 1.5 entries a cluster; 10.7 to 13.3 bytes for its index entry; the
+ *             chunks of slot_heap.h that are not full. docs/decisions/0007-packed-clusters.md has the sums.
  */
 #ifndef VSWAP_SLOT_TABLE_H
 #define VSWAP_SLOT_TABLE_H
@@ -108,12 +130,23 @@ static inline struct slot slot_unkept(struct slot slot)
 
 struct slot_space; /* clusters, shared slots and indexes of all clients, in the state memfd */
 
+/* What entries of a cluster were, while they make way for one more (see Crash order). */
+struct slot_undo {
+	uint64_t what; /* entries << 48 | first entry << 32 | cluster; 0: nothing is on its way */
+	uint64_t pages[2];
+	uint64_t word[CLUSTER_PAGES];
+	uint32_t check_middle[CLUSTER_PAGES];
+	uint16_t check_low[CLUSTER_PAGES];
+};
+
 /* One client's map. Lives in its record in the state memfd; zeroed means empty. */
 struct slot_map {
 	uint64_t root;           /* index: offset in the space << 8 | log2 of its capacity; 0: none */
 	uint64_t cluster_count;  /* clusters in the index */
+	uint64_t cluster_bytes;  /* of those */
 	uint64_t index_used;     /* index entries not empty, tombstones included */
 	uint64_t counts[SLOT_TAG_COUNT]; /* written inside the gate, read from anywhere */
+	struct slot_undo undo;
 };
 
 /* Pages of a map whose slot has this tag. Any thread. */
@@ -138,7 +171,25 @@ typedef void (*slot_free_fn)(void *context, struct slot slot);
 
 /* Take [base, base + bytes) of the state memfd, mapped there. Returns 0 or -ENOMEM. */
 int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space);
+/* The same memory, with what a dead daemon left in it: see Recovery. Returns 0 or -ENOMEM. */
+int slot_space_open(void *base, uint64_t bytes, struct slot_space **ret_space);
+/* Take over one of its maps: all counts are made anew. Returns 0, -ENOMEM, or -EUCLEAN: it cannot be. */
+int slot_space_adopt(struct slot_space *space, struct slot_map *map);
+/* All maps are adopted; what they do not reach is free memory. Returns 0 or -ENOMEM. */
+int slot_space_ready(struct slot_space *space);
 void slot_space_destroy(struct slot_space *space);
+
+/*
+ * Then, before anything else: call claim(page, slot) for every slot of the map, those that are shared only
+ * if they did not come up in another map before (INDIRECT ones as what they stand for). When a claim says
+ * -EINVAL its slot becomes POISONED, if no other map has it; else, and after any other error, the walk ends and
+ * returns it (-EUCLEAN for the former).
+ */
+typedef int (*slot_claim_fn)(void *context, uint64_t page, struct slot slot);
+int slot_map_claim(struct slot_space *space, struct slot_map *map, slot_claim_fn claim, void *context);
+/* All maps are claimed. */
+void slot_space_claimed(struct slot_space *space);
+
 /* Bytes of all clusters, shared slots and indexes; any thread. */
 uint64_t slot_space_metadata_bytes(const struct slot_space *space);
 /* INDIRECT pages whose shared slot is in a backend (the others are in the pool). */
@@ -196,5 +247,6 @@ bool slot_map_next(struct slot_space *space, const struct slot_map *map, uint64_
 		   uint64_t *ret_first_page);
 
 bool slot_map_is_valid(struct slot_space *space, const struct slot_map *map);
+bool slot_space_is_valid(struct slot_space *space);
 
 #endif

@@ -1138,3 +1138,30 @@ bool spill_is_valid(struct spill *spill)
 	       census.live_units == spill->live_units && census.live_count == spill->live_count &&
 	       census.chunks == spill->chunks_made;
 }
+
+/* ---- a successor ---- */
+
+int spill_claim(struct spill *spill, uint64_t extent, unsigned units)
+{
+	uint64_t number = extent / SEGMENT_UNITS;
+	unsigned unit = (unsigned)(extent % SEGMENT_UNITS);
+	struct segment_record *record;
+
+	if (number >= spill->segment_count || units == 0 || units > POOL_UNITS_MAX ||
+	    unit < HEADER_UNITS || unit + units > SEGMENT_UNITS)
+		return -EINVAL;
+	if (!spill->chunks[number / CHUNK_SEGMENTS] && chunk_make(spill, number / CHUNK_SEGMENTS) < 0)
+		return -ENOMEM;
+	SCOPED_LOCK(&spill->mutex);
+	record = record_of(spill, number);
+	if (record->state == SEGMENT_FREE)
+		state_set(spill, number, SEGMENT_LIVE);
+	record->end_unit = (uint16_t)max_of(record->end_unit, unit + units);
+	record->live_units = (uint16_t)(record->live_units + units);
+	record->live_count++;
+	spill->live_units += units;
+	spill->live_count++;
+	return 0;
+}
+
+void spill_claims_end(struct spill *spill) { (void)spill; }

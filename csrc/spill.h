@@ -128,6 +128,10 @@ void spill_free(struct spill *spill, uint64_t extent, unsigned units);
 /* Wait until every EMPTY segment has been trimmed (or could not be). */
 void spill_trim_wait(struct spill *spill);
 
+/* In a successor, before anything else: this extent is live. 0, -EINVAL or -ENOMEM. */
+int spill_claim(struct spill *spill, uint64_t extent, unsigned units);
+void spill_claims_end(struct spill *spill);
+
 /* ---- reading ---- */
 
 /*

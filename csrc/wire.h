@@ -33,7 +33,9 @@
  *          copy of what it asked and verifies what was moved with PAGEMAP_SCAN.
  *
  * Recovery: a daemon that takes over sets `epoch`; the agent copies it to `epoch_seen` whenever it
- * is between two commands. Until both agree a command of the old epoch may still be running.
+ * is between two commands. Until both agree a command of the old epoch may still be running. A handshake
+ * that the daemon died in, before it took ARM, is void, though the agent may take it for complete: then
+ * the successor sets `retired` (before `epoch`), and the agent begins anew.
  *
  * The agent's arena in the client, one reservation made before HELLO, told in ARM:
  *     beacon   1 page, registered, never touched in the process that armed it. In a forked child
@@ -150,7 +152,8 @@ struct vswap_ring {
 	uint32_t epoch_seen;     /* agent */
 	uint32_t posted;         /* daemon; futex */
 	uint32_t agent_sleeping; /* agent: 1 while it is, or is about to be, in futex wait */
-	uint8_t pad0[40];
+	uint32_t retired;        /* daemon: nobody serves this ring */
+	uint8_t pad0[36];
 	uint32_t done;           /* agent; futex */
 	uint32_t daemon_waiting; /* daemon: 1 while it is, or is about to be, in futex wait */
 	uint8_t pad1[56];

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "base.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
 
@@ -124,7 +125,7 @@ static int collect_cluster(struct writer *writer, struct client *client)
 	int result = 1;
 
 	SCOPED_LOCK(&client->gate);
-	if (client->dead || client->parked || !client_cold_pop(client, &number))
+	if (client->dead || client_is_shut(client) || !client_cold_pop(client, &number))
 		return 1;
 	for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 		if (writer->object_count == RECORDS_MAX)
@@ -167,7 +168,7 @@ static void collect(struct writer *writer, struct group *group)
 	for (unsigned i = 0; i < count; i++) {
 		writer->clients[writer->client_count++] = clients[i];
 		/* A turn of 16 MiB of address space each, so that several clients age alike. */
-		for (unsigned k = 0; !full && k < (count > 1 ? 64 : RECORDS_MAX); k++) {
+		for (unsigned k = 0; !full && k < (count > 1 ? 32 : RECORDS_MAX); k++) {
 			int result = collect_cluster(writer, clients[i]);
 
 			full = result == -ENOSPC;
@@ -197,6 +198,7 @@ static void settle_object(struct writer *writer, struct client *client,
 			done = slot_set(engine->slots, &client->record->map, object->page, to) == 0;
 	}
 	if (done) {
+		crash_point(CRASH_WRITEBACK_SETTLED_ONE);
 		pool_free(client->group->pool, object->copy.location, object->copy.units);
 		counter_add(engine, spill_written_pages, 1);
 	} else {
@@ -244,7 +246,9 @@ static bool write_one(struct writer *writer, struct group *group)
 		settle(writer, false);
 		return false;
 	}
+	crash_point(CRASH_WRITEBACK_COLLECTED);
 	result = spill_segment_write(writer->segment);
+	crash_point(CRASH_WRITEBACK_WRITTEN);
 	if (result < 0) {
 		struct engine_event event = { .kind = ENGINE_EVENT_BACKEND_ERROR, .group = group->number,
 					      .a = (uint64_t)backend,

@@ -67,8 +67,9 @@ class Acceptor:
                     continue
                 nursery.start_soon(self.serve, connection)
 
-    async def serve(self, sock: trio.socket.SocketType) -> None:
-        """One connection, from its first byte to its end. Never raises for what a peer does."""
+    async def serve(self, sock: trio.socket.SocketType, server: Server | None = None) -> None:
+        """One connection, from its first byte to its end; the first byte says whose it is, unless
+        `server` does. Never raises for what a peer does."""
         with sock:
             try:
                 peer = peer_of(sock)
@@ -78,7 +79,7 @@ class Acceptor:
             if not self._admit(peer):
                 return
             try:
-                await self._dispatch(sock, peer)
+                await (server or self._dispatch)(sock, peer)
             except OSError as error:  # it closed while we wrote, or the like
                 self._log.debug("connection ended", pid=peer.pid, error=str(error))
             except Exception as error:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vswapd.engine import Engine
     from vswapd.groups import Group, GroupRegistry
     from vswapd.log import Log
+    from vswapd.records import ClientStatistics
 
 _DESCRIPTORS_MAX = 4  # received with one message; more than any message has, so that excess is seen
 _WORKERS_MAX = 16
@@ -249,7 +250,23 @@ class ClientServer:
         # Before READY: once the agent knows, everybody asking us does.
         self._clients[token] = Client(token, peer.pid, peer.uid, processes.comm(peer.pid))
         self._groups.note_change()
+        self._engine.client_label(token, sock.fileno(), peer.uid)
         await send_message(sock, wire.pack_ready(wire.OK))
+
+    async def resume(self, record: ClientStatistics) -> None:
+        """Serve an agent that the daemon before had armed, until its connection ends."""
+        self._clients[record.token] = Client(
+            record.token, record.pid, record.uid, processes.comm(record.pid)
+        )
+        if record.socket_fd < 0:
+            return  # its agent takes itself for armed; that its process has ended the engine finds out
+        with trio.socket.from_stdlib_socket(socket.socket(fileno=record.socket_fd)) as sock:
+            try:
+                await self._hold(sock)
+            except (WireError, OSError) as error:
+                self._log.warning("agent given up", pid=record.pid, reason=str(error))
+            finally:
+                await self._lost(record.token)
 
     async def _hold(self, sock: trio.socket.SocketType) -> None:
         """Until the agent has closed its end. WireError when it does anything else."""

@@ -24,6 +24,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._asked: dict[str, Any] = {}  # the request whose answer is awaited
         self.on_notice: Callable[[dict[str, Any]], None] = lambda _: None
 
     def __enter__(self) -> Self:
@@ -42,8 +43,29 @@ class Connection:
 
     def send(self, op: str, **fields: Any) -> None:
         """Send a request; its answer comes from receive(). OSError."""
+        self._asked = {"op": op, "id": int(self._asked.get("id", 0)) + 1, **fields}
+        self._send_request()
+
+    def _send_request(self) -> None:
         self._sock.settimeout(config.SEND_SECONDS_MAX)
-        self._sock.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
+        self._sock.sendall(json.dumps(self._asked).encode() + b"\n")
+
+    def _is_answer(self, line: dict[str, Any]) -> bool:
+        """Whether it answers what was asked last; "start" answers anything: there is no daemon."""
+        return line.get("id") == self._asked.get("id") or line.get("code") == "start"
+
+    def _take_line(self, line: bytes) -> dict[str, Any] | None:
+        """The answer, if it is that. Notices are passed on; what a daemon that died left half is dropped."""
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            return None
+        if "notice" not in reply:
+            return reply if self._is_answer(reply) else None
+        if reply["notice"] == "daemon-restarted" and self._asked:
+            self._send_request()
+        self.on_notice(reply)
+        return None
 
     def receive(self, seconds_max: float | None) -> dict[str, Any] | None:
         """The next answer, or None when there is none yet. EOFError when the daemon is gone."""
@@ -51,10 +73,9 @@ class Connection:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
                 self._buffer = rest
-                reply = json.loads(line)
-                if "notice" not in reply:
-                    return reply  # type: ignore[no-any-return]
-                self.on_notice(reply)
+                reply = self._take_line(bytes(line))
+                if reply is not None:
+                    return reply
                 continue
             if len(self._buffer) > config.REPLY_BYTES_MAX:
                 raise EOFError("the answer does not end")

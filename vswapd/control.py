@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 """control — admin requests: one JSON object per line, one JSON line in answer to each.
 
-    {"op": "status"}                         {"ok": true, "status": {…}}
+    {"op": "status", "id": 7}                {"ok": true, "id": 7, "status": {…}}
     {"op": "limit", "pid": 1, …}             {"ok": false, "code": "not-managed", "error": "…", "remedy": "…"}
                                              {"notice": "out-of-memory", "level": "error", "text": "…", …}
 
-Requests of a connection are answered in order. A connection that made a group is its *session*: it
-is told of what happens to the group by notices, lines with a "notice" that may come before any answer,
-and the group is doomed when the session ends. What can be asked, and by whom, is in operations.py.
+Requests of a connection are answered in order, with the "id" that they came with. A connection that made
+a group is its *session*: it is told of what happens to the group by notices, lines with a "notice" that may
+come before any answer, and the group is doomed when the session ends. A session outlives the daemon: its
+successor begins with an empty line, as the one before may have died within one, and the notice
+"daemon-restarted", upon which what was not answered is to be asked again. What can be asked, and by whom, is
+in operations.py.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from vswapd.groups import GroupError
 from vswapd.operations import Caller, Operations, RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vswapd.accept import Peer
     from vswapd.clients import ClientServer
     from vswapd.engine import Engine
     from vswapd.events import Notice
-    from vswapd.groups import GroupRegistry
+    from vswapd.groups import Group, GroupRegistry
     from vswapd.log import Log
 
 _LEVELS_SENT = ("warning", "error")
@@ -42,6 +47,11 @@ class Session(Caller):
         self._notices: deque[dict[str, Any]] = deque(maxlen=config.NOTICES_QUEUED_MAX)
         self._has_notices = trio.Event()
         self._sending = trio.Lock()
+
+    @property
+    def descriptor(self) -> int:
+        """Of the connection."""
+        return self._sock.fileno()
 
     def notify(self, notice: Notice) -> None:
         """Queue a notice; when the peer does not read them the oldest are dropped."""
@@ -61,6 +71,14 @@ class Session(Caller):
                 while data:
                     data = data[await self._sock.send(data) :]
 
+    async def resume(self, deaths: int) -> None:
+        """The first words of a successor. OSError, TooSlowError."""
+        text = "the daemon died and another took over; nothing is lost"
+        line = {"notice": "daemon-restarted", "level": "warning", "text": text, "deaths": deaths}
+        with trio.fail_after(config.SEND_SECONDS_MAX):
+            await self._sock.send(b"\n")
+        await self.send(line)
+
     async def push_notices(self) -> None:
         """Write notices as they come, for ever."""
         while True:
@@ -71,8 +89,15 @@ class Session(Caller):
 class ControlServer:
     """Serves control connections."""
 
-    def __init__(self, engine: Engine, groups: GroupRegistry, clients: ClientServer, log: Log) -> None:
-        self.operations = Operations(engine, groups, clients, log)
+    def __init__(
+        self,
+        engine: Engine,
+        groups: GroupRegistry,
+        clients: ClientServer,
+        log: Log,
+        supervisor_pid: int = 0,
+    ) -> None:
+        self.operations = Operations(engine, groups, clients, log, supervisor_pid)
         self._groups = groups
         self._log = log
         self._sessions: set[Session] = set()
@@ -91,12 +116,18 @@ class ControlServer:
 
     # ---- connections ----
 
-    async def serve(self, sock: trio.socket.SocketType, peer: Peer) -> None:
-        """One connection, until the peer closes it or breaks the rules."""
+    async def serve(
+        self, sock: trio.socket.SocketType, peer: Peer, groups: Sequence[Group] = (), deaths: int = 0
+    ) -> None:
+        """One connection, until the peer closes it or breaks the rules. `deaths` of daemons that served it
+        before: then it has these groups."""
         session = Session(sock, peer)
+        session.groups.extend(groups)
         self._sessions.add(session)
         try:
             async with trio.open_nursery() as nursery:
+                if deaths:
+                    await session.resume(deaths)
                 nursery.start_soon(session.push_notices)
                 await self._serve_lines(sock, session)
                 nursery.cancel_scope.cancel()
@@ -113,6 +144,8 @@ class ControlServer:
             line, newline, rest = buffer.partition(b"\n")
             if newline:
                 buffer = rest
+                if not line.strip():
+                    continue
                 await session.send(await self._answer(bytes(line), session))
                 continue
             if len(buffer) > config.REQUEST_BYTES_MAX:
@@ -133,6 +166,10 @@ class ControlServer:
             request = None
         if not isinstance(request, dict):
             return RequestError("bad-request", "not a JSON object", "send one JSON object per line").reply()
+        named = {"id": request["id"]} if isinstance(request.get("id"), int) else {}
+        return await self._carry_out(request, session) | named
+
+    async def _carry_out(self, request: dict[str, Any], session: Session) -> dict[str, Any]:
         try:
             return {"ok": True, **await self.operations.answer(request, session)}
         except RequestError as error:

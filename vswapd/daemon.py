@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """daemon — the control plane's life: what starts in which order, and what has to end first.
 
-Start   listen -> engine -> backends -> event, member and connection tasks -> READY
+Start   listen -> supervisor -> engine -> backends -> event, member and connection tasks -> READY
 Stop    asked by SIGTERM or SIGINT (system daemon) or by the end of the session (embedded): nobody new
         comes in, forked children still do; once the last client has ended the engine stops. A
         client's memory is in our hands, so the daemon never leaves one behind, unless it is told a
@@ -9,13 +9,16 @@ Stop    asked by SIGTERM or SIGINT (system daemon) or by the end of the session 
 
 The same daemon runs in two ways. `vswapd` serves a machine. run_embedded() is what `vswapctl run`
 forks where no vswapd answers: its socket is private, and its first control connection, the session, is
-a socket pair instead of an accepted one.
+a socket pair instead of an accepted one. In both, what listens is a supervisor (supervisor.py), and the
+daemon its child: one that dies is succeeded by another, which finds groups, clients and sessions in
+the engine.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import resource
 import signal
@@ -33,13 +36,16 @@ from vswapd.control import ControlServer
 from vswapd.failure import Failure
 from vswapd.groups import GroupRegistry
 from vswapd.log import LEVELS, PlainLog, make_daemon_log
+from vswapd.supervisor import supervise
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from vswapd.accept import Peer
     from vswapd.engine import Engine
     from vswapd.log import Log
     from vswapd.service import Service
+    from vswapd.supervisor import Inheritance
 
 _STOP_REMINDER_SECONDS = 30.0
 
@@ -47,16 +53,21 @@ _STOP_REMINDER_SECONDS = 30.0
 class Daemon:
     """The control plane over one engine. Make it inside trio.run."""
 
-    def __init__(self, engine: Engine, log: Log, *, log_told: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, log: Log, *, log_told: bool = True, inheritance: Inheritance | None = None
+    ) -> None:
         """`log_told`: log also what a session was told (its front writes it to the user)."""
         self._engine = engine
         self._log = log
         self._log_told = log_told
+        self._deaths = inheritance.deaths if inheritance else 0
+        supervisor_pid = inheritance.supervisor_pid if inheritance else 0
         self.groups = GroupRegistry(engine, log)
         self.clients = ClientServer(engine, self.groups, log)
-        self.control = ControlServer(engine, self.groups, self.clients, log)
+        self.control = ControlServer(engine, self.groups, self.clients, log, supervisor_pid)
         self.control.operations.drain_events = self.drain_events
         self.acceptor = Acceptor(self.clients.serve, self.control.serve, log)
+        self.adopt_groups_at_session = False  # embedded: all groups are the session's
 
     # ---- events ----
 
@@ -86,6 +97,24 @@ class Daemon:
 
     # ---- life ----
 
+    def resume(self, nursery: trio.Nursery) -> None:
+        """Go on with the connections of the daemon before."""
+        for record in self._engine.clients():
+            if record.pid:
+                nursery.start_soon(self.clients.resume, record)
+        if self.adopt_groups_at_session:
+            return
+        for descriptor in {group.session_fd for group in self.groups if group.session_fd >= 0}:
+            sock = trio.socket.from_stdlib_socket(socket.socket(fileno=descriptor))
+            nursery.start_soon(self.acceptor.serve, sock, self.serve_session)
+
+    async def serve_session(self, sock: trio.socket.SocketType, peer: Peer) -> None:
+        """A control connection; after a death of the daemon, with the groups it had."""
+        if self.adopt_groups_at_session:
+            self.groups.set_session(sock.fileno())
+        owned = [group for group in self.groups if group.session_fd == sock.fileno()]
+        await self.control.serve(sock, peer, owned, self._deaths)
+
     async def run(
         self,
         listener: socket.socket,
@@ -98,6 +127,8 @@ class Daemon:
             nursery.start_soon(self.keep_running, self._watch_events)
             nursery.start_soon(self.keep_running, self.groups.watch_members)
             nursery.start_soon(self.keep_running, self.acceptor.run, listener)
+            if self._engine.is_successor:
+                self.resume(nursery)
             on_ready()
             await wait_stop(self, nursery)
             nursery.cancel_scope.cancel()
@@ -128,11 +159,17 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def make_engine(spills: Sequence[backends.Spill], **options: Any) -> Engine:
-    """An engine with `spills`, which it takes over. `options`: of Engine.create. OSError."""
+def make_engine(
+    spills: Sequence[backends.Spill], inheritance: Inheritance, keep_fds: Sequence[int], **options: Any
+) -> Engine:
+    """The engine; a successor has the backends of the one before. `options`: of Engine.create. OSError."""
     from vswapd.engine import Engine  # late: loads the extension; tests run this module without it
 
-    engine = Engine.create(**options)
+    engine = Engine.create(
+        state_fd=inheritance.state_fd, pool_fd=inheritance.pool_fd, keep_fds=keep_fds, **options
+    )
+    if engine.is_successor:
+        return engine
     try:
         for spill in spills:
             engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority)
@@ -147,28 +184,57 @@ def make_engine(spills: Sequence[backends.Spill], **options: Any) -> Engine:
 
 def run_embedded(
     listener: socket.socket, session: socket.socket, spills: Sequence[backends.Spill], front_pid: int
-) -> None:
-    """Serve for the life of `session`, then until the last client has ended; then end the process.
-    OSError, Failure.
-    """
+) -> int:
+    """Serve for the life of `session`, then until the last client has ended. Exit status; OSError."""
     _raise_descriptor_limit()
-    engine = make_engine(spills)
     gc.freeze()  # what the start made stays: later collections need not look at it
-    gc.enable()
 
+    def serve(inheritance: Inheritance) -> int:
+        keep_fds = [listener.fileno(), session.fileno()]
+        try:
+            engine = make_engine(spills, inheritance, keep_fds)
+        except OSError as error:
+            report_start_failure(session, error)
+            return 1
+        gc.enable()
+        trio.run(_serve_embedded, engine, inheritance, listener, session, front_pid)
+        # No engine.destroy(): joining its threads takes 0.1 s that the user would wait for, and the process
+        # ends here, with no client left and nothing in memory or spill that anybody will read again.
+        return 0
+
+    return supervise(serve, PlainLog("error"))  # of a daemon that died the front tells
+
+
+async def _serve_embedded(
+    engine: Engine,
+    inheritance: Inheritance,
+    listener: socket.socket,
+    session: socket.socket,
+    front_pid: int,
+) -> None:
     async def wait_stop(daemon: Daemon, _: trio.Nursery) -> None:
         footprint = daemon.control.operations.footprint_pids
         footprint.append(front_pid)
-        await daemon.acceptor.serve(trio.socket.from_stdlib_socket(session))
+        # A duplicate: the number stays the session's, for a successor, when this one has closed it.
+        await daemon.acceptor.serve(trio.socket.from_stdlib_socket(session.dup()), daemon.serve_session)
         footprint.remove(front_pid)
         await daemon.wait_no_clients()
 
-    async def serve() -> None:
-        await Daemon(engine, PlainLog("warning"), log_told=False).run(listener, wait_stop)
+    daemon = Daemon(engine, PlainLog("warning"), log_told=False, inheritance=inheritance)
+    daemon.adopt_groups_at_session = True
+    await daemon.run(listener, wait_stop)
 
-    trio.run(serve)
-    # No engine.destroy(): joining its threads takes 0.1 s that the user would wait for, and the process
-    # ends here, with no client left and nothing in memory or spill that anybody will read again.
+
+def report_start_failure(session: socket.socket, error: BaseException) -> None:
+    """Tell the front, in the place of an answer, why there is no daemon."""
+    text = getattr(error, "strerror", None) or str(error) or repr(error)
+    if not isinstance(error, OSError):
+        text = f"the private daemon failed: {error!r}"
+    line = {"ok": False, "code": "start", "error": text, "remedy": ""}
+    try:
+        session.sendall(json.dumps(line).encode() + b"\n")
+    except OSError:
+        print(f"vswapctl: {text}", file=sys.stderr)
 
 
 # ---- system ----
@@ -243,7 +309,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve_system(engine: Engine, listener: socket.socket, log: Log, service: Service) -> None:
+async def _serve_system(
+    engine: Engine, inheritance: Inheritance, listener: socket.socket, log: Log, service: Service
+) -> None:
     async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
         service.start(nursery, daemon, engine, log)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -258,7 +326,8 @@ async def _serve_system(engine: Engine, listener: socket.socket, log: Log, servi
         log.info("ready", version=__version__, socket=listener.getsockname())
         notify.notify("READY=1")
 
-    await Daemon(engine, log).run(listener, wait_stop, on_ready=on_ready)
+    daemon = Daemon(engine, log, inheritance=inheritance)
+    await daemon.run(listener, wait_stop, on_ready=on_ready)
 
 
 async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
@@ -271,7 +340,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vswapd.service import Service  # late: an embedded daemon does without
 
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until a reload can be carried out
     try:
         service = Service(options)
         machine.check_all()
@@ -279,19 +347,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passed = notify.take_listener()
         listener = passed or listen(service.settings.daemon.socket, 0o666)
         try:
-            service.listen()
+            service.open()
             _raise_descriptor_limit()
-            engine = service.open_engine()
             gc.freeze()
-            trio.run(_serve_system, engine, listener, log, service)
+            return supervise(lambda inheritance: _run_system(inheritance, listener, log, service), log)
+        except OSError as error:
+            raise Failure(error.strerror or str(error)) from None
         finally:
             service.close()
             if not passed:
                 os.unlink(service.settings.daemon.socket)
     except Failure as error:
-        for line in str(error).split("\n"):
-            print(f"vswapd: {line}", file=sys.stderr)
-        return error.status
+        return _refuse(error)
+
+
+def _refuse(error: Failure) -> int:
+    for line in str(error).split("\n"):
+        print(f"vswapd: {line}", file=sys.stderr)
+    return error.status
+
+
+def _run_system(inheritance: Inheritance, listener: socket.socket, log: Log, service: Service) -> int:
+    """One daemon. Exit status."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until a reload can be carried out
+    try:
+        engine = service.make_engine(inheritance, listener)
+        with service.mounted():
+            trio.run(_serve_system, engine, inheritance, listener, log, service)
+    except Failure as error:
+        return _refuse(error)
     if engine.clients():
         return 1  # told twice to stop: their memory is given up, but nothing of it is taken apart
     engine.destroy()

@@ -62,11 +62,14 @@ def backend_document(record: BackendStatistics) -> dict[str, Any]:
 
 
 def _group(record: GroupStatistics) -> dict[str, Any]:
-    return asdict(record) | {
+    document = asdict(record) | {
         "torture": bool(record.flags & GROUP_TORTURE),
         "no_spill": bool(record.flags & GROUP_NO_SPILL),
         "swapped_bytes": record.swapped_pages * config.PAGE_BYTES,
     }
+    for name in ("label", "session_fd"):  # for a successor of this daemon only
+        del document[name]
+    return document
 
 
 def _client(record: ClientStatistics, groups: dict[int, GroupStatistics], uid: int | None) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def _client(record: ClientStatistics, groups: dict[int, GroupStatistics], uid: i
         "registered": bool(record.registered),
     }
     del document["token"]  # it lets a child of the client come in: nobody else's business
+    del document["socket_fd"]
     return document
 
 

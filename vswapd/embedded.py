@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """embedded — start a private daemon for the life of one command.
 
-The daemon is a fork of vswapctl, in a session of its own: the terminal's signals never stop it, and
+The daemon's supervisor is a fork of vswapctl, in a session of its own: the terminal's signals never stop it, and
 when vswapctl is killed it goes on serving until the last process it serves has ended. vswapctl (the
 *front*) talks to it over a socket pair with the same requests as to a system daemon; the daemon ends
 some time after the front's end is closed. trio and the engine are imported in the fork only.
@@ -13,7 +13,6 @@ touches until then is outside the limit: 0.2 s are enough for 700 MB.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import socket
@@ -89,25 +88,15 @@ def _be_daemon(
         _write("/proc/self/oom_score_adj", _OOM_SCORE)
         from vswapd.daemon import run_embedded
 
-        run_embedded(listener, session, spills, front_pid)
-        status = 0
+        status = run_embedded(listener, session, spills, front_pid)
     except BaseException as error:
-        _report(session, error)
+        from vswapd.daemon import report_start_failure
+
+        report_start_failure(session, error)
     finally:
         paths.remove_private_directory(directory)
         # Not sys.exit: what the front has prepared to do at its exit is not ours to do.
         os._exit(status)
-
-
-def _report(session: socket.socket, error: BaseException) -> None:
-    text = getattr(error, "strerror", None) or str(error) or repr(error)
-    if not isinstance(error, OSError):
-        text = f"the private daemon failed: {error!r}"
-    line = {"ok": False, "code": "start", "error": text, "remedy": ""}
-    try:
-        session.sendall(json.dumps(line).encode() + b"\n")
-    except OSError:
-        print(f"vswapctl: {text}", file=sys.stderr)
 
 
 def _close_inherited(kept: set[int]) -> None:

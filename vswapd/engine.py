@@ -18,7 +18,7 @@ from vswapd import records
 from vswapd._engine import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vswapd.wire import Arena
 
@@ -51,6 +51,18 @@ def _check(result: int, what: str) -> int:
     return result
 
 
+def make_memfds() -> tuple[int, int]:
+    """(state, pool): empty memfds for engines that succeed each other. OSError."""
+    ret_state, ret_pool = ffi.new("int *"), ffi.new("int *")
+    _check(lib.engine_make_memfds(ret_state, ret_pool), "memory for the state")
+    return ret_state[0], ret_pool[0]
+
+
+def fork_sharing_descriptors() -> int:
+    """os.fork(), but both have one descriptor table. OSError; ENOSYS: not with this kernel."""
+    return _check(lib.fork_sharing_descriptors(), "fork of the daemon")
+
+
 class Engine:
     """One running data plane. Make it with Engine.create(), end it with destroy()."""
 
@@ -60,15 +72,31 @@ class Engine:
 
     @classmethod
     def create(
-        cls, *, pool_capacity_bytes: int = 0, evictor_count: int = 0, io_threads: bool = False
+        cls,
+        *,
+        pool_capacity_bytes: int = 0,
+        evictor_count: int = 0,
+        io_threads: bool = False,
+        state_fd: int = 0,
+        pool_fd: int = 0,
+        keep_fds: Sequence[int] = (),
     ) -> Engine:
-        """Make the state and start the threads (slow). OSError with the reason and what to do."""
+        """Make the state and start the threads (slow). OSError with the reason and what to do.
+
+        With memfds that another engine has filled, this one goes on where that one stopped; it closes
+        all descriptors above 2 that it cannot name, but for `keep_fds`.
+        """
+        keep = ffi.new("int32_t[]", list(keep_fds))
         config = ffi.new(
             "struct engine_config *",
             {
                 "pool_capacity_bytes": pool_capacity_bytes,
                 "evictor_count": evictor_count,
                 "io_threads": int(io_threads),
+                "state_fd": state_fd,
+                "pool_fd": pool_fd,
+                "keep_fds": keep,
+                "keep_count": len(keep_fds),
             },
         )
         ret_engine = ffi.new("struct engine **")
@@ -84,6 +112,11 @@ class Engine:
         handle, self._handle = self._handle, ffi.NULL
         if handle:
             lib.engine_destroy(handle)
+
+    @property
+    def is_successor(self) -> bool:
+        """Whether it went on from what another engine had left."""
+        return bool(lib.engine_is_successor(self._handle))
 
     @property
     def userfaultfd_device(self) -> int:
@@ -107,6 +140,10 @@ class Engine:
     def group_destroy(self, group: int) -> None:
         """EBUSY while it has clients."""
         _check(lib.engine_group_destroy(self._handle, group), "group")
+
+    def group_label(self, group: int, label: str, session_fd: int) -> None:
+        """What a successor's control plane is to know of the group."""
+        _check(lib.engine_group_label(self._handle, group, label.encode(), session_fd), "group")
 
     def group_set_unmanaged(self, group: int, count_bytes: int) -> None:
         """Charge the anonymous memory of members that are not clients."""
@@ -149,6 +186,10 @@ class Engine:
         result = lib.engine_client_lost(self._handle, token)
         if result not in (-errno.ENOENT, -errno.ESRCH):
             _check(result, "client")
+
+    def client_label(self, token: int, socket_fd: int, uid: int) -> None:
+        """What a successor's control plane is to know of the client. ESRCH, ENOENT: it is gone."""
+        _check(lib.engine_client_label(self._handle, token, socket_fd, uid), "client")
 
     def pageout(self, pid: int, timeout_ms: int) -> None:
         """Evict all that can be (slow). ESRCH: not managed; ETIMEDOUT."""

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _MNT_DETACH = 2
 _WRITE_BYTES_MAX = 4096
+_STALE_LOOK_SECONDS = 0.01
+_STALE_LOOKS_MAX = 200
 _PRESSURE_SECONDS = 2.0  # as the kernel
 
 
@@ -217,13 +219,22 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         del self._open[fh]
 
 
-def _remove_stale_mount(path: str) -> None:
-    """A daemon that was killed together with its fusermount3 leaves a mount that answers ENOTCONN."""
+def _is_stale(path: str) -> bool:
+    """Whether it is the mount of a process that has died."""
     try:
         os.stat(path)
     except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), _MNT_DETACH)
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def _remove_stale_mount(path: str) -> None:
+    """Wait for fusermount3 to take the mount of the daemon before away, or else do it."""
+    for _ in range(_STALE_LOOKS_MAX):
+        if not _is_stale(path):
+            return
+        time.sleep(_STALE_LOOK_SECONDS)
+    ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), _MNT_DETACH)
 
 
 class Mount:
@@ -237,7 +248,9 @@ class Mount:
             _remove_stale_mount(path)
             os.makedirs(path, 0o755, exist_ok=True)
             if os.listdir(path) or os.path.ismount(path):
-                raise Failure(f"cannot mount on {path}: it is not an empty directory", "name another with --fs")
+                raise Failure(
+                    f"cannot mount on {path}: it is not an empty directory", "name another with --fs"
+                )
         except OSError as error:
             raise Failure(f"cannot mount on {path}: {error.strerror}", "name another with --fs") from None
         options = {*pyfuse3.default_options, "allow_other", "auto_unmount", "fsname=vswapd", "subtype=vswapd"}

@@ -12,9 +12,10 @@ All methods run in trio's thread.
 from __future__ import annotations
 
 import errno
+import json
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -44,6 +45,7 @@ class Group:
     root_pid: int = 0
     excluded: frozenset[int] = frozenset()
     doomed: bool = False
+    session_fd: int = -1  # the connection that it ends with
     sizes: dict[int, int] = field(default_factory=dict)  # unmanaged members' memory in the last scan
     charged: dict[int, int] = field(default_factory=dict)  # ... and what of it counts
 
@@ -52,6 +54,31 @@ class Group:
         if self.doomed:
             return False
         return peer.uid in (0, self.owner_uid) or self.has_member(peer.pid)
+
+    def label(self) -> str:
+        """What a successor needs to know that the engine does not."""
+        return json.dumps(
+            {
+                "owner": self.owner_uid,
+                "root": self.root_pid,
+                "excluded": sorted(self.excluded),
+                "doomed": self.doomed,
+            }
+        )
+
+    @classmethod
+    def from_record(cls, record: GroupStatistics) -> Group:
+        """A group of the daemon before. One that was not labelled yet is nobody's, and doomed."""
+        known: dict[str, Any] = json.loads(record.label) if record.label else {}
+        return cls(
+            record.name,
+            record.group,
+            int(known.get("owner", 0)),
+            int(known.get("root", 0)),
+            frozenset(known.get("excluded", ())),
+            doomed=bool(known.get("doomed", True)),
+            session_fd=record.session_fd,
+        )
 
     def has_member(self, pid: int) -> bool:
         """Whether `pid` is the root process or below it."""
@@ -66,6 +93,8 @@ class GroupRegistry:
         self._log = log
         self._groups: dict[str, Group] = {}
         self._changed = trio.lowlevel.ParkingLot()
+        for record in engine.groups():  # of the daemon before
+            self._groups[record.name] = Group.from_record(record)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(tuple(self._groups.values()))
@@ -89,6 +118,7 @@ class GroupRegistry:
         no_spill: bool = False,
         root_pid: int = 0,
         excluded: frozenset[int] = frozenset(),
+        session_fd: int = -1,
     ) -> Group:
         """Make a group; `name` gets a number behind it when it is taken. GroupError; OSError."""
         owned = sum(group.owner_uid == owner_uid for group in self._groups.values())
@@ -104,7 +134,8 @@ class GroupRegistry:
             if unique in self._groups:
                 continue
             number = self._engine.group_create(unique, limit_bytes, pool_limit_bytes, flags)
-            group = Group(unique, number, owner_uid, root_pid, excluded)
+            group = Group(unique, number, owner_uid, root_pid, excluded, session_fd=session_fd)
+            self._engine.group_label(number, group.label(), session_fd)
             self._groups[unique] = group
             return group
         raise GroupError(f"the name {name} is taken; choose another")
@@ -114,9 +145,23 @@ class GroupRegistry:
         records = self._engine.groups()
         return next((record for record in records if record.group == group.number), None)
 
+    def set_session(self, session_fd: int) -> None:
+        """All groups belong to this connection."""
+        for group in self:
+            group.session_fd = session_fd
+            self._engine.group_label(group.number, group.label(), session_fd)
+
+    def keep(self, group: Group, owner_uid: int) -> None:
+        """It stands, doomed or not so far, and is this user's."""
+        group.doomed = False
+        group.owner_uid = owner_uid
+        self._engine.group_label(group.number, group.label(), group.session_fd)
+
     def doom(self, group: Group) -> None:
         """Destroy the group now, or when its last client has ended."""
         group.doomed = True
+        group.session_fd = -1
+        self._engine.group_label(group.number, group.label(), -1)
         self.note_change()
 
     def note_change(self) -> None:

@@ -42,6 +42,11 @@ class Caller:
         self.groups: list[Group] = []  # that it made
         self.joined: set[str] = set()  # names of others that it wants to hear of
 
+    @property
+    def descriptor(self) -> int:
+        """Of the connection that what it makes ends with; -1: of none."""
+        return -1
+
 
 class RequestError(Exception):
     """A request cannot be carried out. `code` is for programs, text and remedy for people."""
@@ -85,7 +90,15 @@ def take_text(request: Request, key: str) -> str:
 class Operations:
     """All requests, over one engine."""
 
-    def __init__(self, engine: Engine, groups: GroupRegistry, clients: ClientServer, log: Log) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        groups: GroupRegistry,
+        clients: ClientServer,
+        log: Log,
+        supervisor_pid: int = 0,
+    ) -> None:
+        """`supervisor_pid`: the process that starts another daemon when this one dies, 0: none."""
         self._engine = engine
         self._groups = groups
         self._clients = clients
@@ -96,8 +109,10 @@ class Operations:
         self._own_uid = os.geteuid()
         # GIL and validity tests only where whoever started the daemon asked for them.
         self._test_operations = os.environ.get("VSWAPD_TEST_OPERATIONS") == "1"
-        self.footprint_pids = [os.getpid()]  # processes whose own memory is daemon_bytes
-        self.excluded_pids = frozenset({os.getpid()})  # never members of a group
+        self.supervisor_pid = supervisor_pid
+        self.footprint_pids = [os.getpid(), *filter(None, [supervisor_pid])]  # their own memory: daemon_bytes
+        # Never members of a group, nor what is below them.
+        self.excluded_pids = frozenset({supervisor_pid or os.getpid()})
         self.drain_events: Callable[[], None] = lambda: None
 
     async def answer(self, request: Request, session: Caller) -> Reply:
@@ -149,7 +164,7 @@ class Operations:
 
     async def op_ping(self, request: Request, session: Caller) -> Reply:
         """Version and PID of the daemon."""
-        return {"version": __version__, "pid": os.getpid()}
+        return {"version": __version__, "pid": os.getpid(), "supervisor": self.supervisor_pid}
 
     async def op_status(self, request: Request, session: Caller) -> Reply:
         """document.py's document, without what other users own."""
@@ -187,6 +202,7 @@ class Operations:
             no_spill=take_bool(request, "no_spill"),
             root_pid=session.peer.pid,
             excluded=self.excluded_pids,
+            session_fd=session.descriptor,
         )
         session.groups.append(group)
         self._log.info("group created", group=group.name, limit=format_size(limit), uid=session.peer.uid)

@@ -71,6 +71,8 @@ class GroupStatistics:
     client_count: int = 0
     managed_count: int = 0
     faults: int = 0
+    session_fd: int = -1
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class ClientStatistics:
     evicted_pages: int = 0
     region_count: int = 0
     registered: int = 0
+    uid: int = 0
+    socket_fd: int = -1
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,26 @@ class Reloader:
         self._log = log
         self._set_log_level = set_log_level
         self._made: set[str] = set()  # groups that are the file's
-        for group in settings.groups:
-            self._add_group(group)
+        if engine.is_successor:
+            self._adopt()
+        else:
+            for group in settings.groups:
+                self._add_group(group)
+
+    def _adopt(self) -> None:
+        """After the death of a daemon: its groups are there, with the limits they had, and what it last read is
+        what stands in the files now, unless that is a mistake."""
+        try:
+            self._settings = self._load()
+        except SettingsError as error:
+            self._log.error("configuration as at the start", mistakes=str(error))
+        self._set_log_level(self._settings.daemon.log_level)
+        for wanted in self._settings.groups:
+            found = self._groups.find(wanted.name)
+            if found is None:
+                self._add_group(wanted)
+            elif not found.root_pid:
+                self._made.add(wanted.name)
 
     async def run(self) -> None:
         """Reload on each SIGHUP, for ever."""
@@ -131,10 +149,11 @@ class Reloader:
     def _add_group(self, wanted: GroupSettings) -> None:
         found = self._groups.find(wanted.name)
         if found is not None and found.root_pid:
-            self._log.error("group not made", group=wanted.name, reason="the name is taken by a running command")
+            self._log.error(
+                "group not made", group=wanted.name, reason="the name is taken by a running command"
+            )
             return
         if found is not None:  # doomed by an earlier reload, but not empty yet
-            found.doomed = False
             self._made.add(wanted.name)
             self._change_group(wanted)
             return
@@ -150,7 +169,7 @@ class Reloader:
         if group is None:
             self._add_group(wanted)
             return
-        group.owner_uid = wanted.owner
+        self._groups.keep(group, wanted.owner)
         try:
             self._engine.group_set_limit(group.number, wanted.limit, wanted.pool)
         except OSError as error:

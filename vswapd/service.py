@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vswapd import backends, settings
@@ -19,6 +20,7 @@ from vswapd.reload import Reloader
 if TYPE_CHECKING:
     import argparse
     import socket
+    from collections.abc import Iterator
 
     import trio
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from vswapd.engine import Engine
     from vswapd.fs import Mount
     from vswapd.log import Log
+    from vswapd.supervisor import Inheritance
 
 
 class Service:
@@ -39,6 +42,7 @@ class Service:
         except settings.SettingsError as error:
             raise Failure(str(error)) from None
         self._metrics_listener: socket.socket | None = None
+        self._spills: list[backends.Spill] = []
         self._mount: Mount | None = None
 
     def _load(self) -> settings.Settings:
@@ -51,7 +55,8 @@ class Service:
         except ValueError as error:
             raise Failure(str(error), status=STATUS_USAGE) from None
         spills = tuple(
-            settings.BackendSettings(os.path.abspath(path), size, -index) for index, (path, size) in enumerate(named)
+            settings.BackendSettings(os.path.abspath(path), size, -index)
+            for index, (path, size) in enumerate(named)
         )
         daemon = dataclasses.replace(
             loaded.daemon,
@@ -62,16 +67,38 @@ class Service:
         )
         return dataclasses.replace(loaded, daemon=daemon, backends=spills or loaded.backends)
 
-    def open_engine(self) -> Engine:
-        """An engine with all configured backends. Failure."""
+    # ---- in the supervisor, for all daemons ----
+
+    def open(self) -> None:
+        """Backends, and what is listened on beside the daemon's socket. Failure."""
+        self._spills = [
+            backends.open_spill(backend.path, backend.size, 0, backend.priority)
+            for backend in self.settings.backends
+        ]
+        if self.settings.daemon.metrics:
+            from vswapd import metrics
+
+            self._metrics_listener = metrics.open_listener(self.settings.daemon.metrics)
+
+    def close(self) -> None:
+        """Leave nothing behind. Again: no effect."""
+        listener, self._metrics_listener = self._metrics_listener, None
+        if listener is not None:
+            listener.close()
+            if self.settings.daemon.metrics.startswith("/"):
+                os.unlink(self.settings.daemon.metrics)
+
+    # ---- in each daemon ----
+
+    def make_engine(self, inheritance: Inheritance, listener: socket.socket) -> Engine:
+        """An engine with all configured backends, or that of the daemon before. Failure."""
         daemon = self.settings.daemon
+        kept = [sock.fileno() for sock in (listener, self._metrics_listener) if sock is not None]
         try:
-            spills = [
-                backends.open_spill(backend.path, backend.size, 0, backend.priority)
-                for backend in self.settings.backends
-            ]
             return make_engine(
-                spills,
+                self._spills,
+                inheritance,
+                kept,
                 pool_capacity_bytes=daemon.pool_capacity,
                 evictor_count=daemon.evictors,
                 io_threads=daemon.io_threads,
@@ -79,27 +106,19 @@ class Service:
         except OSError as error:
             raise Failure(error.strerror or str(error)) from None
 
-    def listen(self) -> None:
-        """Open what is served beside the daemon's socket. Failure."""
-        if self.settings.daemon.metrics:
-            from vswapd import metrics
+    @contextmanager
+    def mounted(self) -> Iterator[None]:
+        """With the file tree, where one is wanted. Failure."""
+        if not self.settings.daemon.fs:
+            yield
+            return
+        from vswapd.fs import Mount
 
-            self._metrics_listener = metrics.open_listener(self.settings.daemon.metrics)
-        if self.settings.daemon.fs:
-            from vswapd.fs import Mount
-
-            self._mount = Mount(self.settings.daemon.fs)
-
-    def close(self) -> None:
-        """Undo listen(). Again: no effect."""
-        mount, self._mount = self._mount, None
-        if mount is not None:
-            mount.close()
-        listener, self._metrics_listener = self._metrics_listener, None
-        if listener is not None:
-            listener.close()
-            if self.settings.daemon.metrics.startswith("/"):
-                os.unlink(self.settings.daemon.metrics)
+        self._mount = Mount(self.settings.daemon.fs)
+        try:
+            yield
+        finally:
+            self._mount.close()
 
     def start(self, nursery: trio.Nursery, daemon: Daemon, engine: Engine, log: Log) -> None:
         """Make the configured groups and start the tasks."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.text import Text
 from textual.app import App
 from textual.containers import Vertical
-from textual.screen import ModalScreen
+from textual.screen import ModalScreen, Screen
 from textual.widgets import DataTable, Footer, Input, Label, Static
 from textual.worker import get_current_worker
 
@@ -148,8 +148,13 @@ class TopApp(App[str | None]):
 
     def on_mount(self) -> None:
         """Of textual."""
-        self.query_one("#groups").focus()
+        self._main.query_one("#groups").focus()
         self.run_worker(self._watch, thread=True)
+
+    @property
+    def _main(self) -> Screen[Any]:
+        """The screen below a question that is being asked: it goes on meanwhile."""
+        return self.screen_stack[0]
 
     # ---- the daemon ----
 
@@ -186,17 +191,17 @@ class TopApp(App[str | None]):
     # ---- what is shown ----
 
     def _say(self, text: str) -> None:
-        self.query_one("#message", Static).update(text)
+        self._main.query_one("#message", Static).update(text)
 
     def _show(self, document: Document, now: float) -> None:
         seconds = now - self._before_at if self._before else 0.0
         shown = view.with_rates(document, self._before, seconds)
         self._limits = {group["name"]: group["limit_bytes"] for group in shown["groups"]}
-        self.query_one("#summary", Static).update(f"vswapd {shown['version']}: {view.summary(shown)}")
-        self.query_one("#tiers", Static).update("\n".join(self._tier_lines(shown)))
-        self.query_one("#latency", Static).update("\n".join(self._latency_lines(document, seconds)))
+        self._main.query_one("#summary", Static).update(f"vswapd {shown['version']}: {view.summary(shown)}")
+        self._main.query_one("#tiers", Static).update("\n".join(self._tier_lines(shown)))
+        self._main.query_one("#latency", Static).update("\n".join(self._latency_lines(document, seconds)))
         for name in ("groups", "clients", "backends"):
-            table = self.query_one(f"#{name}", RecordTable)
+            table = self._main.query_one(f"#{name}", RecordTable)
             table.show(shown[name])
             table.display = bool(shown[name]) or name != "backends"
         self._before, self._before_at = document, now
@@ -221,7 +226,7 @@ class TopApp(App[str | None]):
 
     def _table(self) -> RecordTable:
         focused = self.focused
-        return focused if isinstance(focused, RecordTable) else self.query_one("#groups", RecordTable)
+        return focused if isinstance(focused, RecordTable) else self._main.query_one("#groups", RecordTable)
 
     def action_sort(self) -> None:
         """Key s."""

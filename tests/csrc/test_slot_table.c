@@ -1,20 +1,31 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Slot table against a model: random slots set, cleared, moved and shared between up to FAMILY maps; each
- * copy (a unique location) must be freed exactly once, when the last map has let go of it.
+ * copy (a unique location) must be freed exactly once, when the last map has let go of it. Now and then the
+ * space is opened anew from its memory alone.
  *
- * Build: this file, csrc/slot_table.c, csrc/base.c. Argument: seed.
+ * Then a child does the same with two maps and is killed, hundreds of times: whatever instruction it was at,
+ * each page must have what it had or what it was being given.
+ *
+ * Build: this file, csrc/slot_table.c, csrc/slot_heap.c, csrc/base.c. Argument: seed.
  */
 #define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "base.h"
+#include "slot_heap.h"
 #include "slot_table.h"
 
 #define SPACE_BYTES (1ULL << 32)
+#define DEATHS 400
+#define DEATH_PAGES 1024u
 #define PAGES 4096u
 #define FAMILY 4
 #define COPIES 400000u
@@ -30,6 +41,7 @@
 
 static unsigned long seed = 1, state;
 static struct slot_space *space;
+static void *memory;
 static struct slot_map maps[FAMILY];
 static int alive[FAMILY];
 static struct slot model[FAMILY][PAGES]; /* INDIRECT never stands here: what is behind it does */
@@ -200,14 +212,24 @@ static void leaks(void)
 		CHECK((holders[c] > 0) == !freed[c] || holders[c] == 0);
 }
 
-int main(int argc, char **argv)
+/* What a successor does: everything but the memory and the maps is lost, and the counts are in doubt. */
+static void reopen(struct slot_map *all, int count)
 {
-	void *base = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE,
-			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	slot_space_destroy(space);
+	CHECK(slot_space_open(memory, SPACE_BYTES, &space) == 0);
+	for (int m = 0; m < count; m++) {
+		memset(all[m].counts, 0xff, sizeof all[m].counts);
+		all[m].cluster_count = all[m].cluster_bytes = all[m].index_used = 99;
+		CHECK(slot_space_adopt(space, &all[m]) == 0);
+	}
+	CHECK(slot_space_ready(space) == 0);
+	CHECK(slot_space_is_valid(space));
+	for (int m = 0; m < count; m++)
+		CHECK(slot_map_is_valid(space, &all[m]));
+}
 
-	seed = argc > 1 ? strtoul(argv[1], NULL, 0) : 1;
-	state = seed * 2654435761u;
-	CHECK(base != MAP_FAILED && slot_space_create(base, SPACE_BYTES, &space) == 0);
+static void test_model(void)
+{
 	alive[0] = 1;
 	for (int step = 0; step < 60000; step++) {
 		int m = (int)rnd(FAMILY);
@@ -232,6 +254,8 @@ int main(int argc, char **argv)
 			CHECK(maps[m].root == 0 && maps[m].cluster_count == 0);
 			alive[m] = 0;
 		}
+		if (step % 1000 == 999)
+			reopen(maps, FAMILY);
 		if (step % 500 == 0)
 			for (int k = 0; k < FAMILY; k++)
 				CHECK(!alive[k] || slot_map_is_valid(space, &maps[k]));
@@ -245,7 +269,244 @@ int main(int argc, char **argv)
 			clear(m, 0, PAGES);
 	for (uint64_t c = 1; c < next_copy; c++)
 		CHECK(holders[c] == 0);
-	CHECK(slot_space_metadata_bytes(space) == 0 && slot_space_shared_spill_pages(space) == 0);
+	CHECK(slot_space_metadata_bytes(space) <= SLOT_SPARE_CHUNKS * SLOT_CHUNK_BYTES);
+	CHECK(slot_space_shared_spill_pages(space) == 0 && slot_space_is_valid(space));
+}
+
+/* ---- what it costs ---- */
+
+/* Half-filled chunks of every size of block, and rounding: what does not grow with the number of slots. */
+#define SLACK_BYTES ((SLOT_BLOCK_GRANULES_MAX / 2 + SLOT_SPARE_CHUNKS) * SLOT_CHUNK_BYTES)
+
+static void test_cost_of(double density, double bytes_max)
+{
+	enum { COST_PAGES = 1 << 20 };
+	uint8_t *has = calloc(COST_PAGES, 1);
+	uint64_t slots = 0;
+	double settled, churned;
+
+	CHECK(has);
+	for (uint64_t p = 0; p < COST_PAGES; p++)
+		if (rnd(1000) < density * 1000) {
+			CHECK(slot_set(space, &maps[0], p, (struct slot){ .tag = SLOT_ZERO }) == 0);
+			has[p] = 1;
+			slots++;
+		}
+	settled = (double)slot_map_metadata_bytes(&maps[0]) / (double)slots;
+	/* One page comes in, another one goes out: all have moved twice. */
+	for (uint64_t i = 0; density < 1 && i < 2 * slots; i++) {
+		uint32_t in = rnd(COST_PAGES), out = rnd(COST_PAGES);
+
+		while (!has[in])
+			in = rnd(COST_PAGES);
+		while (has[out])
+			out = rnd(COST_PAGES);
+		CHECK(slot_set(space, &maps[0], in, (struct slot){ .tag = SLOT_NONE }) == 0);
+		CHECK(slot_set(space, &maps[0], out, (struct slot){ .tag = SLOT_ZERO }) == 0);
+		has[in] = 0;
+		has[out] = 1;
+	}
+	churned = (double)slot_map_metadata_bytes(&maps[0]) / (double)slots;
+	printf("test_slot_table: %3.0f %% with a slot: %.2f bytes each, %.2f after churn, %.2f with free memory\n",
+	       100 * density, settled, churned, (double)slot_space_metadata_bytes(space) / (double)slots);
+	CHECK(settled <= bytes_max && churned <= bytes_max);
+	CHECK((double)slot_space_metadata_bytes(space) <= bytes_max * (double)slots + SLACK_BYTES);
+	slot_map_clear(space, &maps[0], 0, COST_PAGES, no_staged, free_copy, NULL);
+	CHECK(slot_space_metadata_bytes(space) <= SLOT_SPARE_CHUNKS * SLOT_CHUNK_BYTES);
+	free(has);
+}
+
+static void test_cost(void)
+{
+	test_cost_of(0.1, 22);
+	test_cost_of(0.25, 17.5);
+	test_cost_of(0.5, 16);
+	test_cost_of(0.75, 16);
+	test_cost_of(1, 16);
+}
+
+/* ---- what cannot be is refused ---- */
+
+static void expect_unclean(uint64_t *word, uint64_t value)
+{
+	uint64_t good = *word;
+	struct slot_map map = maps[0];
+
+	slot_space_destroy(space);
+	*word = value;
+	CHECK(slot_space_open(memory, SPACE_BYTES, &space) == 0);
+	if (word == &maps[0].root)
+		map.root = value;
+	CHECK(slot_space_adopt(space, &map) == -EUCLEAN);
+	*word = good;
+}
+
+static void test_refusals(void)
+{
+	struct slot_map *map = &maps[0];
+	uint64_t *entries, *cluster, at = 0;
+
+	for (uint64_t p = 0; p < 100; p += 2)
+		CHECK(slot_set(space, map, p, (struct slot){ .tag = SLOT_POOL, .units = 1, .location = p }) == 0);
+	entries = (uint64_t *)((char *)memory + SPACE_BYTES / 4 / (4 * SLOT_CHUNK_BYTES) * (4 * SLOT_CHUNK_BYTES) * 3 +
+			       (map->root >> 32) * PAGE_BYTES);
+	while ((uint32_t)entries[at] == 0)
+		at++;
+	cluster = (uint64_t *)((char *)memory + ((uint32_t)entries[at] - 1) / 512 * SLOT_CHUNK_BYTES +
+			       ((uint32_t)entries[at] - 1) % 512 * SLOT_GRANULE_BYTES);
+	expect_unclean(&map->root, map->root | UINT32_MAX);                      /* an index of 16 TiB */
+	expect_unclean(&entries[at], entries[at] | UINT32_MAX);                  /* a cluster outside */
+	expect_unclean(&entries[at], entries[at] + 1);                           /* one that is in none's place */
+	expect_unclean(&entries[at], entries[at] + (5ULL << 32));                /* another's place in the index */
+	expect_unclean(&entries[at + 1], (7ULL << 32) | 1);                      /* an entry nobody would find */
+	expect_unclean(&cluster[1], ~0ULL);                                      /* more entries than room */
+	expect_unclean(&cluster[2], 15);                                         /* a tag there is not */
+	expect_unclean(&cluster[2], SLOT_INDIRECT | 1ULL << 12);                 /* a shared slot there is not */
+	expect_unclean(&cluster[2], cluster[2] | 0x30);                          /* reserved bits */
+	slot_space_destroy(space);
+	memset(map, 0, sizeof *map);
+	CHECK(slot_space_open(memory, SPACE_BYTES, &space) == 0 && slot_space_ready(space) == 0);
+	CHECK(slot_space_metadata_bytes(space) == 0); /* nobody reaches anything: all of it is free */
+}
+
+/* ---- deaths ---- */
+
+/* In memory that outlives the child. */
+struct life {
+	uint64_t done; /* operations */
+	struct slot_map maps[2];
+	struct slot model[2][DEATH_PAGES];
+};
+
+/* Operation `k`, the same each time: what pages [first, first + count) of a map get. */
+struct operation {
+	unsigned map, first, count;
+	struct slot slot;
+	int fork;
+};
+
+static struct operation operation_of(uint64_t k)
+{
+	struct operation operation = { 0 };
+
+	state = (seed + k) * 0x9E3779B97F4A7C15UL;
+	(void)rnd(2);
+	operation.map = rnd(2);
+	operation.first = rnd(DEATH_PAGES);
+	operation.count = rnd(20) ? 1 : rnd(300) + 1;
+	operation.count = min_of(operation.count, DEATH_PAGES - operation.first);
+	operation.fork = rnd(300) == 0;
+	if (operation.count == 1 && rnd(3))
+		operation.slot = (struct slot){ .tag = rnd(2) ? SLOT_POOL : SLOT_SPILL, .units = (uint8_t)(k % 64 + 1),
+						.location = k, .check = (k * 0x9E3779B97F4A7C15UL) >> 6 };
+	return operation;
+}
+
+static void drop_nothing(void *context, struct slot slot) { (void)context, (void)slot; }
+
+static void do_operation(struct life *life, struct operation operation)
+{
+	struct slot_map *map = &life->maps[operation.map];
+	uint64_t page = base_page + operation.first;
+	struct slot old;
+
+	if (operation.fork) {
+		slot_map_clear(space, &life->maps[1], base_page, base_page + DEATH_PAGES, no_staged, drop_nothing,
+			       NULL);
+		CHECK(slot_map_share(space, &life->maps[0], &life->maps[1]) == 0);
+	} else if (operation.count > 1) {
+		slot_map_clear(space, map, page, page + operation.count, no_staged, drop_nothing, NULL);
+	} else {
+		CHECK(slot_get(space, map, page, &old) == 0);
+		CHECK(slot_set(space, map, page, (struct slot){ .tag = SLOT_NONE }) == 0);
+		if (old.tag == SLOT_INDIRECT)
+			slot_shared_put(space, old.location, drop_nothing, NULL);
+		CHECK(slot_set(space, map, page, operation.slot) == 0);
+	}
+}
+
+static int is_touched(struct operation operation, unsigned m, unsigned p)
+{
+	return operation.fork ? m == 1 : m == operation.map && p - operation.first < operation.count;
+}
+
+static struct slot model_after(const struct life *life, struct operation operation, unsigned m, unsigned p)
+{
+	if (!is_touched(operation, m, p))
+		return life->model[m][p];
+	return operation.fork ? life->model[0][p] : operation.slot;
+}
+
+static void apply_to_model(struct life *life, struct operation operation)
+{
+	for (unsigned p = 0; p < DEATH_PAGES; p++)
+		for (unsigned m = 2; m-- > 0;)
+			life->model[m][p] = model_after(life, operation, m, p);
+}
+
+/* Each page is as it was; one that was being changed may be as it was to be, or without a slot: the way there. */
+static void check_after_death(struct life *life, struct operation interrupted)
+{
+	struct slot next[2][DEATH_PAGES];
+
+	for (unsigned m = 0; m < 2; m++)
+		for (unsigned p = 0; p < DEATH_PAGES; p++) {
+			struct slot before = life->model[m][p], after = model_after(life, interrupted, m, p), have;
+
+			CHECK(slot_get(space, &life->maps[m], base_page + p, &have) == 0);
+			if (have.tag == SLOT_INDIRECT)
+				have = slot_shared_get(space, have.location);
+			CHECK(slot_is_equal(have, before) || slot_is_equal(have, after) ||
+			      (have.tag == SLOT_NONE && is_touched(interrupted, m, p)));
+			next[m][p] = have;
+		}
+	memcpy(life->model, next, sizeof next);
+}
+
+static void test_deaths(void)
+{
+	struct life *life = mmap(NULL, sizeof *life, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	uint64_t known = 0, total = 0;
+
+	CHECK(life != MAP_FAILED);
+	for (int death = 0; death < DEATHS; death++) {
+		int status;
+		pid_t child = fork();
+
+		CHECK(child >= 0);
+		if (child == 0)
+			for (;; __atomic_store_n(&life->done, life->done + 1, __ATOMIC_SEQ_CST))
+				do_operation(life, operation_of(life->done));
+		while (__atomic_load_n(&life->done, __ATOMIC_SEQ_CST) < known + 20)
+			usleep(10);
+		usleep((useconds_t)(death * 7 % 400));
+		CHECK(kill(child, SIGKILL) == 0 && waitpid(child, &status, 0) == child && WIFSIGNALED(status) &&
+		      WTERMSIG(status) == SIGKILL);
+		for (; known < life->done; known++)
+			apply_to_model(life, operation_of(known));
+		reopen(life->maps, 2);
+		check_after_death(life, operation_of(known));
+		total = ++known;
+		life->done = known;
+	}
+	for (unsigned m = 0; m < 2; m++)
+		slot_map_clear(space, &life->maps[m], base_page, base_page + DEATH_PAGES, no_staged, drop_nothing, NULL);
+	CHECK(slot_space_metadata_bytes(space) <= SLOT_SPARE_CHUNKS * SLOT_CHUNK_BYTES);
+	CHECK(slot_space_is_valid(space));
+	munmap(life, sizeof *life);
+	printf("test_slot_table: %d deaths in %lu operations\n", DEATHS, (unsigned long)total);
+}
+
+int main(int argc, char **argv)
+{
+	seed = argc > 1 ? strtoul(argv[1], NULL, 0) : 1;
+	state = seed * 2654435761u;
+	memory = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(memory != MAP_FAILED && slot_space_create(memory, SPACE_BYTES, &space) == 0);
+	test_model();
+	test_cost();
+	test_refusals();
+	test_deaths();
 	slot_space_destroy(space);
 	printf("test_slot_table: passed, seed %lu, %lu copies\n", seed, (unsigned long)next_copy);
 	return 0;

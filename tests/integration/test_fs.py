@@ -103,16 +103,14 @@ def _mounts() -> list[str]:
     return [part.mountpoint for part in psutil.disk_partitions(all=True)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_stays_mounted(tmp_path: Path, number: int) -> None:
+def test_nothing_stays_mounted(tmp_path: Path) -> None:
     where, line = _fs(tmp_path)
     service = Service(tmp_path)
     service.write("", line)
     service.start()
     assert str(where) in _mounts()
     in_use = os.open(where / "swaps", os.O_RDONLY)
-    service.signal(number)
-    service.wait()
+    service.stop()
     with contextlib.suppress(OSError):  # ENOTCONN: nobody hears of the close
         os.close(in_use)
     wait_until("it is unmounted", lambda: str(where) not in _mounts())
@@ -120,6 +118,29 @@ def test_nothing_stays_mounted(tmp_path: Path, number: int) -> None:
     assert (where / "swaps").read_text().startswith("Filename")
     service.stop()
     assert str(where) not in _mounts()
+
+
+def test_successor_of_a_daemon_shows_the_tree_again(tmp_path: Path) -> None:
+    where, line = _fs(tmp_path)
+    with serving(tmp_path, _BATCH, more=line) as service, program(service, "batch") as pid:
+        (where / "groups/batch/limit").write_text("48M")
+        before = service.daemon_pid()
+        os.kill(before, signal.SIGKILL)
+        wait_until("another daemon answers", lambda: service.answers() and service.daemon_pid() != before)
+        wait_until("its tree is there", lambda: _reads(where / "swaps"))
+        assert _mounts().count(str(where)) == 1
+        assert (where / "groups/batch/limit").read_text() == f"{48 * MIB}\n", "not that of the file"
+        assert (where / f"clients/{pid}/status").exists()
+        service.write(_BATCH.replace("64M", "96M"), line)
+        service.reload()
+        wait_until("it follows a reload", lambda: service.group("batch")["limit_bytes"] == 96 * MIB)
+
+
+def _reads(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes())
+    except OSError:  # ENOTCONN: of the daemon before
+        return False
 
 
 def test_directory_with_something_in_it_is_refused(tmp_path: Path) -> None:

@@ -3,11 +3,17 @@
  * drive — the data plane without Python: run a command under a limit.
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
- *         [--check-every MS] [--stats] --lib libvswap.so -- COMMAND...
+ *         [--check-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] --lib libvswap.so
+ *         -- COMMAND...
+ *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
  * what the sanitizers run, and what to put under a profiler. Exit status: the command's, 99 when an
  * invariant was found broken, 98 for trouble of its own.
+ *
+ * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
+ * killed and succeeded, as often as that happens; the last line then says how often, and how long
+ * nobody served.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -25,7 +32,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "crash_point.h"
 #include "engine.h"
+#include "supervise.h"
 #include "wire.h"
 
 #define PEERS_MAX 1024
@@ -37,9 +46,19 @@ struct peer {
 	int armed;
 };
 
+/* What all daemons of a run share. */
+struct shared {
+	struct peer peers[PEERS_MAX];
+	uint32_t started;   /* daemons */
+	uint32_t is_ended;  /* the command has */
+	int status;         /* its wait status */
+	uint64_t serving_us; /* when the last daemon began to serve */
+};
+
 static struct engine *engine;
 static int group;
-static struct peer peers[PEERS_MAX];
+static struct shared *shared;
+static struct peer *peers;
 
 static void fail(const char *what)
 {
@@ -127,8 +146,9 @@ static int arm(struct peer *peer)
 		fprintf(stderr, "drive: arm of pid %d: %s\n", peer->pid, strerror(-result));
 		return -1;
 	}
-	send_with(peer->fd, &ready, sizeof ready, NULL, 0);
+	engine_client_label(engine, peer->token, peer->fd, 0);
 	peer->armed = 1;
+	send_with(peer->fd, &ready, sizeof ready, NULL, 0);
 	return 0;
 }
 
@@ -212,8 +232,8 @@ static void print_statistics(void)
 }
 
 struct options {
-	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms;
-	const char *library;
+	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms;
+	const char *library, *crash;
 	char *spill;
 	int torture, stats;
 	char **command;
@@ -255,6 +275,15 @@ static pid_t start_command(const struct options *options, const char *socket_pat
 	_exit(127);
 }
 
+/* The command is a child of the supervisor, when there is one. */
+static int command_has_ended(const struct options *options, pid_t command, int *status)
+{
+	if (!options->kill_every_ms && !options->crash)
+		return waitpid(command, status, WNOHANG) == command;
+	*status = shared->status;
+	return (int)__atomic_load_n(&shared->is_ended, __ATOMIC_ACQUIRE);
+}
+
 /* Serve until the command has ended. Returns its wait status. */
 static int serve(const struct options *options, int listener, pid_t command)
 {
@@ -263,10 +292,8 @@ static int serve(const struct options *options, int listener, pid_t command)
 	int status = 0;
 
 	for (;;) {
-		if (waitpid(command, &status, WNOHANG) == command)
+		if (command_has_ended(options, command, &status))
 			return status;
-		while (waitpid(-1, NULL, WNOHANG | __WNOTHREAD) > 0 && 0)
-			;
 		fds[0] = (struct pollfd){ listener, POLLIN, 0 };
 		for (int i = 0; i < PEERS_MAX; i++)
 			fds[i + 1] = (struct pollfd){ peers[i].fd, POLLIN, 0 };
@@ -294,12 +321,19 @@ static int serve(const struct options *options, int listener, pid_t command)
 	}
 }
 
+static void print_crash_points(void)
+{
+#define PRINT_POINT(name, meaning) printf("%s\t%s\n", #name, meaning);
+	CRASH_POINTS(PRINT_POINT)
+}
+
 static void parse(int argc, char **argv, struct options *options)
 {
 	static const struct option longs[] = {
 		{ "limit", 1, 0, 'l' }, { "pool", 1, 0, 'p' }, { "spill", 1, 0, 's' },
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
-		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { 0, 0, 0, 0 } };
+		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
+		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -312,6 +346,9 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'P': options->pageout_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'c': options->check_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'S': options->stats = 1; break;
+		case 'k': options->kill_every_ms = strtoull(optarg, NULL, 0); break;
+		case 'C': options->crash = optarg; break;
+		case 'N': print_crash_points(); exit(0);
 		default: exit(2);
 		}
 	options->command = argv + optind;
@@ -319,37 +356,39 @@ static void parse(int argc, char **argv, struct options *options)
 		exit(2);
 }
 
-int main(int argc, char **argv)
+static uint64_t now_us(void)
 {
-	struct options options = { .limit_bytes = 256UL << 20 };
-	struct engine_config config = { 0 };
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	char message[256] = "";
-	int listener, status, result;
-	pid_t command;
+	struct timespec now;
 
-	parse(argc, argv, &options);
-	for (int i = 0; i < PEERS_MAX; i++)
-		peers[i].fd = -1;
-	prctl(PR_SET_CHILD_SUBREAPER, 1);
-	result = engine_create(&config, &engine, message);
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+/* One daemon: serve until the command has ended. Returns the exit status of the run. */
+static int run_daemon(const struct options *options, const struct engine_config *config, int listener,
+		      pid_t command)
+{
+	char message[256] = "";
+	int result = engine_create(config, &engine, message), status;
+
 	if (result < 0) {
 		fprintf(stderr, "drive: %s\n", message);
 		return 98;
 	}
-	group = engine_group_create(engine, "drive", options.limit_bytes, options.pool_bytes,
-				    options.torture ? ENGINE_GROUP_TORTURE : 0);
-	if (options.spill)
-		add_spill(options.spill);
-	snprintf(address.sun_path, sizeof address.sun_path, "/tmp/vswap-drive-%d.sock", getpid());
-	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	if (bind(listener, (struct sockaddr *)&address, sizeof address) != 0 || listen(listener, 64) != 0)
-		fail("socket");
-	signal(SIGINT, SIG_IGN);
-	command = start_command(&options, address.sun_path);
-	status = serve(&options, listener, command);
-	unlink(address.sun_path);
-	if (options.stats)
+	if (engine_is_successor(engine)) {
+		group = engine_group_find(engine, "drive");
+		for (int i = 0; i < PEERS_MAX; i++)
+			if (!peers[i].armed)
+				peers[i].fd = -1; /* its handshake was cut off; it comes again */
+	} else {
+		group = engine_group_create(engine, "drive", options->limit_bytes, options->pool_bytes,
+					    options->torture ? ENGINE_GROUP_TORTURE : 0);
+		if (options->spill)
+			add_spill(options->spill);
+	}
+	__atomic_store_n(&shared->serving_us, now_us(), __ATOMIC_RELEASE);
+	status = serve(options, listener, command);
+	if (options->stats)
 		print_statistics();
 	print_events();
 	if (engine_is_valid(engine) < 0) {
@@ -358,4 +397,106 @@ int main(int argc, char **argv)
 	}
 	engine_destroy(engine);
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static pid_t start_daemon(const struct options *options, const struct engine_config *config, int listener,
+			  pid_t command)
+{
+	pid_t pid = supervise_fork();
+
+	if (pid < 0)
+		fail("supervise_fork");
+	if (pid > 0)
+		return pid;
+#ifdef VSWAP_FAULT_POINTS
+	if (options->crash && shared->started == 1) {
+		char name[64] = "";
+		unsigned call = 1;
+
+		sscanf(options->crash, "%63[^:]:%u", name, &call);
+		if (crash_point_arm(name, call) < 0)
+			fail(name);
+	}
+#endif
+	_exit(run_daemon(options, config, listener, command));
+}
+
+/* Start daemons, kill them, start others, until the command has ended. */
+static int supervise(const struct options *options, struct engine_config *config, int listener)
+{
+	int32_t keep[1] = { listener };
+	char path[64];
+	uint64_t pause_us_max = 0, died_us = 0, kill_at_ms = 0;
+	unsigned seed = (unsigned)getpid(), kills = 0;
+	pid_t command, daemon;
+
+	config->keep_fds = keep;
+	config->keep_count = 1;
+	if (engine_make_memfds(&config->state_fd, &config->pool_fd) < 0)
+		fail("memfds");
+	snprintf(path, sizeof path, "/tmp/vswap-drive-%d.sock", getpid());
+	command = start_command(options, path);
+	for (shared->started = 1;; shared->started++) {
+		int status = 0;
+
+		daemon = start_daemon(options, config, listener, command);
+		kill_at_ms = options->kill_every_ms ? now_ms() + (unsigned)rand_r(&seed) %
+								       (2 * options->kill_every_ms)
+						    : UINT64_MAX;
+		while (waitpid(daemon, &status, WNOHANG) == 0) {
+			uint64_t serving_us = __atomic_load_n(&shared->serving_us, __ATOMIC_ACQUIRE);
+
+			if (died_us && serving_us > died_us) {
+				pause_us_max = serving_us - died_us > pause_us_max ? serving_us - died_us
+										   : pause_us_max;
+				died_us = 0;
+			}
+			if (!shared->is_ended && waitpid(command, &shared->status, WNOHANG) == command) {
+				__atomic_store_n(&shared->is_ended, 1, __ATOMIC_RELEASE);
+				kill_at_ms = UINT64_MAX;
+			}
+			if (now_ms() >= kill_at_ms) {
+				kill(daemon, SIGKILL);
+				kill_at_ms = UINT64_MAX;
+			}
+			usleep(500);
+		}
+		if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL) {
+			if (WIFSIGNALED(status))
+				fprintf(stderr, "drive: the daemon ended by signal %d\n", WTERMSIG(status));
+			fprintf(stderr, "drive: %u deaths, longest pause %lu us\n", kills,
+				(unsigned long)pause_us_max);
+			return WIFEXITED(status) ? WEXITSTATUS(status) : 98;
+		}
+		kills++;
+		died_us = died_us ? died_us : now_us();
+	}
+}
+
+int main(int argc, char **argv)
+{
+	struct options options = { .limit_bytes = 256UL << 20 };
+	struct engine_config config = { 0 };
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int listener, status;
+
+	parse(argc, argv, &options);
+	shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (shared == MAP_FAILED)
+		fail("mmap");
+	peers = shared->peers;
+	for (int i = 0; i < PEERS_MAX; i++)
+		peers[i].fd = -1;
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	snprintf(address.sun_path, sizeof address.sun_path, "/tmp/vswap-drive-%d.sock", getpid());
+	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (bind(listener, (struct sockaddr *)&address, sizeof address) != 0 || listen(listener, 64) != 0)
+		fail("socket");
+	signal(SIGINT, SIG_IGN);
+	if (options.kill_every_ms || options.crash)
+		status = supervise(&options, &config, listener);
+	else
+		status = run_daemon(&options, &config, listener, start_command(&options, address.sun_path));
+	unlink(address.sun_path);
+	return status;
 }

@@ -58,6 +58,11 @@ class Service:
             assert self._process is None or self._process.poll() is None, self.log.read_text()
             return False
 
+    def daemon_pid(self) -> int:
+        """The daemon's, not its supervisor's."""
+        with ControlClient(self.socket_path) as control:
+            return int(control.request("ping")["pid"])
+
     def start(self) -> None:
         """Until it answers."""
         with self.log.open("wb") as log:

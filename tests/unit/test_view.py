@@ -13,8 +13,8 @@ import pytest
 from support.fake_engine import FakeEngine
 from vswapd import connection, view
 from vswapd.cli import status as status_command
-from vswapd.failure import Failure
 from vswapd.document import build_status
+from vswapd.failure import Failure
 from vswapd.top import LimitScreen, RecordTable, TopApp
 
 if TYPE_CHECKING:
@@ -169,6 +169,8 @@ def test_limit_is_changed_and_mistakes_are_explained() -> None:
     async def drive(app: TopApp, pilot: Pilot[Any]) -> None:
         await pilot.press("l", *"12X", "enter")
         assert isinstance(app.screen, LimitScreen), "it asks again"
+        daemon.document = {**daemon.document, "version": "another"}
+        await _wait(pilot, lambda: "another" in str(app.screen_stack[0].query_one("#summary").render()))
         assert "'12X' is not a size" in str(app.screen.query_one("#mistake").render())
         await pilot.press(*["backspace"] * 3, *"128M", "enter")
         await _wait(pilot, lambda: daemon.limits == {"a": 128 * _MIB})

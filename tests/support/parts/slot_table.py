@@ -26,7 +26,7 @@ class MapState(NamedTuple):
     is_valid: bool
     counts: list[int]
     cluster_count: int
-    index_bytes: int
+    cluster_bytes: int
     first_pages: list[int]  # of its clusters
 
 
@@ -34,6 +34,7 @@ class SpaceState(NamedTuple):
     """What the space and all its maps say."""
 
     maps: dict[int, MapState]
+    is_valid: bool
     metadata_bytes: int
     shared_spill_pages: int
 
@@ -43,16 +44,31 @@ class SlotTable:
 
     def __init__(self, ffi: Any, functions: Any, size_bytes: int) -> None:
         self._ffi, self._c = ffi, functions
-        self._memory = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, size_bytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         self._base = ffi.from_buffer(self._memory)
-        space = ffi.new("struct slot_space **")
-        result = functions.slot_space_create(self._base, size_bytes, space)
-        assert result == 0, result
-        self._space = space[0]
+        self._space = self._make(functions.slot_space_create)
         self._maps: dict[int, Any] = {}
         self._events = Events([], [])
         self._free = ffi.callback("slot_free_fn", self._freed)
         self._visit = ffi.callback("slot_visit_fn", self._staged)
+
+    def _make(self, how: Any) -> Any:
+        space = self._ffi.new("struct slot_space **")
+        result = how(self._base, len(self._memory), space)
+        assert result == 0, result
+        return space[0]
+
+    def reopen(self) -> None:
+        """A successor has the memory and the maps, and believes no count."""
+        self._c.slot_space_destroy(self._space)
+        self._space = self._make(self._c.slot_space_open)
+        for of in self._maps.values():
+            of.cluster_count = of.cluster_bytes = of.index_used = 1 << 40
+            of.counts = [1 << 40] * len(of.counts)
+            result = self._c.slot_space_adopt(self._space, self._ffi.addressof(of[0]))
+            assert result == 0, result
+        result = self._c.slot_space_ready(self._space)
+        assert result == 0, result
 
     def finish(self) -> None:
         """The end of the space."""
@@ -86,15 +102,19 @@ class SlotTable:
         self._maps[number] = self._ffi.new("struct slot_map *")
 
     def share(self, parent: int, child: int) -> int:
-        """slot_map_share() to a new map."""
+        """slot_map_share() to a new map, which is there when it succeeds."""
         self.make(child)
-        return int(self._c.slot_map_share(self._space, self._maps[parent], self._maps[child]))
+        result = int(self._c.slot_map_share(self._space, self._maps[parent], self._maps[child]))
+        if result != 0:
+            del self._maps[child]
+        return result
 
     def end(self, number: int) -> tuple[bool, Events]:
         """What the exit of a client does; True when nothing is left in the map."""
         cleared = self._maps.pop(number)
         self._c.slot_map_clear(self._space, cleared, 0, PAGES_MAX, self._visit, self._free, self._ffi.NULL)
-        return not any(bytes(self._ffi.buffer(cleared))), self._take_events()
+        left = cleared.root or cleared.cluster_count or cleared.cluster_bytes or any(cleared.counts)
+        return not left, self._take_events()
 
     # ---- pages ----
 
@@ -113,22 +133,22 @@ class SlotTable:
             found.append((self._decode(slot), self._decode(behind)))
         return found
 
-    def replace(self, number: int, pages: Sequence[int], slots: Sequence[Slot]) -> tuple[int, Events]:
-        """Give each page a new slot, and let go of what it had. How many; fewer when one failed."""
+    def replace(self, number: int, pages: Sequence[int], slots: Sequence[Slot]) -> tuple[int, bool, Events]:
+        """Give each page a new slot, and let go of what it had. How many; fewer when one failed: in the get?"""
         old = self._ffi.new("struct slot *")
         for done, (page, slot) in enumerate(zip(pages, slots, strict=True)):
-            result = self._c.slot_get(self._space, self._maps[number], page, old)
+            got = result = self._c.slot_get(self._space, self._maps[number], page, old)
             if result == 0:
                 result = self._c.slot_set(self._space, self._maps[number], page, self._encode(slot))
             if result != 0:
                 assert result == -errno.ENOMEM, result
-                return done, self._take_events()
+                return done, got != 0, self._take_events()
             before = self._decode(old)
             if before.tag == Tag.INDIRECT:
                 self._c.slot_shared_put(self._space, before.location, self._free, self._ffi.NULL)
             elif before.has_copy:
                 self._events.freed.append(before)
-        return len(pages), self._take_events()
+        return len(pages), False, self._take_events()
 
     def clear(self, number: int, start: int, end: int) -> Events:
         """slot_map_clear()."""
@@ -158,13 +178,13 @@ class SlotTable:
 
     def _map_state(self, of: Any) -> MapState:
         is_valid = bool(self._c.slot_map_is_valid(self._space, of))
-        index_bytes = 8 << (of.root & 255) if of.root else 0
-        return MapState(is_valid, list(of.counts), of.cluster_count, index_bytes, self._first_pages(of))
+        return MapState(is_valid, list(of.counts), of.cluster_count, of.cluster_bytes, self._first_pages(of))
 
     def state(self) -> SpaceState:
         """Everything that can be seen without changing it."""
         return SpaceState(
             {number: self._map_state(of) for number, of in self._maps.items()},
+            bool(self._c.slot_space_is_valid(self._space)),
             self._c.slot_space_metadata_bytes(self._space),
             self._c.slot_space_shared_spill_pages(self._space),
         )

@@ -2,7 +2,8 @@
 """slot_table_model — what csrc/slot_table.h promises, in dicts.
 
 Sharing is modelled too, cluster by cluster: which page is INDIRECT and which kept copy stays with whom
-depends on it, and so do the counts and the moment at which a copy is freed.
+depends on it, and so do the counts and the moment at which a copy is freed. Where the table keeps its
+clusters is its own affair: that an allocation failed is told to the model (`no_memory`), not predicted.
 """
 
 from __future__ import annotations
@@ -11,14 +12,27 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from support import header
 from support.parts.slots import CLUSTER_PAGES, KEPT, STORED, Slot, Tag
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CHUNK_BYTES = 65536
-_CLUSTER_BYTES = 14 * CLUSTER_PAGES + 8
+_HEAP = header.defines("slot_heap.h")
+_CHUNK_BYTES = _HEAP["SLOT_CHUNK_BYTES"]
+_GRANULE_BYTES = _HEAP["SLOT_GRANULE_BYTES"]
+_TABLE = header.defines("slot_table.c")
 _SHARED_BYTES = 16
+SPARE_BYTES = _HEAP["SLOT_SPARE_CHUNKS"] * _CHUNK_BYTES
+
+
+def _cluster_bytes(slots: int) -> int:
+    """Entries of 14 bytes by four; the first group holds two and the header."""
+    return (slots + 2 + 3) // 4 * _GRANULE_BYTES
+
+
+class ModelUnsureError(Exception):
+    """Two things may have failed, and they leave different things behind."""
 
 
 class ModelNoMemoryError(Exception):
@@ -55,37 +69,34 @@ class SlotTableModel:
     """The maps of a space of `size_bytes`."""
 
     def __init__(self, size_bytes: int) -> None:
-        # Half the space is for clusters, a quarter for shared slots; number 0 of both is none.
-        quarter = size_bytes // 4 // _CHUNK_BYTES * _CHUNK_BYTES
-        self._clusters_max = 2 * quarter // _CLUSTER_BYTES - 1
+        # Half the space is for clusters, a quarter for shared slots, of which number 0 is none.
+        quarter = size_bytes // 4 // (4 * _CHUNK_BYTES) * (4 * _CHUNK_BYTES)
+        self.chunks = 2 * quarter // _CHUNK_BYTES
         self._shared_max = quarter // _SHARED_BYTES - 1
-        self._clusters = 0
         self._shared = 0
         self.maps: dict[int, dict[int, Cluster]] = {}
 
     # ---- clusters ----
 
-    def _cluster_make(self) -> Cluster:
-        if self._clusters == self._clusters_max:
+    def _copy(self, shared: Cluster, *, no_memory: bool) -> Cluster:
+        copy = Cluster()
+        stored = sum(isinstance(word, Slot) and word.tag in STORED for word in shared.words.values())
+        if stored > self._shared_max - self._shared:
+            if no_memory:
+                raise ModelUnsureError
+            raise AssertionError("there was no room for so many shared slots")
+        if no_memory:
             raise ModelNoMemoryError
-        self._clusters += 1
-        return Cluster()
-
-    def _copy(self, shared: Cluster) -> Cluster:
-        copy = self._cluster_make()
         for i in sorted(shared.words):
             word = shared.words[i]
             if isinstance(word, Slot) and word.tag in STORED:
-                if self._shared == self._shared_max:
-                    self._clusters -= 1
-                    raise ModelNoMemoryError
                 self._shared += 1
                 word = shared.words[i] = Shared(word, shared.maps)
             if isinstance(word, Shared) or word.tag not in KEPT:
                 copy.words[i] = word
         return copy
 
-    def _own(self, number: int, cluster_number: int) -> Cluster | None:
+    def _own(self, number: int, cluster_number: int, *, no_memory: bool = False) -> Cluster | None:
         """The map's own cluster, as whoever wants to look into it needs it."""
         clusters = self.maps[number]
         cluster = clusters.get(cluster_number)
@@ -94,7 +105,7 @@ class SlotTableModel:
         if cluster.maps == 1:
             cluster.was_shared = False
             return cluster
-        clusters[cluster_number] = copy = self._copy(cluster)
+        clusters[cluster_number] = copy = self._copy(cluster, no_memory=no_memory)
         cluster.maps -= 1
         self._collect(number, cluster_number)
         return copy if copy.words else None
@@ -102,7 +113,6 @@ class SlotTableModel:
     def _collect(self, number: int, cluster_number: int) -> None:
         if not self.maps[number][cluster_number].words:
             del self.maps[number][cluster_number]
-            self._clusters -= 1
 
     def _drop(self, word: Slot | Shared, dropped: Dropped) -> None:
         if isinstance(word, Shared):
@@ -115,9 +125,9 @@ class SlotTableModel:
 
     # ---- operations ----
 
-    def get(self, number: int, page: int) -> Slot | Shared | None:
+    def get(self, number: int, page: int, *, no_memory: bool = False) -> Slot | Shared | None:
         """slot_get()."""
-        cluster = self._own(number, page // CLUSTER_PAGES)
+        cluster = self._own(number, page // CLUSTER_PAGES, no_memory=no_memory)
         return cluster.words.get(page % CLUSTER_PAGES) if cluster else None
 
     def set(self, number: int, page: int, word: Slot | Shared | None) -> None:
@@ -127,7 +137,7 @@ class SlotTableModel:
         if cluster is None:
             if word is None:
                 return
-            cluster = self.maps[number][cluster_number] = self._cluster_make()
+            cluster = self.maps[number][cluster_number] = Cluster()
         cluster.words.pop(i, None)
         if word is not None:
             cluster.words[i] = word
@@ -141,11 +151,14 @@ class SlotTableModel:
             self._drop(old, dropped)
 
     def can_clear(self, number: int, start: int, end: int) -> bool:
-        """False when memory for it may be short, which slot_map_clear() answers by ending the daemon."""
+        """False when shared slots may be short, which slot_map_clear() answers by ending the daemon."""
         cut = {page // CLUSTER_PAGES for page in (start, end) if page % CLUSTER_PAGES}
         copies = sum(1 for found in map(self.maps[number].get, cut) if found and found.maps > 1)
-        room = self._shared_max - self._shared >= copies * CLUSTER_PAGES
-        return room and self._clusters_max - self._clusters >= copies
+        return self._shared_max - self._shared >= copies * CLUSTER_PAGES
+
+    def can_share_all(self, number: int) -> bool:
+        """No get of any page of the map can run out of shared slots."""
+        return self._shared_max - self._shared >= len(self.shared_pages(number))
 
     def clear(self, number: int, start: int, end: int, dropped: Dropped) -> None:
         """slot_map_clear()."""
@@ -176,7 +189,7 @@ class SlotTableModel:
         self._collect(number, cluster_number)
 
     def move(self, number: int, start: int, to: int, pages: int, dropped: Dropped) -> None:
-        """slot_map_move(). ModelNoMemoryError: some are moved, the others where they were."""
+        """slot_map_move()."""
         self.clear(number, to, to + pages, dropped)
         for i in range(pages):
             if (start + i) // CLUSTER_PAGES not in self.maps[number]:
@@ -244,6 +257,12 @@ class SlotTableModel:
             for word in cluster.words.values()
         )
 
-    def metadata_bytes(self) -> int:
-        """Without the indexes."""
-        return self._clusters * _CLUSTER_BYTES + self._shared * _SHARED_BYTES
+    def cluster_bytes(self, number: int) -> tuple[int, int]:
+        """At least and at most, of the clusters of a map."""
+        slots = [len(cluster.words) for cluster in self.maps[number].values()]
+        slack = _TABLE["TRIM_SLACK"]
+        return sum(map(_cluster_bytes, slots)), sum(_cluster_bytes(count + slack) for count in slots)
+
+    def free_chunks(self, metadata_bytes: int) -> int:
+        """At least so many, when the table says that it has so much memory."""
+        return self.chunks - metadata_bytes // _CHUNK_BYTES

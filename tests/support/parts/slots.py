@@ -9,7 +9,7 @@ from typing import NamedTuple
 from support import header
 
 PAGES_MAX = 1 << 36  # twice the address space: pages of waiting remaps lie behind it
-CLUSTER_PAGES = 64
+CLUSTER_PAGES = header.defines("limits.h")["CLUSTER_PAGES"]
 CHECK_BITS = 58
 LOCATION_BITS = 38
 BACKENDS = 15

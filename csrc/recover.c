@@ -1,0 +1,511 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * recover — go on where a dead daemon stopped.
+ *
+ * The successor has inherited all descriptors and both memfds. Before any thread runs:
+ *   1 close every descriptor that no record names
+ *   2 forget clients that were FORMING or DEAD: nothing depends on them
+ *   3 open the slot space from the maps of the others; finish the move of slots that was under way
+ *   4 make groups, backends and clients from their records; tell pools and backends which objects
+ *     the slots name: whatever is not named is free
+ * then each client by itself, in a thread of its own, its gate shut (an agent that is stopped keeps only
+ * its own client waiting):
+ *   5 tell its agent the new epoch. A batch in INTENT means that its MOVE may still be running: wait for
+ *     the answer to what the dead daemon posted last, or for the agent's proven death
+ *   6 find out where the pages of batches are; apply the events that were read and not applied
+ *   7 resync: a page that is present is resident, whatever its slot says (its fill was not settled)
+ *   8 wake all faults, for those that were read are not told again; open the gate
+ *   9 store what is in staging, release the windows
+ *
+ * Nothing is guessed: a slot that names what cannot be (an object twice, an extent outside of a segment)
+ * becomes POISONED. What makes the whole state impossible refuses to start.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "checkpoint.h"
+#include "engine_internal.h"
+#include "evict.h"
+#include "sys.h"
+
+#define WAIT_MS 50
+#define ADDRESS_FIRST (1UL << 16) /* vm.mmap_min_addr: no page is below */
+#define ADDRESS_END ((1UL << 47) - PAGE_BYTES)
+
+/* ---- 1 descriptors ---- */
+
+struct descriptor_set {
+	int *fds;
+	size_t count, capacity;
+};
+
+static int descriptor_keep(struct descriptor_set *set, int fd)
+{
+	if (fd < 0)
+		return 0;
+	if (set->count == set->capacity) {
+		size_t capacity = set->capacity ? set->capacity * 2 : 256;
+		int *fds = realloc(set->fds, capacity * sizeof *fds);
+
+		if (!fds)
+			return -ENOMEM;
+		set->fds = fds;
+		set->capacity = capacity;
+	}
+	set->fds[set->count++] = fd;
+	return 0;
+}
+
+static int compare_fds(const void *a, const void *b)
+{
+	return *(const int *)a - *(const int *)b;
+}
+
+static bool client_is_kept(const struct client_record *record)
+{
+	return record->phase == CLIENT_ARMING || record->phase == CLIENT_LIVE;
+}
+
+static int keep_client(struct descriptor_set *set, const struct client_record *record)
+{
+	int result = descriptor_keep(set, record->events_fd);
+
+	if (result == 0)
+		result = descriptor_keep(set, record->trash_fd);
+	if (result == 0)
+		result = descriptor_keep(set, record->ring_fd);
+	if (result == 0)
+		result = descriptor_keep(set, record->socket_fd);
+	for (uint32_t i = 0; result == 0 && i < fault_message_count(record); i++)
+		if (record->messages[i].event == UFFD_EVENT_FORK)
+			result = descriptor_keep(set, (int)record->messages[i].arg.fork.ufd);
+	return result;
+}
+
+static int keep_named(struct descriptor_set *set, const struct state *state,
+		      const struct engine_config *config)
+{
+	int result = descriptor_keep(set, config->state_fd);
+
+	if (result == 0)
+		result = descriptor_keep(set, config->pool_fd);
+	for (uint32_t i = 0; result == 0 && i < config->keep_count; i++)
+		result = descriptor_keep(set, config->keep_fds[i]);
+	for (unsigned i = 0; result == 0 && i < GROUPS_MAX; i++)
+		if (state->groups[i].used)
+			result = descriptor_keep(set, state->groups[i].session_fd);
+	for (unsigned i = 0; result == 0 && i < BACKENDS_MAX; i++)
+		if (state->backends[i].used)
+			result = descriptor_keep(set, state->backends[i].fd);
+	for (unsigned i = 0; result == 0 && i < CLIENTS_MAX; i++)
+		if (client_is_kept(&state->clients[i]))
+			result = keep_client(set, &state->clients[i]);
+	return result;
+}
+
+/* Its agent may take a handshake for complete that the dead daemon did not finish: it is to begin anew. */
+static void retire_ring(int fd)
+{
+	struct vswap_ring *ring = fd < 0 ? MAP_FAILED
+					 : mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
+						fd, 0);
+
+	if (ring == MAP_FAILED)
+		return;
+	__atomic_store_n(&ring->retired, 1, __ATOMIC_SEQ_CST);
+	__atomic_fetch_add(&ring->epoch, 1, __ATOMIC_SEQ_CST);
+	sys_futex_wake(&ring->posted);
+	munmap(ring, VSWAP_RING_BYTES);
+}
+
+/* What the dead daemon had opened for itself, and connections that had not come to anything. */
+static int close_unnamed(const struct state *state, const struct engine_config *config)
+{
+	struct descriptor_set named = { 0 };
+	int result = keep_named(&named, state, config);
+	DIR *directory = result == 0 ? opendir("/proc/self/fd") : NULL;
+	const struct dirent *entry;
+
+	if (!directory) {
+		free(named.fds);
+		return result < 0 ? result : -errno;
+	}
+	qsort(named.fds, named.count, sizeof *named.fds, compare_fds);
+	while ((entry = readdir(directory))) {
+		int fd = atoi(entry->d_name);
+
+		if (fd > STDERR_FILENO && fd != dirfd(directory) &&
+		    !bsearch(&fd, named.fds, named.count, sizeof fd, compare_fds))
+			close(fd);
+	}
+	closedir(directory);
+	free(named.fds);
+	return 0;
+}
+
+/* ---- 4 groups, clients, objects ---- */
+
+static int recover_groups(struct engine *engine)
+{
+	for (unsigned i = 0; i < GROUPS_MAX; i++) {
+		int result = engine->state->groups[i].used ? group_adopt(engine, i) : 0;
+
+		if (result < 0)
+			return result;
+	}
+	return 0;
+}
+
+/* Tell its pool or backend that this copy is live. */
+static int claim_copy(struct client *client, struct slot copy)
+{
+	struct engine *engine = client->engine;
+
+	switch (copy.tag) {
+	case SLOT_POOL:
+	case SLOT_KEPT_POOL:
+		return pool_adopt(client->group->pool, copy.location, copy.units);
+	case SLOT_SPILL:
+	case SLOT_KEPT_SPILL:
+		if (copy.backend >= engine->backend_count || !engine->backends[copy.backend].spill)
+			return -EINVAL;
+		return spill_claim(engine->backends[copy.backend].spill, copy.location, copy.units);
+	default:
+		return 0;
+	}
+}
+
+/* Every copy that a slot names, once; a slot_visit_fn. */
+static int claim_slot(void *context, uint64_t page, struct slot slot)
+{
+	struct client *client = context;
+	uint64_t window = slot.location / BATCH_PAGES_MAX, i = slot.location % BATCH_PAGES_MAX;
+	struct batch_record *batch;
+
+	if (slot.tag != SLOT_STAGED)
+		return claim_copy(client, slot);
+	batch = &client->record->batches[window];
+	if (window >= VSWAP_WINDOWS || i >= batch->page_count ||
+	    (batch->phase != BATCH_INTENT && batch->phase != BATCH_STAGED))
+		return -EINVAL;
+	batch->pages[i] = page; /* it may have been moved by a remap that did not come to an end */
+	return claim_copy(client, batch->before[i]);
+}
+
+static int recover_clients(struct engine *engine)
+{
+	for (unsigned i = 0; i < CLIENTS_MAX; i++) {
+		struct client_record *record = &engine->state->clients[i];
+		struct client *client;
+		int result;
+
+		if (!client_is_kept(record))
+			continue;
+		for (unsigned w = 0; w < VSWAP_WINDOWS; w++)
+			record->batches[w].page_count =
+				min_of(record->batches[w].page_count, (uint32_t)BATCH_PAGES_MAX);
+		result = client_adopt(engine, i, &client);
+		if (result < 0)
+			return result;
+		/* The caller's reference is for the recovery thread. */
+	}
+	return 0;
+}
+
+int recover_descriptors(const struct engine_config *config)
+{
+	struct state *state = mmap(NULL, STATE_BYTES, PROT_READ, MAP_SHARED | MAP_NORESERVE,
+				   config->state_fd, 0);
+	int result = 0;
+
+	if (state == MAP_FAILED)
+		return -errno;
+	if (state->magic == STATE_MAGIC && state->version == STATE_VERSION) {
+		for (unsigned i = 0; i < CLIENTS_MAX; i++)
+			if (state->clients[i].phase == CLIENT_FORMING && state->clients[i].trash_fd < 0)
+				retire_ring(state->clients[i].ring_fd);
+		result = close_unnamed(state, config);
+	}
+	munmap(state, STATE_BYTES);
+	return result;
+}
+
+/* The slots of a remap that was under way are in two places: finish it before anything is counted. */
+static int finish_moves(struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = engine->clients[i];
+		struct client_record *record = client ? client->record : NULL;
+		int result;
+
+		if (!client || !checkpoint_is_interrupted(client) || record->move.step != record->step)
+			continue;
+		result = slot_map_move(engine->slots, &record->map, record->move.from_page,
+				       record->move.to_page, record->move.pages, client_staged_moved,
+				       client_free_copy, client);
+		if (result < 0)
+			return result;
+	}
+	return 0;
+}
+
+static void forget_clients(struct engine *engine)
+{
+	for (unsigned i = 0; i < CLIENTS_MAX; i++) {
+		struct client_record *record = &engine->state->clients[i];
+
+		if (record->phase == CLIENT_UNUSED || client_is_kept(record))
+			continue;
+		checkpoint_discard(engine->state, i);
+		__atomic_store_n(&record->phase, CLIENT_UNUSED, __ATOMIC_RELEASE);
+	}
+}
+
+static int claim_all(struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client *client = engine->clients[i];
+		int result = client ? slot_map_claim(engine->slots, &client->record->map, claim_slot, client)
+				    : 0;
+
+		if (result < 0)
+			return result;
+	}
+	slot_space_claimed(engine->slots);
+	pool_space_adopt_end(engine->pool_space);
+	for (unsigned i = 0; i < engine->backend_count; i++)
+		if (engine->backends[i].spill)
+			spill_claims_end(engine->backends[i].spill);
+	return 0;
+}
+
+int recover_engine(struct engine *engine)
+{
+	int result;
+
+	forget_clients(engine);
+	result = recover_groups(engine);
+	for (unsigned i = 0; result == 0 && i < BACKENDS_MAX; i++)
+		if (engine->state->backends[i].used)
+			result = backend_adopt(engine, i);
+	if (result == 0)
+		result = recover_clients(engine);
+	if (result == 0)
+		result = slot_space_open((char *)engine->state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS,
+					 &engine->slots);
+	for (unsigned i = 0; result == 0 && i < engine->clients_end; i++)
+		if (engine->clients[i])
+			result = slot_space_adopt(engine->slots, &engine->clients[i]->record->map);
+	if (result == 0)
+		result = slot_space_ready(engine->slots);
+	if (result == 0)
+		result = finish_moves(engine);
+	if (result == 0)
+		result = claim_all(engine);
+	return result;
+}
+
+/* ---- 5 to 9: one client ---- */
+
+/* The ring of the dead daemon, with its numbers, and the agent's descriptors of /proc. */
+static int attach_ring(struct client *client)
+{
+	struct vswap_ring *ring = mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
+				       client->ring_fd, 0);
+
+	if (ring == MAP_FAILED)
+		return -errno;
+	client->posted = ring->posted;
+	ring->epoch = client->engine->state->epoch;
+	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE);
+	return 0;
+}
+
+/* A forked child whose handshake was cut off begins it anew. */
+static void reset_handshake(struct client *client)
+{
+	if (client->trash_fd >= 0)
+		return;
+	if (client->ring_fd >= 0) {
+		retire_ring(client->ring_fd);
+		close(client->ring_fd);
+		client->ring_fd = client->record->ring_fd = -1;
+	}
+	WRITE_ONCE(client->pid, 0);
+	client->record->pid = 0;
+}
+
+/* 5: until no MOVE of the dead daemon can be running. False when the client is gone. */
+static bool wait_for_agent(struct client *client, uint32_t last)
+{
+	for (;;) {
+		int result = client_wait(client, last, WAIT_MS);
+
+		if (result != -ETIMEDOUT)
+			return true; /* answered, or the agent is gone and its last command has ended */
+		if (READ_ONCE(client->dead) || READ_ONCE(client->engine->stopping))
+			return false;
+	}
+}
+
+static bool has_intent(const struct client *client)
+{
+	for (unsigned w = 0; w < VSWAP_WINDOWS; w++)
+		if (client->record->batches[w].phase == BATCH_INTENT)
+			return true;
+	return false;
+}
+
+/* 7: pages of swapped slots that are present were filled by the dead daemon in its last moment. */
+static void resync_page(struct client *client, uint64_t page)
+{
+	struct slot_space *space = client->engine->slots;
+	struct slot slot, next = { .tag = SLOT_NONE };
+
+	if (slot_get(space, &client->record->map, page, &slot) < 0 || !slot_is_swapped(slot.tag) ||
+	    slot.tag == SLOT_STAGED)
+		return;
+	if (slot.tag == SLOT_POOL || slot.tag == SLOT_SPILL)
+		next = slot_kept(slot);
+	VS_CHECK(slot_set(space, &client->record->map, page, next) == 0);
+	if (slot.tag == SLOT_INDIRECT)
+		slot_shared_put(space, slot.location, client_free_copy, client);
+}
+
+static void resync(struct client *client)
+{
+	struct page_range ranges[64];
+
+	for (size_t i = 0; i < client->armed.count; i++) {
+		uint64_t at = client->armed.ranges[i].start, end = client->armed.ranges[i].end;
+
+		while (at < end) {
+			uint64_t walk_end = end;
+			int count = sys_mapped_ranges(client->pagemap_fd, at, end, ranges, 64, 0, &walk_end);
+
+			for (int k = 0; k < count; k++)
+				for (uint64_t p = ranges[k].start; p < ranges[k].end; p += PAGE_BYTES)
+					resync_page(client, page_of(p));
+			if (count < 0 || walk_end <= at)
+				break;
+			at = walk_end;
+		}
+	}
+}
+
+struct recovery {
+	struct client *client;
+	struct evictor evictor;
+	unsigned windows; /* to be stored or released */
+};
+
+/* Before a fork is applied again: nothing may be staged. The gate is held, and is shut besides. */
+static void store_staged(void *context)
+{
+	struct recovery *recovery = context;
+
+	pthread_mutex_unlock(&recovery->client->gate);
+	evict_recover_store(recovery->client, &recovery->evictor, &recovery->windows);
+	pthread_mutex_lock(&recovery->client->gate);
+}
+
+/* 6 to 8; the gate is held. */
+static void catch_up(struct recovery *recovery)
+{
+	struct client *client = recovery->client;
+	uint32_t applied = 0;
+
+	/* What cannot be read back is found again: registered mappings keep their slots (look.c). */
+	if (checkpoint_read(client, &applied) < 0)
+		client->registered = false;
+	if (client->pagemap_fd >= 0 && client->ring)
+		(void)evict_recover_batches(client, &recovery->windows);
+	fault_replay(client, applied, store_staged, recovery);
+	if (client->pagemap_fd >= 0)
+		resync(client);
+	(void)sys_userfaultfd_wake(client->events_fd, ADDRESS_FIRST, ADDRESS_END - ADDRESS_FIRST);
+	client_metadata_changed(client);
+	client->recovering = false;
+}
+
+static void *recovery_main(void *argument)
+{
+	struct recovery recovery = { .client = argument };
+	struct client *client = argument;
+	uint32_t last = client->posted - 1; /* command of the dead daemon */
+
+	VS_CHECK(evictor_create(&recovery.evictor) == 0);
+	if (client->ring) {
+		/* A POPULATE may be under way, and fault: no MOVE behind that. */
+		client->populate_number = last;
+		client->populating = true;
+	}
+	if (!client->ring || !has_intent(client) || wait_for_agent(client, last)) {
+		pthread_mutex_lock(&client->gate);
+		if (!client->dead)
+			catch_up(&recovery);
+		pthread_mutex_unlock(&client->gate);
+		client_wake(client);
+		evict_recover_store(client, &recovery.evictor, &recovery.windows);
+		if (client->ring && wait_for_agent(client, last))
+			evict_recover_release(client, recovery.windows);
+	}
+	if (READ_ONCE(client->agent_gone) && sys_userfaultfd_is_gone(client->events_fd))
+		client_bury(client);
+	evictor_destroy(&recovery.evictor);
+	client_put(client);
+	return NULL;
+}
+
+static int begin_recovery(struct client *client)
+{
+	struct client_record *record = client->record;
+	int result = 0;
+
+	reset_handshake(client);
+	/* Its process may have ended, and left us the event of a fork before: the child is to be served. */
+	if (client->pid > 0 && (sys_userfaultfd_is_gone(client->events_fd) || client_open_proc(client) < 0))
+		WRITE_ONCE(client->agent_gone, true);
+	if (client->ring_fd >= 0)
+		result = attach_ring(client);
+	if (result == 0 && client->trash_fd >= 0 && !client->agent_gone &&
+	    client_arm_descriptors(client, record->phase == CLIENT_ARMING, true) < 0)
+		WRITE_ONCE(client->agent_gone, true);
+	if (result == 0)
+		client_set_phase(client, CLIENT_LIVE);
+	return result;
+}
+
+void recover_start(struct engine *engine)
+{
+	pthread_attr_t attributes;
+	pthread_t thread;
+
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 256 * 1024);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	for (unsigned i = 0; i < CLIENTS_MAX; i++) {
+		struct client *client = engine->clients[i];
+
+		if (!client || !client->recovering)
+			continue;
+		group_pool_changed(client->group);
+		pthread_mutex_lock(&client->gate);
+		if (begin_recovery(client) == 0)
+			(void)client_start(client);
+		pthread_mutex_unlock(&client->gate);
+		if (!client->serving || pthread_create(&thread, &attributes, recovery_main, client) != 0) {
+			/* Its process has ended; or nothing can be started, then it waits for the next daemon. */
+			if (sys_userfaultfd_is_gone(client->events_fd))
+				client_bury(client);
+			client_put(client);
+		}
+	}
+	pthread_attr_destroy(&attributes);
+}
