@@ -240,6 +240,8 @@ class ClientServer:
         self._groups.note_managed(peer.pid)
         taken = descriptors.take_all()
         events_fd = taken[0] if hello.kind == wire.HELLO_NEW else -1
+        # Before it is served: it may end at once, and its name is asked for then.
+        self._clients[token] = Client(token, peer.pid, peer.uid, processes.comm(peer.pid))
         try:
             await trio.to_thread.run_sync(
                 self._engine.client_arm, token, arena, events_fd, taken[-1], limiter=self._workers
@@ -247,8 +249,6 @@ class ClientServer:
         except OSError as error:
             await send_message(sock, wire.pack_ready(wire.REFUSED_KERNEL))
             raise WireError(f"the engine refused it: {error}") from error
-        # Before READY: once the agent knows, everybody asking us does.
-        self._clients[token] = Client(token, peer.pid, peer.uid, processes.comm(peer.pid))
         self._groups.note_change()
         self._engine.client_label(token, sock.fileno(), peer.uid)
         await send_message(sock, wire.pack_ready(wire.OK))
@@ -283,7 +283,10 @@ class ClientServer:
         # Shielded: when the daemon stops, too, the engine must hear of it.
         with trio.CancelScope(shield=True):
             try:
+                # First: once it is closed the number may be another's, and a successor go by it.
+                self._engine.client_label(token, -1, client.uid if client else 0)
                 await trio.to_thread.run_sync(self._engine.client_lost, token, limiter=self._workers)
             except OSError as error:
-                self._log.error("client not ended", token=token, error=str(error))
+                if error.errno not in (errno.ENOENT, errno.ESRCH):
+                    self._log.error("client not ended", token=token, error=str(error))
         self._groups.note_change()

@@ -18,6 +18,7 @@ import pytest
 
 from support.limited import command_path
 from support.sampler import ControlClient
+from vswapd import paths
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -110,6 +111,26 @@ def empty_library(tmp_path_factory: pytest.TempPathFactory) -> str:
     library = directory / "libvswap.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
     return str(library)
+
+
+@pytest.fixture(scope="session")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """tests/support/drive.c with fault and crash points: the data plane without Python."""
+    program = tmp_path_factory.mktemp("drive") / "drive"
+    source = _SUPPORT.parent.parent / "csrc"
+    client = {"agent.c", "agent_join.c", "agent_ring.c", "preload.c", "preload_replace.c"}
+    files = [str(path) for path in sorted(source.glob("*.c")) if path.name not in client]
+    flags = ["-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
+    libraries = ["-llz4", "-lzstd", "-luring", "-lm", "-pthread"]
+    command = ["cc", *flags, f"-I{source}", "-o", str(program), str(_SUPPORT / "drive.c"), *files, *libraries]
+    subprocess.run(command, check=True)
+    return str(program)
+
+
+@pytest.fixture(scope="session")
+def client_library() -> str:
+    """The client library that is installed."""
+    return paths.library()
 
 
 # ---- daemons ----

@@ -166,8 +166,8 @@ static void accept_peer(int listener)
 			if (hello(&peers[i]) < 0 || arm(&peers[i]) < 0) {
 				if (peers[i].token)
 					engine_client_lost(engine, peers[i].token);
-				close(fd);
 				peers[i].fd = -1;
+				close(fd);
 			}
 			return;
 		}
@@ -302,9 +302,11 @@ static int serve(const struct options *options, int listener, pid_t command)
 			accept_peer(listener);
 		for (int i = 0; i < PEERS_MAX; i++)
 			if (peers[i].fd >= 0 && fds[i + 1].fd == peers[i].fd && fds[i + 1].revents) {
+				int fd = peers[i].fd;
+
 				engine_client_lost(engine, peers[i].token);
-				close(peers[i].fd);
-				peers[i].fd = -1;
+				peers[i].fd = -1; /* first: closed, the number may soon be another's */
+				close(fd);
 			}
 		print_events();
 		if (options->pageout_every_ms && now_ms() >= next_pageout) {

@@ -27,6 +27,16 @@ def _error(number: int, what: str) -> OSError:
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
+def make_memfds() -> tuple[int, int]:
+    """As in engine.py."""
+    return os.memfd_create("state"), os.memfd_create("pool")
+
+
+def fork_sharing_descriptors() -> int:
+    """Here parent and child have a descriptor table each, so a successor finds nothing."""
+    return os.fork()
+
+
 class FakeEngine:
     """The Engine interface. `refuse` maps a method's name to the errno it fails with."""
 
@@ -97,6 +107,14 @@ class FakeEngine:
             if any(client.group == group for client in self._clients.values()):
                 raise _error(errno.EBUSY, "group")
             del self._groups[group]
+
+    is_successor = False
+
+    def group_label(self, group: int, label: str, session_fd: int) -> None:
+        """As Engine has it."""
+
+    def client_label(self, token: int, socket_fd: int, uid: int) -> None:
+        """As Engine has it."""
 
     def group_set_unmanaged(self, group: int, count_bytes: int) -> None:
         self._call("group_set_unmanaged", group, count_bytes)

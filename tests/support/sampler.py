@@ -304,7 +304,8 @@ class Sampler:
             with contextlib.suppress(OSError, EOFError):
                 client = ControlClient(self._socket_path or path, _STATUS_SECONDS_MAX)
                 try:
-                    self.samples.daemon_pid = int(client.request("ping", 2.0)["pid"])
+                    answer = client.request("ping", 2.0)
+                    self.samples.daemon_pid = int(answer["supervisor"] or answer["pid"])
                 except BaseException:
                     client.close()
                     raise

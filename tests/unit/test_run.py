@@ -259,8 +259,12 @@ def test_killed_front_leaves_a_daemon_that_serves_and_then_ends(environment: dic
 
 
 def test_killed_daemon_ends_the_command_clearly(environment: dict[str, str]) -> None:
+    """With its supervisor: nobody is left to start another."""
     process = start(environment, "run", "--", *_CLIENT, "stay")
-    os.kill(daemon_of(process.pid), signal.SIGKILL)
+    supervisor = daemon_of(process.pid)
+    daemon = int(Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()[0])
+    for pid in (supervisor, daemon):
+        os.kill(pid, signal.SIGKILL)
     # Its stdin stays open meanwhile: it does not end by itself.
     assert process.wait(_SECONDS_MAX) == 137
     _, errors = process.communicate()

@@ -11,13 +11,15 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from support.fake_engine import FakeEngine
+from support.fake_engine import FakeEngine, fork_sharing_descriptors, make_memfds
 from vswapd import clients, records
 
 if TYPE_CHECKING:
     from vswapd.wire import Arena
 
 clients.is_userfaultfd = lambda descriptor: descriptor >= 0
+
+__all__ = ["Engine", "fork_sharing_descriptors", "make_memfds"]
 
 _MIB = 1 << 20
 

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""The daemon dies, at any moment, and nobody notices but by a pause.
+
+In the middle of everything: pages on their way out and back, forks, remaps, segments being written,
+handshakes. Its successor finds both memfds and all descriptors, and goes on (csrc/recover.c). At random
+moments here, through Python; at every named one in `drive` (csrc/crash_point.h).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.limited import MIB, LimitedProgram, command_path, run_limited
+from support.sampler import ControlClient
+
+if TYPE_CHECKING:
+    from integration.conftest import DaemonProcess
+
+_SECONDS_MAX = 20.0
+_PAUSE_SECONDS_MAX = 10.0  # of a machine that does other things besides: what counts is that it ends
+
+
+class Killer:
+    """Kills the daemon again and again. `pauses`: how long each time nobody answered, s."""
+
+    def __init__(self, socket_path: str, mean_seconds: float, seed: int) -> None:
+        self._socket_path = socket_path
+        self._mean_seconds = mean_seconds
+        self._random = random.Random(seed)
+        self.pauses: list[float] = []
+
+    def _answer(self) -> int:
+        """PID of the daemon that answers now."""
+        deadline = time.monotonic() + _PAUSE_SECONDS_MAX
+        while True:
+            try:
+                with ControlClient(self._socket_path, _PAUSE_SECONDS_MAX) as control:
+                    return int(control.request("ping", _PAUSE_SECONDS_MAX)["pid"])
+            except (OSError, EOFError):
+                assert time.monotonic() < deadline, "no daemon answers any more"
+
+    def kill(self, times: int) -> None:
+        """Kill it `times` times, at random moments."""
+        for _ in range(times):
+            pid = self._answer()
+            time.sleep(self._random.expovariate(1 / self._mean_seconds))  # a random moment is what is tested
+            started = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            assert self._answer() != pid
+            self.pauses.append(time.monotonic() - started)
+
+    def describe(self) -> str:
+        """The figures that are asked for."""
+        ordered = sorted(self.pauses)
+        p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+        middle = ordered[len(ordered) // 2]
+        return f"{len(ordered)} deaths, pause p50 {middle * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms"
+
+
+def _assert_nothing_held(status: dict[str, int]) -> None:
+    names = ("virtual_pages", "zero_pages", "same_pages", "pool_pages", "spill_pages", "staged_pages")
+    held = {name: status[name] for name in (*names, "pool_object_bytes", "spill_bytes") if status[name]}
+    assert not held, f"still held: {held}"
+
+
+_FOUR = """
+import subprocess, sys
+kinds = ("text", "floats", "third", "mixed")
+argv = [sys.argv[1], "--mib", "40", "--seconds", sys.argv[2], "--order", "random", "--fork", "--kind"]
+children = [subprocess.Popen([*argv, kind, "--seed", str(seed)]) for seed, kind in enumerate(kinds)]
+sys.exit(max(child.wait() for child in children))
+"""
+
+
+@pytest.mark.parametrize("deaths", [12, pytest.param(200, marks=pytest.mark.full)])
+def test_embedded_daemon_dies(verify_memory: str, deaths: int) -> None:
+    """Four clients that verify what they have, forks of theirs too, all in one limited command."""
+    seconds = 8 + deaths * 3 // 2
+    argv = ["/usr/bin/env", "python3", "-c", _FOUR, verify_memory, str(seconds)]
+    with LimitedProgram("64M", argv, seconds_max=seconds * 4 + 120.0) as program:
+        killer = Killer(program.socket_path, 0.25, seed=deaths)
+        killer.kill(deaths)
+        with ControlClient(program.socket_path, _SECONDS_MAX) as control:
+            assert control.status()["counters"]["evicted_pages"] > 0
+        result = program.wait()
+    print(killer.describe())
+    assert result.status == 0, result.describe()
+    told = result.stderr.decode().splitlines()
+    assert told.count("vswapctl: the daemon died and another took over; nothing is lost") == deaths, told
+    assert result.swapped_bytes_max > 32 * MIB, result.describe()
+    assert result.faults > 0
+
+
+@pytest.mark.parametrize("deaths", [8, pytest.param(100, marks=pytest.mark.full)])
+def test_system_daemon_dies(daemon: DaemonProcess, churn: str, deaths: int) -> None:
+    """Started by hand; two commands with threads, forks and remaps, and a client that comes later."""
+    seconds = 6 + deaths * 3 // 2
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "48M", "--"]
+    commands = [
+        subprocess.Popen([*argv, churn, "96", str(seconds), str(seed), "2", "1"], stderr=subprocess.PIPE)
+        for seed in (1, 2)
+    ]
+    killer = Killer(daemon.socket_path, 0.25, seed=deaths)
+    killer.kill(deaths)
+    for command in commands:
+        _, errors = command.communicate(timeout=seconds * 4 + 120)
+        assert command.returncode == 0, errors.decode()
+    print(killer.describe())
+    _assert_nothing_held(daemon.wait_no_clients())  # type: ignore[arg-type]
+    with daemon.control() as control:
+        assert control.request("test-check", 60.0)["valid"] is True
+        assert control.request("ping")["supervisor"] == daemon.process.pid
+
+
+def test_groups_sessions_and_limits_outlive_the_daemon(daemon: DaemonProcess, verify_memory: str) -> None:
+    """The session of a `run` ends its group, also under a daemon that did not make it."""
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "40M", "--"]
+    argv += [verify_memory, "--mib", "80", "--seconds", "8"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as command:
+        pid = _managed_pid(daemon)
+        with daemon.control() as control:
+            before = control.status()
+            assert control.request("limit", pid=pid, limit_bytes=50 * MIB)["ok"]
+        Killer(daemon.socket_path, 0.01, seed=1).kill(2)
+        with daemon.control() as control:
+            after = control.status()
+        [group] = after["groups"]
+        assert (group["name"], group["limit_bytes"]) == (before["groups"][0]["name"], 50 * MIB)
+        assert after["counters"]["faults"] >= before["counters"]["faults"]
+        _, errors = command.communicate(timeout=_SECONDS_MAX * 4)
+        assert command.returncode == 0, errors.decode()
+    _assert_nothing_held(daemon.wait_no_clients())  # type: ignore[arg-type]
+
+
+def _managed_pid(daemon: DaemonProcess) -> int:
+    """The client, once something of it is swapped."""
+    deadline = time.monotonic() + _SECONDS_MAX
+    while True:
+        with daemon.control() as control:
+            for client in control.status()["clients"]:
+                if client["swapped_pages"]:
+                    return int(client["pid"])
+        assert time.monotonic() < deadline, "nothing was swapped"
+        time.sleep(0.05)  # polling another process's state
+
+
+def test_stopped_client_keeps_only_itself_waiting(daemon: DaemonProcess, verify_memory: str) -> None:
+    """A successor waits for the agents' answers, each client by itself."""
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--torture", "--"]
+    argv += [verify_memory, "--mib", "64", "--seconds", "5"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as stopped:
+        pid = _managed_pid(daemon)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            Killer(daemon.socket_path, 0.01, seed=2).kill(1)
+            other = subprocess.run(
+                [*argv[:-1], "2"], stdout=subprocess.DEVNULL, check=False, timeout=_SECONDS_MAX * 3
+            )
+            assert other.returncode == 0
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert stopped.wait(_SECONDS_MAX * 3) == 0
+
+
+def test_failed_start_is_not_repeated(tmp_path: Path) -> None:
+    """A daemon that ends by itself is not succeeded."""
+    result = subprocess.run(
+        [command_path("vswapd"), "--socket", str(tmp_path / "s"), "--spill", f"{tmp_path}:1G"],
+        capture_output=True,
+        check=False,
+        timeout=_SECONDS_MAX,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count(b"\n") == 1
+
+
+# ---- every named moment ----
+
+
+def _crash_points(drive: str) -> list[str]:
+    listed = subprocess.run([drive, "--crash-points"], capture_output=True, check=True, text=True)
+    return [line.partition("\t")[0] for line in listed.stdout.splitlines()]
+
+
+# Points that this much of churn does not come to: see the comment of each in crash_point.h.
+_CALLS = (1, 5)
+
+
+def test_every_crash_point(drive: str, churn: str, client_library: str, tmp_path: Path) -> None:
+    """Killed once at each, at its first call and at a later one; verified to the end."""
+    points = _crash_points(drive)
+    assert len(points) > 25
+    missed: list[str] = []
+    lock = threading.Lock()
+
+    def work(jobs: list[tuple[str, int]], number: int) -> None:
+        while True:
+            with lock:
+                if not jobs:
+                    return
+                point, call = jobs.pop()
+            deaths = _run_to_crash(
+                [drive, "--lib", client_library, "--limit", str(24 * MIB), "--pool", str(4 * MIB)]
+                + ["--spill", f"{tmp_path}/spill{number}:{1 << 30}", "--crash", f"{point}:{call}"]
+                + ["--", churn, "48", "2", str(call), "3", "1"],
+            )
+            if deaths == 0:
+                missed.append(f"{point}:{call}")
+
+    jobs = [(point, call) for point in points for call in _CALLS]
+    failures: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            work(jobs, number)
+        except BaseException as error:  # noqa: BLE001 -- raised again below
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    # Every point was died at: a first call that never comes is a test that tests nothing.
+    never = [name for name in missed if name.endswith(":1")]
+    assert not never, f"never came to {never}"
+
+
+def _run_to_crash(argv: list[str]) -> int:
+    """Deaths of the daemon. AssertionError when the program did not come to its end unharmed."""
+    result = subprocess.run(argv, capture_output=True, check=False, text=True, timeout=180)
+    assert result.returncode == 0, f"{' '.join(argv)}: status {result.returncode}\n{result.stderr[-3000:]}"
+    line = next(line for line in result.stderr.splitlines() if " deaths, longest pause " in line)
+    return int(line.split()[1])
+
+
+def test_figures_are_whole_after_deaths(verify_memory: str) -> None:
+    """What --stats says at the end adds up over all daemons."""
+    argv = [verify_memory, "--mib", "64", "--seconds", "4", "--kind", "third"]
+    with LimitedProgram("24M", argv) as program:
+        Killer(program.socket_path, 0.2, seed=3).kill(4)
+        result = program.wait()
+    assert result.status == 0, result.describe()
+    assert json.loads(result.stdout), result.describe()
+    counters = result.stats["counters"]
+    assert counters["clients_added"] == counters["clients_gone"] == 1
+    assert counters["evicted_pages"] > 0
+    assert result.stats["run"]["faults"] <= counters["faults"]
+
+
+def test_run_without_deaths_says_nothing(verify_memory: str) -> None:
+    """The line of the tests above comes from deaths only."""
+    result = run_limited("24M", [verify_memory, "--mib", "48", "--passes", "1"])
+    assert result.status == 0
+    assert b"took over" not in result.stderr
