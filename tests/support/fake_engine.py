@@ -56,7 +56,6 @@ class FakeEngine:
         self.forked_tokens: dict[int, int] = {}  # token -> group
         self.armed: dict[int, Arena] = {}
         self.is_destroyed = False
-        self.is_successor = False
 
     @classmethod
     def create(cls, **_: object) -> FakeEngine:
@@ -93,9 +92,6 @@ class FakeEngine:
         """For tests: change what is reported of a group."""
         with self._lock:
             self._groups[group] = dataclasses.replace(self._groups[group], **changes)  # type: ignore[arg-type]
-
-    def group_label(self, group: int, label: str, session_fd: int) -> None:
-        self.set_group(group, label=label, session_fd=session_fd)
 
     def group_set_limit(self, group: int, limit_bytes: int, pool_limit_bytes: int = 0) -> None:
         self._call("group_set_limit", group, limit_bytes, pool_limit_bytes)
@@ -157,9 +153,6 @@ class FakeEngine:
         with self._lock:
             self._call("client_arm", token, arena, events_fd, trash_fd)
             self.armed[token] = arena
-
-    def client_label(self, token: int, socket_fd: int, uid: int) -> None:
-        self._call("client_label", token, socket_fd, uid)
 
     def set_client(self, token: int, **changes: object) -> None:
         """For tests: change what is reported of a client."""

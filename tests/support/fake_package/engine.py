@@ -24,16 +24,6 @@ __all__ = ["Engine", "fork_sharing_descriptors", "make_memfds"]
 _MIB = 1 << 20
 
 
-def make_memfds() -> tuple[int, int]:
-    """Of an engine without state: none."""
-    return -1, -1
-
-
-def fork_sharing_descriptors() -> int:
-    """Nobody succeeds a daemon over a fake engine: its descriptors need not outlive it."""
-    return os.fork()
-
-
 class Engine(FakeEngine):
     """A FakeEngine that does what the environment says."""
 
