@@ -23,7 +23,7 @@ import trio
 
 from vswapd import config
 from vswapd.groups import GroupError
-from vswapd.operations import Operations, RequestError
+from vswapd.operations import Caller, Operations, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,12 +38,11 @@ if TYPE_CHECKING:
 _LEVELS_SENT = ("warning", "error")
 
 
-class Session:
+class Session(Caller):
     """One control connection."""
 
     def __init__(self, sock: trio.socket.SocketType, peer: Peer) -> None:
-        self.peer = peer
-        self.groups: list[Group] = []
+        super().__init__(peer)
         self._sock = sock
         self._notices: deque[dict[str, Any]] = deque(maxlen=config.NOTICES_QUEUED_MAX)
         self._has_notices = trio.Event()
@@ -109,7 +108,7 @@ class ControlServer:
             return False
         told = False
         for session in self._sessions:
-            names = {group.name for group in session.groups}
+            names = session.joined.union(group.name for group in session.groups)
             if names and (not notice.group or notice.group in names):
                 session.notify(notice)
                 told = True

@@ -25,7 +25,7 @@ import signal
 import socket
 import stat
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -33,7 +33,7 @@ from vswapd import __version__, backends, config, events, machine, notify, paths
 from vswapd.accept import Acceptor
 from vswapd.clients import ClientServer
 from vswapd.control import ControlServer
-from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.failure import Failure
 from vswapd.groups import GroupRegistry
 from vswapd.log import LEVELS, PlainLog, make_daemon_log
 from vswapd.supervisor import supervise
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vswapd.accept import Peer
     from vswapd.engine import Engine
     from vswapd.log import Log
+    from vswapd.service import Service
     from vswapd.supervisor import Inheritance
 
 _STOP_REMINDER_SECONDS = 30.0
@@ -145,19 +146,20 @@ class Daemon:
     ) -> None:
         """Serve until `wait_stop` (async; gets the nursery for its own tasks) returns."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_running, self._watch_events)
-            nursery.start_soon(self._keep_running, self.groups.watch_members)
-            nursery.start_soon(self._keep_running, self.acceptor.run, listener)
-            nursery.start_soon(self._keep_running, self._keep_stored)
-            nursery.start_soon(self._keep_running, self._feed_watchdog)
+            nursery.start_soon(self.keep_running, self._watch_events)
+            nursery.start_soon(self.keep_running, self.groups.watch_members)
+            nursery.start_soon(self.keep_running, self.acceptor.run, listener)
+            nursery.start_soon(self.keep_running, self._keep_stored)
+            nursery.start_soon(self.keep_running, self._feed_watchdog)
             if self._engine.is_successor:
                 self.resume(nursery)
             on_ready()
             await wait_stop(self, nursery)
             nursery.cancel_scope.cancel()
 
-    async def _keep_running(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """A mistake of ours in one task must not end the daemon: clients' memory is in its hands."""
+    async def keep_running(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a task for ever. A mistake of ours in it must not end the daemon: clients' memory is in its
+        hands."""
         while True:
             try:
                 await task(*arguments)
@@ -181,14 +183,14 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _make_engine(
-    spills: Sequence[backends.Spill], inheritance: Inheritance, keep_fds: Sequence[int]
+def make_engine(
+    spills: Sequence[backends.Spill], inheritance: Inheritance, keep_fds: Sequence[int], **options: Any
 ) -> Engine:
-    """The engine; a successor has the backends of the one before. OSError."""
+    """The engine; a successor has the backends of the one before. `options`: of Engine.create. OSError."""
     from vswapd.engine import Engine  # late: loads the extension; tests run this module without it
 
     engine = Engine.create(
-        state_fd=inheritance.state_fd, pool_fd=inheritance.pool_fd, keep_fds=keep_fds
+        state_fd=inheritance.state_fd, pool_fd=inheritance.pool_fd, keep_fds=keep_fds, **options
     )
     if engine.is_successor:
         return engine
@@ -214,7 +216,7 @@ def run_embedded(
     def serve(inheritance: Inheritance) -> int:
         keep_fds = [listener.fileno(), session.fileno()]
         try:
-            engine = _make_engine(spills, inheritance, keep_fds)
+            engine = make_engine(spills, inheritance, keep_fds)
         except OSError as error:
             report_start_failure(session, error)
             return 1
@@ -303,7 +305,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: vswapd --spill /var/lib/vswapd/spill:64G",
     )
     parser.add_argument(
-        "--socket", metavar="PATH", default=paths.default_socket(), help="listen here (default %(default)s)"
+        "--config",
+        metavar="FILE",
+        help="read this file and FILE.d/*.conf (default: /etc/vswapd/vswapd.conf, if it is there); "
+        "options given here go before what stands there",
+    )
+    parser.add_argument(
+        "--socket", metavar="PATH", help="listen here (default: $VSWAPD_SOCKET or /run/vswapd/vswapd.sock)"
     )
     parser.add_argument(
         "--spill",
@@ -312,15 +320,24 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="swap to this file or block device; repeat for more, in order of preference (default: RAM only)",
     )
-    parser.add_argument("--log-level", choices=LEVELS, default="info", help="default %(default)s")
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDRESS",
+        help="serve metrics for Prometheus there: the path of a Unix socket, or 127.0.0.1:PORT",
+    )
+    parser.add_argument(
+        "--fs", metavar="DIR", help="show state as files in this directory, and take writes to them (FUSE)"
+    )
+    parser.add_argument("--log-level", choices=LEVELS, help="what to log (default: info)")
     parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
     return parser
 
 
 async def _serve_system(
-    engine: Engine, inheritance: Inheritance, listener: socket.socket, log: Log
+    engine: Engine, inheritance: Inheritance, listener: socket.socket, log: Log, service: Service
 ) -> None:
     async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
+        service.start(nursery, daemon, engine, log)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await signals.__anext__()
             log.info("stopping")
@@ -344,34 +361,29 @@ async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vswapd`."""
+    from vswapd.service import Service  # late: an embedded daemon does without
+
     options = _parser().parse_args(arguments)
     passed, stored = notify.take_inherited()
     memfds = _find_memfds(stored)
-    spills: list[backends.Spill] = []
     try:
-        try:
-            named = [backends.split_argument(text) for text in options.spill]
-        except ValueError as error:
-            raise Failure(str(error), status=STATUS_USAGE) from None
+        service = Service(options)
         machine.check_all()
-        log = make_daemon_log(options.log_level)
-        if memfds is None:  # else the state names those that are in use
-            for index, (path, size) in enumerate(named):
-                spills.append(backends.open_spill(path, size, 0, -index))
-        listener = passed or listen(options.socket, 0o666)
+        log = make_daemon_log(service.settings.daemon.log_level)
+        listener = passed or listen(service.settings.daemon.socket, 0o666)
+        try:
+            service.open(is_successor=memfds is not None)
+            _raise_descriptor_limit()
+            gc.freeze()
+            return supervise(lambda inheritance: _run_system(inheritance, listener, log, service), log, memfds)
+        except OSError as error:
+            raise Failure(error.strerror or str(error)) from None
+        finally:
+            service.close()
+            if not passed:
+                os.unlink(service.settings.daemon.socket)
     except Failure as error:
-        print(f"vswapd: {error}", file=sys.stderr)
-        return error.status
-    _raise_descriptor_limit()
-    gc.freeze()
-    try:
-        return supervise(lambda inheritance: _run_system(inheritance, spills, listener, log), log, memfds)
-    except OSError as error:
-        print(f"vswapd: {error.strerror or error}", file=sys.stderr)
-        return 1
-    finally:
-        if not passed:
-            os.unlink(options.socket)
+        return _refuse(error)
 
 
 def _find_memfds(stored: Sequence[int]) -> tuple[int, int] | None:
@@ -381,16 +393,21 @@ def _find_memfds(stored: Sequence[int]) -> tuple[int, int] | None:
     return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
-def _run_system(
-    inheritance: Inheritance, spills: Sequence[backends.Spill], listener: socket.socket, log: Log
-) -> int:
+def _refuse(error: Failure) -> int:
+    for line in str(error).split("\n"):
+        print(f"vswapd: {line}", file=sys.stderr)
+    return error.status
+
+
+def _run_system(inheritance: Inheritance, listener: socket.socket, log: Log, service: Service) -> int:
     """One daemon. Exit status."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until a reload can be carried out
     try:
-        engine = _make_engine(spills, inheritance, [listener.fileno()])
-    except OSError as error:
-        print(f"vswapd: {error.strerror or error}", file=sys.stderr)
-        return 1
-    trio.run(_serve_system, engine, inheritance, listener, log)
+        engine = service.make_engine(inheritance, listener)
+        with service.mounted():
+            trio.run(_serve_system, engine, inheritance, listener, log, service)
+    except Failure as error:
+        return _refuse(error)
     if engine.clients():
         return 1  # told twice to stop: their memory is given up, but nothing of it is taken apart
     engine.destroy()

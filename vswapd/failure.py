@@ -14,4 +14,6 @@ class Failure(Exception):  # noqa: N818 -- what it is to the user
 
     def __init__(self, text: str, remedy: str = "", status: int = STATUS_FAILURE) -> None:
         super().__init__(f"{text}; {remedy}" if remedy else text)
+        self.text = text
+        self.remedy = remedy
         self.status = status

@@ -149,7 +149,7 @@ class Front:
 
 
 def _run_document(group: str, status: dict[str, Any], wait_status: int, seconds: float) -> dict[str, Any]:
-    """status.py's document with what `run` knows about the command."""
+    """document.py's document with what `run` knows about the command."""
     record: dict[str, Any] = next((entry for entry in status["groups"] if entry["name"] == group), {})
     killed = os.WIFSIGNALED(wait_status)
     return {

@@ -151,6 +151,12 @@ class GroupRegistry:
             group.session_fd = session_fd
             self._engine.group_label(group.number, group.label(), session_fd)
 
+    def keep(self, group: Group, owner_uid: int) -> None:
+        """It stands, doomed or not so far, and is this user's."""
+        group.doomed = False
+        group.owner_uid = owner_uid
+        self._engine.group_label(group.number, group.label(), group.session_fd)
+
     def doom(self, group: Group) -> None:
         """Destroy the group now, or when its last client has ended."""
         group.doomed = True

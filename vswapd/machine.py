@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from vswapd import config
 from vswapd.failure import Failure
 
+USERFAULTFD = "/dev/userfaultfd"
 _CAP_SYS_PTRACE = 19
 
 
@@ -87,36 +89,48 @@ def check_kernel(release: str) -> None:
         )
 
 
-def check_privilege(root: str = "/") -> None:
-    """Failure when this process cannot host a daemon."""
-    capabilities = 0
+def capabilities(root: str = "/") -> int:
+    """Effective capabilities of this process, as a bit mask."""
     for line in _read(os.path.join(root, "proc/self/status")).splitlines():
         if line.startswith("CapEff:"):
-            capabilities = int(line.split()[1], 16)
-    if not capabilities >> _CAP_SYS_PTRACE & 1:
+            return int(line.split()[1], 16)
+    return 0
+
+
+def check_privilege(mask: int) -> None:
+    """Failure when a process with these capabilities cannot host a daemon."""
+    if not mask >> _CAP_SYS_PTRACE & 1:
         raise Failure(
             "a private daemon needs root (CAP_SYS_PTRACE), and no system daemon answers",
             "use sudo, or ask the administrator to start vswapd",
         )
 
 
-def check_userfaultfd(path: str = "/dev/userfaultfd") -> None:
-    """Failure when the kernel or the container does not give us userfaultfd."""
+def open_errno(path: str) -> int:
+    """Why `path` cannot be opened for reading and writing; 0: it can."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        raise Failure(
-            f"no {path}",
-            "use a kernel with CONFIG_USERFAULTFD; in a container pass it in (--device=/dev/userfaultfd)",
-        ) from None
     except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+def check_userfaultfd(number: int) -> None:
+    """Failure when the kernel or the container does not give us userfaultfd. `number`: its open_errno."""
+    if number == errno.ENOENT:
         raise Failure(
-            f"cannot open {path}: {error.strerror}", "run as root, or ask for access to the device"
-        ) from None
+            f"no {USERFAULTFD}",
+            "use a kernel with CONFIG_USERFAULTFD; in a container pass it in (--device=/dev/userfaultfd)",
+        )
+    if number:
+        raise Failure(
+            f"cannot open {USERFAULTFD}: {os.strerror(number)}",
+            "run as root, or ask for access to the device",
+        )
 
 
 def check_all() -> None:
     """Everything a private daemon needs, in the order in which a user can do something about it."""
     check_kernel(os.uname().release)
-    check_privilege()
-    check_userfaultfd()
+    check_privilege(capabilities())
+    check_userfaultfd(open_errno(USERFAULTFD))

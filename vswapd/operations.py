@@ -15,14 +15,13 @@ import trio
 
 from vswapd import __version__, config, processes
 from vswapd.sizes import format_size
-from vswapd.status import build_status
+from vswapd.document import build_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vswapd.accept import Peer
     from vswapd.clients import ClientServer
-    from vswapd.control import Session
     from vswapd.engine import Engine
     from vswapd.groups import Group, GroupRegistry
     from vswapd.log import Log
@@ -33,6 +32,20 @@ Reply = dict[str, Any]
 
 _WORKERS_MAX = 8
 _PID_MAX = 1 << 22  # of any Linux
+
+
+class Caller:
+    """Who asks, and what that has to do with groups."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.groups: list[Group] = []  # that it made
+        self.joined: set[str] = set()  # names of others that it wants to hear of
+
+    @property
+    def descriptor(self) -> int:
+        """Of the connection that what it makes ends with; -1: of none."""
+        return -1
 
 
 class RequestError(Exception):
@@ -102,7 +115,7 @@ class Operations:
         self.excluded_pids = frozenset({supervisor_pid or os.getpid()})
         self.drain_events: Callable[[], None] = lambda: None
 
-    async def answer(self, request: Request, session: Session) -> Reply:
+    async def answer(self, request: Request, session: Caller) -> Reply:
         """Carry out a request. RequestError, GroupError, OSError."""
         name = str(request.get("op", ""))
         operation = getattr(self, f"op_{name.replace('-', '_')}", None) if "_" not in name else None
@@ -116,7 +129,8 @@ class Operations:
     def _is_admin(self, peer: Peer) -> bool:
         return peer.uid in (0, self._own_uid)
 
-    def _client_uid(self, record: ClientStatistics) -> int | None:
+    def client_uid(self, record: ClientStatistics) -> int | None:
+        """Who a client connected as; None: a forked child that has not yet."""
         client = self._clients.by_token(record.token)
         return client.uid if client else None
 
@@ -126,7 +140,7 @@ class Operations:
         uid = processes.uid(pid)
         if uid is None:
             raise RequestError("no-process", f"no process {pid}", "give the PID of a running process")
-        owner = uid if record is None else self._client_uid(record)
+        owner = uid if record is None else self.client_uid(record)
         if not self._is_admin(peer) and owner != peer.uid:
             raise RequestError(
                 "denied", f"process {pid} is not yours", "run vswapctl as root or as its owner"
@@ -139,7 +153,7 @@ class Operations:
             )
         return record
 
-    def _group_named(self, request: Request, session: Session) -> Group:
+    def _group_named(self, request: Request, session: Caller) -> Group:
         name = take_text(request, "group")
         group = self._groups.find(name)
         if group is None or not (self._is_admin(session.peer) or group.owner_uid == session.peer.uid):
@@ -148,17 +162,17 @@ class Operations:
 
     # ---- operations ----
 
-    async def op_ping(self, request: Request, session: Session) -> Reply:
+    async def op_ping(self, request: Request, session: Caller) -> Reply:
         """Version and PID of the daemon."""
         return {"version": __version__, "pid": os.getpid(), "supervisor": self.supervisor_pid}
 
-    async def op_status(self, request: Request, session: Session) -> Reply:
-        """status.py's document, without what other users own."""
+    async def op_status(self, request: Request, session: Caller) -> Reply:
+        """document.py's document, without what other users own."""
         self.drain_events()
         admin, uid = self._is_admin(session.peer), session.peer.uid
         visible = {group.name for group in self._groups if admin or group.owner_uid == uid}
         # Looked up here: the tables belong to this thread.
-        owners = {record.token: self._client_uid(record) for record in self._engine.clients()}
+        owners = {record.token: self.client_uid(record) for record in self._engine.clients()}
         document = await trio.to_thread.run_sync(
             lambda: build_status(
                 self._engine,
@@ -171,7 +185,7 @@ class Operations:
         )
         return {"status": document}
 
-    async def op_group_create(self, request: Request, session: Session) -> Reply:
+    async def op_group_create(self, request: Request, session: Caller) -> Reply:
         """Takes name (default run-PID), limit_bytes, pool_limit_bytes, torture, no_spill.
 
         The peer is the root of the group's process tree, and this connection its session.
@@ -194,7 +208,16 @@ class Operations:
         self._log.info("group created", group=group.name, limit=format_size(limit), uid=session.peer.uid)
         return {"group": group.name}
 
-    async def op_group_wait(self, request: Request, session: Session) -> Reply:
+    async def op_group_join(self, request: Request, session: Caller) -> Reply:
+        """Takes group: be told what happens to it. Answers its limit."""
+        group = self._group_named(request, session)
+        record = self._groups.statistics(group)
+        if group.doomed or record is None:
+            raise RequestError("no-group", f"group '{group.name}' is ending", "see vswapctl status")
+        session.joined.add(group.name)
+        return {"group": group.name, "limit_bytes": record.limit_bytes}
+
+    async def op_group_wait(self, request: Request, session: Caller) -> Reply:
         """Takes group, timeout_ms: wait until it has no clients. Answers how many it has, and who."""
         group = self._group_named(request, session)
         seconds = take_int(request, "timeout_ms", 0, config.PAGE_TIMEOUT_MS_MAX) / 1000
@@ -203,11 +226,13 @@ class Operations:
         pids = [record.pid for record in self._engine.clients() if record.group == group.number]
         return {"clients": count, "pids": pids}
 
-    async def op_limit(self, request: Request, session: Session) -> Reply:
-        """Takes pid, limit_bytes: change the limit of the group of a process."""
+    async def op_limit(self, request: Request, session: Caller) -> Reply:
+        """Takes group, or pid: of a process in it; limit_bytes: change the limit of a group."""
         limit = take_int(request, "limit_bytes", config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX)
-        pid = take_int(request, "pid", 1, _PID_MAX)
-        group = self._group_of(pid, session.peer)
+        if "group" in request:
+            group = self._group_named(request, session)
+        else:
+            group = self._group_of(take_int(request, "pid", 1, _PID_MAX), session.peer)
         record = self._groups.statistics(group)
         pool_limit = record.pool_limit_bytes if record else 0
         self._engine.group_set_limit(group.number, limit, pool_limit)
@@ -225,15 +250,15 @@ class Operations:
             raise RequestError("no-group", f"process {pid} has no group any more", "see vswapctl status")
         return group_or_none
 
-    async def op_pageout(self, request: Request, session: Session) -> Reply:
+    async def op_pageout(self, request: Request, session: Caller) -> Reply:
         """Takes pid, timeout_ms: evict all that can be evicted of a process."""
         return await self._page(request, session, self._engine.pageout)
 
-    async def op_pagein(self, request: Request, session: Session) -> Reply:
+    async def op_pagein(self, request: Request, session: Caller) -> Reply:
         """Takes pid, timeout_ms: bring everything back."""
         return await self._page(request, session, self._engine.pagein)
 
-    async def _page(self, request: Request, session: Session, call: Callable[[int, int], None]) -> Reply:
+    async def _page(self, request: Request, session: Caller, call: Callable[[int, int], None]) -> Reply:
         pid = take_int(request, "pid", 1, _PID_MAX)
         longest_ms = config.PAGE_TIMEOUT_MS_MAX if self._is_admin(session.peer) else config.PAGE_TIMEOUT_MS
         timeout_ms = take_int(request, "timeout_ms", 0, longest_ms, config.PAGE_TIMEOUT_MS)
@@ -260,17 +285,17 @@ class Operations:
 
     # ---- operations for tests ----
 
-    def _require_test_operations(self, session: Session) -> None:
+    def _require_test_operations(self, session: Caller) -> None:
         if not self._test_operations or not self._is_admin(session.peer):
             raise RequestError("denied", "not a test daemon", "start it with VSWAPD_TEST_OPERATIONS=1")
 
-    async def op_test_hold_gil(self, request: Request, session: Session) -> Reply:
+    async def op_test_hold_gil(self, request: Request, session: Caller) -> Reply:
         """Takes ms: no Python runs in the daemon for so long."""
         self._require_test_operations(session)
         self._engine.hold_gil(take_int(request, "ms", 0, 60_000))
         return {}
 
-    async def op_test_check(self, request: Request, session: Session) -> Reply:
+    async def op_test_check(self, request: Request, session: Caller) -> Reply:
         """Check the invariants of the whole data plane."""
         self._require_test_operations(session)
         valid = await trio.to_thread.run_sync(self._engine.is_valid, limiter=self._workers)

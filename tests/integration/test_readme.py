@@ -106,7 +106,7 @@ class Reader:
 
     def _as_here(self, command: str) -> str:
         """With what the reader has for what the README names."""
-        command = command.replace(_SYSTEM_SOCKET, self._socket).replace(_DISK, self._disk)
+        command = command.replace(os.path.dirname(_SYSTEM_SOCKET), str(self._directory)).replace(_DISK, self._disk)
         return re.sub(r"\bPID\b", lambda _: str(self._managed_pid()), command)
 
     def _shell(self, command: str) -> subprocess.CompletedProcess[str]:
@@ -123,9 +123,13 @@ class Reader:
 
     def start(self, command: str) -> None:
         """A server, until the end."""
-        arguments = ["bash", "-ec", f"exec {self._as_here(command)}"]
-        self._servers.append(subprocess.Popen(arguments, cwd=self._directory, env=self._environment))
-        self._wait(command, lambda: self._shell("vswapctl status").returncode == 0)
+        command = self._as_here(command)
+        self._servers.append(
+            subprocess.Popen(["bash", "-ec", f"exec {command}"], cwd=self._directory, env=self._environment)
+        )
+        socket_path = re.search(r"--socket (\S+)", command)
+        assert socket_path, "a server whose socket the README does not name"
+        self._wait(command, lambda: self._shell(f"vswapctl status --socket {socket_path[1]}").returncode == 0)
 
     def run(self, command: str) -> str:
         """What it says; AssertionError when it fails."""

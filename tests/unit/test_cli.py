@@ -15,7 +15,7 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config", "top", "completion"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,14 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["run", "--spill", "", "--", "true"], "empty spill path"),
         (["run", "--socket", "x", "--private", "--", "true"], "not allowed with"),
         (["run", "--lim", "64M", "--", "true"], "see vswapctl"),
+        (["run", "--group", "g", "--limit", "64M", "--", "true"], "--group and --limit contradict each other"),
+        (["run", "--group", "g", "--no-spill", "--", "true"], "--group and --no-spill contradict each other"),
+        (["config"], "ACTION"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
+        (["config", "nosuch"], "invalid choice"),
+        (["status", "--json", "--watch"], "not allowed with"),
+        (["status", "--watch", "0"], "'0' is too often; give at least 0.1"),
+        (["top", "--interval", "x"], "is not a number of seconds"),
         (["status", "--", "x"], "'--' means nothing to status"),
         (["status", "x"], "unrecognized arguments: x"),
         (["pageout"], "PID"),
@@ -84,6 +92,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
     ("arguments", "text"),
     [
         (["status"], "no daemon answers on"),
+        (["top"], "top needs a terminal; use vswapctl status"),
         (["swaps"], "start vswapd, or a command with vswapctl run"),
         (["status", "--socket", "/nonexistent/s"], "no daemon answers on /nonexistent/s"),
         (["run", "--socket", "/nonexistent/s", "--", "true"], "start vswapd, or leave --socket out"),
@@ -91,6 +100,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
         (["pagein", str(os.getpid())], "is not managed; start it with vswapctl run"),
         (["limit", str(os.getpid()), "64M"], "is not managed; start it with vswapctl run"),
         (["run", "--stats", "/nonexistent/s", "--", "true"], "cannot write /nonexistent/s"),
+        (["run", "--group", "g", "--", "true"], "so there is no group g; start vswapd, or give --limit"),
         (["run", "--", "true"], "an embedded daemon would be started"),
     ],
 )

@@ -79,7 +79,7 @@ async def test_failed_task_is_started_again(autojump_clock: object) -> None:
         raise RuntimeError("a mistake")
 
     async with control_plane() as plane:
-        await plane.daemon._keep_running(task)
+        await plane.daemon.keep_running(task)
     assert len(runs) == 3
     assert len(plane.log.worst()) == 3
 

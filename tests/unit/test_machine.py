@@ -72,18 +72,22 @@ def test_old_kernel_is_refused() -> None:
         machine.check_kernel("6.11.9")
 
 
-def test_privilege(tmp_path: Path) -> None:
+def test_capabilities(tmp_path: Path) -> None:
+    assert machine.capabilities(str(tmp_path)) == 0
     _write(tmp_path / "proc/self/status", "Name: x\nCapEff:\t000001ffffffffff\n")
-    machine.check_privilege(str(tmp_path))
-    _write(tmp_path / "proc/self/status", "CapEff:\t0000000000000000\n")
+    assert machine.capabilities(str(tmp_path)) == 0x1FFFFFFFFFF
+
+
+def test_privilege() -> None:
+    machine.check_privilege(1 << 19)
     with pytest.raises(Failure, match=r"needs root \(CAP_SYS_PTRACE\).*; use sudo"):
-        machine.check_privilege(str(tmp_path))
+        machine.check_privilege(0x1FFFFFFFFFF & ~(1 << 19))
 
 
 def test_userfaultfd(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"no .*userfaultfd; use a kernel with CONFIG_USERFAULTFD"):
-        machine.check_userfaultfd(str(tmp_path / "userfaultfd"))
-    with pytest.raises(Failure, match=r"cannot open .*; run as root"):
-        machine.check_userfaultfd(str(tmp_path))
+        machine.check_userfaultfd(machine.open_errno(str(tmp_path / "userfaultfd")))
+    with pytest.raises(Failure, match=r"cannot open .*: Is a directory; run as root"):
+        machine.check_userfaultfd(machine.open_errno(str(tmp_path)))
     (tmp_path / "userfaultfd").touch()
-    machine.check_userfaultfd(str(tmp_path / "userfaultfd"))
+    machine.check_userfaultfd(machine.open_errno(str(tmp_path / "userfaultfd")))

@@ -15,7 +15,10 @@ _HEAVY = (
     "trio",
     "pyfuse3",
     "rich",
+    "shtab",
     "structlog",
+    "textual",
+    "tomllib",
     "psutil",
     "cffi",
     "_cffi_backend",
@@ -48,7 +51,7 @@ def _imported(arguments: list[str], modules: list[str]) -> str:
     return result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit"])
+@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "top", "completion"])
 def test_verbs_import_nothing_heavy(verb: str) -> None:
     assert _imported([verb, "--help"], [f"vswapd.cli.{verb}"]) == ""
 

@@ -14,7 +14,7 @@ from support.fake_engine import FakeEngine
 from vswapd import connection
 from vswapd.cli import status as status_command
 from vswapd.cli import swaps
-from vswapd.status import build_status
+from vswapd.document import build_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +101,7 @@ def test_tables_show_it(
     document: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(connection, "connect_any", lambda _: _Daemon(document))
-    status_command.main(argparse.Namespace(json=False, socket=None))
+    status_command.main(argparse.Namespace(json=False, watch=None, socket=None))
     text = capsys.readouterr().out
     for part in (
         "run-1",

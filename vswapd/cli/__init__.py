@@ -52,6 +52,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0.1:
+        raise argparse.ArgumentTypeError(f"'{text}' is too often; give at least 0.1")
+    return seconds
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
@@ -59,6 +66,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="RAM that the command and all it starts may cost: resident, compressed pool and metadata "
         "(default: 80%% of the available RAM; at least 16M)",
+    )
+    parser.add_argument(
+        "--group",
+        metavar="NAME",
+        help="run in this group of the daemon's configuration, within its limit (instead of --limit)",
     )
     parser.add_argument(
         "--pool", type=_size, metavar="SIZE", help="cap the compressed pool's part of it (default: adapts)"
@@ -98,7 +110,26 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    how.add_argument(
+        "--watch",
+        nargs="?",
+        const=2.0,
+        type=_interval,
+        metavar="SECONDS",
+        help="again and again, until interrupted (default: every 2 s)",
+    )
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="SECONDS",
+        help="look so often (default: every 1 s)",
+    )
 
 
 def _add_pid(parser: argparse.ArgumentParser) -> None:
@@ -119,13 +150,43 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "program", nargs="?", metavar="PROGRAM", help="look also at this program: whether it can be managed"
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        choices=("check", "show", "example"),
+        metavar="ACTION",
+        help="check: name every mistake; show: what is in force and where it was set; "
+        "example: a file with every key, to begin with",
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="with its drop-ins FILE.d/*.conf (default: /etc/vswapd/vswapd.conf, if it is there)",
+    )
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
+
+
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
+    "top": (_add_top, "watch where the memory is, and change limits", "vswapctl top"),
     "swaps": (lambda _: None, "list spill files and devices like /proc/swaps", "vswapctl swaps"),
     "pageout": (_add_page, "swap out all of a process that can be", "vswapctl pageout 4711"),
     "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+    "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
+    "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),
+    "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),
 }
 
 
@@ -145,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "run":  # argparse has no words for "the rest is the command's"
             verb.usage = "vswapctl run [OPTIONS] -- COMMAND [ARGUMENT...]"
         add_arguments(verb)
-        if name != "run":
+        if name not in ("run", "config", "completion"):
             verb.add_argument(
                 "--socket",
                 metavar="PATH",

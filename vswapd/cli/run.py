@@ -19,6 +19,7 @@ from vswapd.sizes import format_size, format_size_argument
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Any
 
     from vswapd.connection import Connection
 
@@ -30,6 +31,9 @@ def _check_options(options: argparse.Namespace) -> None:
     """Whatever needs no daemon; fills in the limit. Failure."""
     if not options.command:
         raise Failure("no command", "write vswapctl run [OPTIONS] -- COMMAND", STATUS_USAGE)
+    if options.group is not None:
+        _check_group_options(options)
+        return
     if options.limit is None:
         options.limit = policy.default_limit_bytes(machine.available_bytes())
     least = format_size_argument(config.LIMIT_BYTES_MIN)
@@ -47,6 +51,24 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.spill and options.no_spill:
         raise Failure("--spill and --no-spill contradict each other", "give one of them", STATUS_USAGE)
+    _check_places(options)
+
+
+def _check_group_options(options: argparse.Namespace) -> None:
+    """A group of the configuration has its own of what these say."""
+    given = ("limit", "pool", "spill", "no_spill", "private", "torture")
+    extra = next((name for name in given if getattr(options, name)), None)
+    if extra is not None:
+        raise Failure(
+            f"--group and --{extra.replace('_', '-')} contradict each other",
+            "leave one of them out",
+            STATUS_USAGE,
+        )
+    _check_places(options)
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Files it is going to use. Failure."""
     try:
         options.spill = [backends.split_argument(text) for text in options.spill]
     except ValueError as error:
@@ -114,6 +136,11 @@ def main(options: argparse.Namespace) -> int:
     library = paths.library()
     session = _find_daemon(options)
     daemon: embedded.EmbeddedDaemon | None = None
+    if session is None and options.group is not None:
+        raise Failure(
+            f"no daemon answers on {paths.default_socket()}, so there is no group {options.group}",
+            "start vswapd, or give --limit instead of --group",
+        )
     if session is None:
         machine.check_all()
         daemon = embedded.start(_open_spills(options))
@@ -135,6 +162,23 @@ def main(options: argparse.Namespace) -> int:
             paths.remove_private_directory(daemon.directory)
 
 
+def _enter_group(options: argparse.Namespace, session: Connection) -> dict[str, Any]:
+    """The group that the command is to run in, of its own unless one is named. Failure."""
+    if options.group is not None:
+        reply = session.request("group-join", group=options.group)
+        options.limit = int(reply["limit_bytes"])
+        return reply
+    return session.request(
+        "group-create",
+        seconds_max=config.DAEMON_START_SECONDS_MAX,
+        name=f"run-{os.getpid()}",
+        limit_bytes=options.limit,
+        pool_limit_bytes=options.pool or 0,
+        torture=options.torture,
+        no_spill=options.no_spill,
+    )
+
+
 def _run(
     options: argparse.Namespace,
     session: Connection,
@@ -147,15 +191,7 @@ def _run(
     command.become_subreaper()
     run = Front(session, daemon_pid)
     try:
-        reply = session.request(
-            "group-create",
-            seconds_max=config.DAEMON_START_SECONDS_MAX,
-            name=f"run-{os.getpid()}",
-            limit_bytes=options.limit,
-            pool_limit_bytes=options.pool or 0,
-            torture=options.torture,
-            no_spill=options.no_spill,
-        )
+        reply = _enter_group(options, session)
         group = str(reply["group"])
         started = time.monotonic()
         run.start(program, options.command, command_environment(options, library, socket_path, group))

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
+    from rich.console import Console, Group
     from rich.table import Table
+
+    from vswapd.connection import Connection
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
@@ -105,12 +108,17 @@ def _latency_table(status: dict[str, Any]) -> Table:
     return table
 
 
-def _print_tables(status: dict[str, Any]) -> None:
-    from rich.console import Console
+def _view(status: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.text import Text
 
-    # Not a terminal: never cut a path or a number to fit 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(_memory_table(status))
+    from vswapd import view
+
+    parts: list[Any] = [
+        Text(f"vswapd {status['version']}: {view.summary(status)}"),
+        "",
+        _memory_table(status),
+    ]
     for entries, make in (
         (status["groups"], _group_table),
         (status["clients"], _client_table),
@@ -118,18 +126,48 @@ def _print_tables(status: dict[str, Any]) -> None:
         (status["faults"], _latency_table),
     ):
         if entries:
-            console.print()
-            console.print(make(status))
+            parts += ["", make(status)]
+    return Group(*parts)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Not a terminal: never cut a path or a number to fit 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def _watch(daemon: Connection, seconds: float) -> None:
+    """On a terminal in place, else one after the other; until it is interrupted."""
+    import time
+
+    from rich.live import Live
+
+    console = _console()
+    try:
+        with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            while True:
+                status = daemon.request("status")["status"]
+                if console.is_terminal:
+                    live.update(_view(status), refresh=True)
+                else:
+                    console.print(_view(status), "")
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        pass  # that is how a watch ends
 
 
 def main(options: argparse.Namespace) -> int:
     """`vswapctl status`."""
     with connection.connect_any(options.socket) as daemon:
+        if options.watch is not None:
+            _watch(daemon, options.watch)
+            return 0
         status = daemon.request("status")["status"]
     if options.json:
         json.dump(status, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
-        _print_tables(status)
+        _console().print(_view(status))
     sys.stdout.flush()
     return 0

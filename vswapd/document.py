@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""status — the document that `vswapctl status --json` prints and `run --stats` writes.
+"""document — what `vswapctl status --json` prints and `run --stats` writes.
 
 Sums agree with their parts: every total is the engine's, taken in one call. RAM is counted once:
 resident_bytes (clients' own memory), pool_bytes, metadata_bytes, and daemon_bytes for everything
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vswapd.engine import Engine
     from vswapd.records import BackendStatistics, ClientStatistics, GroupStatistics, Statistics
 
-_TOTALS = (
+TOTALS = (
     "virtual_pages",
     "zero_pages",
     "same_pages",
@@ -55,7 +55,8 @@ def _latencies(statistics: Statistics, bounds_us: tuple[float, ...]) -> dict[str
     return latencies
 
 
-def _backend(record: BackendStatistics) -> dict[str, Any]:
+def backend_document(record: BackendStatistics) -> dict[str, Any]:
+    """One backend of the document."""
     state = BACKEND_STATES[record.state] if record.state < len(BACKEND_STATES) else str(record.state)
     return asdict(record) | {"state": state, "type": "partition" if record.is_device else "file"}
 
@@ -99,14 +100,14 @@ def build_status(
     groups = {record.group: record for record in engine.groups()}
     clients = engine.clients()
     statistics = engine.statistics()
-    totals = {name: getattr(statistics, name) for name in _TOTALS}
+    totals = {name: getattr(statistics, name) for name in TOTALS}
     owners = [(record, uid_of(record)) for record in clients]
     return {
         "version": __version__,
         "daemon_bytes": sum(processes.own_bytes(pid) for pid in pids),
         **totals,
         "faults": statistics.counters.get("faults", 0),
-        "backends": [_backend(record) for record in engine.backends()],
+        "backends": [backend_document(record) for record in engine.backends()],
         "groups": [_group(record) for record in groups.values() if may_see_group(record.name)],
         "clients": [_client(record, groups, uid) for record, uid in owners if may_see_client(uid)],
         "latency_us": _latencies(statistics, engine.latency_bounds_us()),

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""service — what the system daemon has and an embedded one has not: configuration, reload, metrics, files.
+
+Imported by `vswapd` alone, so that `vswapctl run` does not pay for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vswapd import backends, settings
+from vswapd.daemon import make_engine
+from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.log import make_daemon_log
+from vswapd.reload import Reloader
+
+if TYPE_CHECKING:
+    import argparse
+    import socket
+    from collections.abc import Iterator
+
+    import trio
+
+    from vswapd.daemon import Daemon
+    from vswapd.engine import Engine
+    from vswapd.fs import Mount
+    from vswapd.log import Log
+    from vswapd.supervisor import Inheritance
+
+
+class Service:
+    """One system daemon's. Everything that can be refused is refused before it starts to serve."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Read the configuration. Failure with a line for each mistake."""
+        self._options = options
+        try:
+            self.settings = self._load()
+        except settings.SettingsError as error:
+            raise Failure(str(error)) from None
+        self._metrics_listener: socket.socket | None = None
+        self._spills: list[backends.Spill] = []
+        self._mount: Mount | None = None
+
+    def _load(self) -> settings.Settings:
+        """The files, and on top what the command line says. SettingsError, Failure."""
+        options = self._options
+        loaded = settings.load(options.config)
+        try:
+            named = [backends.split_argument(text) for text in options.spill]
+            metrics = settings.check_metrics(options.metrics or loaded.daemon.metrics)
+        except ValueError as error:
+            raise Failure(str(error), status=STATUS_USAGE) from None
+        spills = tuple(
+            settings.BackendSettings(os.path.abspath(path), size, -index)
+            for index, (path, size) in enumerate(named)
+        )
+        daemon = dataclasses.replace(
+            loaded.daemon,
+            socket=options.socket or os.environ.get("VSWAPD_SOCKET") or loaded.daemon.socket,
+            log_level=options.log_level or loaded.daemon.log_level,
+            metrics=metrics,
+            fs=os.path.abspath(options.fs) if options.fs else loaded.daemon.fs,
+        )
+        return dataclasses.replace(loaded, daemon=daemon, backends=spills or loaded.backends)
+
+    # ---- in the supervisor, for all daemons ----
+
+    def open(self, *, is_successor: bool = False) -> None:
+        """Backends, and what is listened on beside the daemon's socket. Failure.
+
+        `is_successor`: of a supervisor that died; its state names the backends in use, and they are open.
+        """
+        if not is_successor:
+            self._spills = [
+                backends.open_spill(backend.path, backend.size, 0, backend.priority)
+                for backend in self.settings.backends
+            ]
+        if self.settings.daemon.metrics:
+            from vswapd import metrics
+
+            self._metrics_listener = metrics.open_listener(self.settings.daemon.metrics)
+
+    def close(self) -> None:
+        """Leave nothing behind. Again: no effect."""
+        listener, self._metrics_listener = self._metrics_listener, None
+        if listener is not None:
+            listener.close()
+            if self.settings.daemon.metrics.startswith("/"):
+                os.unlink(self.settings.daemon.metrics)
+
+    # ---- in each daemon ----
+
+    def make_engine(self, inheritance: Inheritance, listener: socket.socket) -> Engine:
+        """An engine with all configured backends, or that of the daemon before. Failure."""
+        daemon = self.settings.daemon
+        kept = [sock.fileno() for sock in (listener, self._metrics_listener) if sock is not None]
+        try:
+            return make_engine(
+                self._spills,
+                inheritance,
+                kept,
+                pool_capacity_bytes=daemon.pool_capacity,
+                evictor_count=daemon.evictors,
+                io_threads=daemon.io_threads,
+            )
+        except OSError as error:
+            raise Failure(error.strerror or str(error)) from None
+
+    @contextmanager
+    def mounted(self) -> Iterator[None]:
+        """With the file tree, where one is wanted. Failure."""
+        if not self.settings.daemon.fs:
+            yield
+            return
+        from vswapd.fs import Mount
+
+        self._mount = Mount(self.settings.daemon.fs)
+        try:
+            yield
+        finally:
+            self._mount.close()
+
+    def start(self, nursery: trio.Nursery, daemon: Daemon, engine: Engine, log: Log) -> None:
+        """Make the configured groups and start the tasks."""
+        reloader = Reloader(self.settings, self._load, engine, daemon.groups, log, make_daemon_log)
+        nursery.start_soon(daemon.keep_running, reloader.run)
+        if self._metrics_listener is not None:
+            from vswapd.metrics import MetricsServer
+
+            pids = daemon.control.operations.footprint_pids
+            server = MetricsServer(self._metrics_listener, engine, pids, log)
+            nursery.start_soon(daemon.keep_running, server.run)
+        if self._mount is not None:
+            from vswapd.tree import Tree
+
+            tree = Tree(engine, daemon.groups, daemon.control.operations)
+            nursery.start_soon(daemon.keep_running, self._mount.run, tree, engine, log)
