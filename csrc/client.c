@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include "base.h"
@@ -64,8 +65,10 @@ static int client_allocate(struct engine *engine, struct client **ret_client)
 	client->pagemap_fd = client->maps_fd = client->statm_fd = -1;
 	client->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (client->wake_fd < 0) {
+		int error = errno;
+
 		free(client);
-		return -errno;
+		return -error;
 	}
 	pthread_mutex_init(&client->gate, NULL);
 	pthread_cond_init(&client->batches_changed, NULL);
@@ -103,8 +106,13 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 {
 	struct client *client = NULL;
 	unsigned index = 0;
-	int result = client_allocate(engine, &client);
+	uint64_t token;
+	int result;
 
+	/* A forked child shows by it who it is: nobody else may guess it. */
+	if (getrandom(&token, sizeof token, 0) != sizeof token || token == 0)
+		return -EAGAIN;
+	result = client_allocate(engine, &client);
 	if (result < 0)
 		return result;
 	SCOPED_LOCK(&engine->registry);
@@ -124,7 +132,8 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	client->record->group = group->number;
 	client->record->events_fd = client->record->trash_fd = client->record->ring_fd = -1;
 	client->record->socket_fd = -1;
-	client->record->token = engine->state->token_next++;
+	client->record->token = token;
+	client->number = engine->state->token_next++;
 	client_set_phase(client, CLIENT_FORMING);
 	enlist(engine, client, index, group);
 	counter_add(engine, clients_added, 1);
@@ -176,7 +185,7 @@ struct client *client_get_pid(struct engine *engine, pid_t pid)
 		struct client *client = engine->clients[i];
 
 		if (client && client->pid == pid &&
-		    (!newest || client->record->token > newest->record->token))
+		    (!newest || client->number > newest->number))
 			newest = client;
 	}
 	return take(newest);

@@ -78,6 +78,7 @@ struct client {
 	struct group *group;
 	struct client_record *record;
 	unsigned index;
+	uint64_t number; /* of the clients ever made */
 	int references; /* registry lock */
 	pid_t pid;
 	pid_t thread; /* look thread: one that lives on after the first has ended; 0: the first lives */

@@ -99,6 +99,13 @@ static void wake(struct client *client, uint64_t page)
 	(void)sys_userfaultfd_wake(client->events_fd, address_of(page), PAGE_BYTES);
 }
 
+/* Nothing will tell when: after a moment. */
+static enum fill_result try_again(struct client *client)
+{
+	WRITE_ONCE(client->retry_soon, true);
+	return FILL_DEFER;
+}
+
 /* What a fill that made no progress means for its fault. `count` was charged. */
 static enum fill_result unfilled(struct client *client, enum fill_outcome outcome, uint64_t page)
 {
@@ -114,13 +121,11 @@ static enum fill_result unfilled(struct client *client, enum fill_outcome outcom
 		return FILL_ANSWERED;
 	case FILL_AGAIN:
 		counter_add(client->engine, fill_retries, 1);
-		WRITE_ONCE(client->retry_soon, true);
-		return FILL_DEFER;
+		return try_again(client);
 	default:
 		/* ENOMEM: the client's cgroup or the machine. BROKEN: nothing known; trying again
 		 * loses nothing, and the thread waits rather than reads a wrong byte. */
-		WRITE_ONCE(client->retry_soon, true);
-		return FILL_DEFER;
+		return try_again(client);
 	}
 }
 
@@ -252,7 +257,7 @@ static int expand_object(struct client *client, const void *object, struct slot 
 
 	if (result == 0 && codec_check(page, client->engine->state->secret) != slot.check)
 		result = -EBADMSG;
-	if (result < 0)
+	if (result == -EBADMSG)
 		counter_add(client->engine, check_failures, 1);
 	return result;
 }
@@ -373,10 +378,12 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	result = expand(client, first, scratch->pages);
 	if (result == -EIO && client->dead)
 		result = 0; /* nobody will look */
-	if (result < 0) {
+	if (result < 0)
 		uncharge(client, window);
+	if (result == -ENOMEM)
+		return try_again(client);
+	if (result < 0)
 		return poison(client, fault->page, first, result);
-	}
 	VS_CHECK(result == 0);
 	for (count = 1; count < window; count++) {
 		if (slot_get(client->engine->slots, &client->record->map, fault->page + count,
@@ -649,10 +656,8 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 
 	if (fault->page == page_of(record->beacon))
 		return fill_beacon(client, scratch);
-	if (client->remap_count > 0 && remap_is_waiting(client, fault->page)) {
-		WRITE_ONCE(client->retry_soon, true);
-		return FILL_DEFER;
-	}
+	if (client->remap_count > 0 && remap_is_waiting(client, fault->page))
+		return try_again(client);
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
 		return FILL_DEFER;
 	if (fault->synthetic && !slot_is_swapped(slot.tag))
