@@ -42,6 +42,7 @@ static void client_free(struct client *client)
 	close_if_open(&client->wake_fd);
 	close_if_open(&client->pagemap_fd);
 	close_if_open(&client->maps_fd);
+	close_if_open(&client->mem_fd);
 	close_if_open(&client->statm_fd);
 	close_if_open(&client->pidfd);
 	range_set_clear(&client->regions);
@@ -62,7 +63,7 @@ static int client_allocate(struct engine *engine, struct client **ret_client)
 		return -ENOMEM;
 	client->engine = engine;
 	client->pidfd = client->events_fd = client->trash_fd = client->ring_fd = -1;
-	client->pagemap_fd = client->maps_fd = client->statm_fd = -1;
+	client->pagemap_fd = client->maps_fd = client->mem_fd = client->statm_fd = -1;
 	client->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (client->wake_fd < 0) {
 		int error = errno;
@@ -151,6 +152,7 @@ int client_adopt(struct engine *engine, unsigned index, struct client **ret_clie
 		return result;
 	client->record = record;
 	client->recovering = true;
+	client->wiped_unknown = record->pid == 0; /* looked up again: that changes nothing twice */
 	client->events_fd = record->events_fd;
 	client->trash_fd = record->trash_fd;
 	client->ring_fd = record->ring_fd;
@@ -215,13 +217,29 @@ void client_put(struct client *client)
 
 /* ---- life ---- */
 
+/*
+ * A process can have connected as one program and be another one now: a setuid one, whose memory is none of
+ * its user's business. What is opened here stays with the address space that was there, and it is the same
+ * one before and after.
+ */
 static int open_memory_files(struct client *client, pid_t thread)
 {
+	struct address_space_name after;
+	int result = sys_name_address_space(thread, &client->address_space);
+
+	if (result < 0)
+		return result;
 	close_if_open(&client->pagemap_fd);
 	close_if_open(&client->maps_fd);
+	close_if_open(&client->mem_fd);
 	client->pagemap_fd = sys_open_proc(thread, "pagemap");
 	client->maps_fd = sys_open_proc(thread, "maps");
-	return min_of(0, min_of(client->pagemap_fd, client->maps_fd));
+	client->mem_fd = sys_open_proc(thread, "mem");
+	result = min_of(client->pagemap_fd, min_of(client->maps_fd, client->mem_fd));
+	if (result < 0)
+		return result;
+	result = sys_name_address_space(thread, &after);
+	return result == 0 && memcmp(&client->address_space, &after, sizeof after) ? -EPERM : result;
 }
 
 int client_open_proc(struct client *client)
@@ -234,7 +252,7 @@ int client_open_proc(struct client *client)
 	if (client->pidfd < 0)
 		return client->pidfd;
 	result = open_memory_files(client, thread);
-	if (result < 0) {
+	if (result < 0 && result != -EPERM) {
 		/* Its first thread may have ended already, which has no memory then. */
 		thread = sys_live_thread(client->pid);
 		result = thread > 0 ? open_memory_files(client, thread) : result;

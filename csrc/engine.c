@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
 #include <time.h>
@@ -188,6 +189,17 @@ static int start_threads(struct engine *engine, uint32_t evictor_count)
 	return -error;
 }
 
+/* A fork cannot be refused, a new client can: a part of the descriptors is kept for forked children. The kernel
+ * gives the lowest number that is free, so a number says how many there are. */
+static int descriptors_for_new(void)
+{
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur > 1 << 30)
+		return 1 << 30;
+	return (int)(limit.rlim_cur - min_of(limit.rlim_cur / 4, (rlim_t)DESCRIPTORS_RESERVED_MAX));
+}
+
 int engine_create(const struct engine_config *config, struct engine **ret_engine, char *message)
 {
 	struct engine *engine = calloc(1, sizeof *engine);
@@ -221,6 +233,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_cond_init(&engine->look_work, NULL);
 	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	engine->descriptors_end = descriptors_for_new();
 	engine->state_fd = config->state_fd;
 	engine->pool_fd = config->pool_fd;
 	result = config->state_fd ? 0 : engine_make_memfds(&engine->state_fd, &engine->pool_fd);
@@ -515,6 +528,8 @@ int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t
 	result = client_open_proc(client);
 	if (result == 0)
 		result = client_make_ring(client);
+	if (result == 0 && client->ring_fd >= engine->descriptors_end)
+		result = -EMFILE;
 	if (result < 0) {
 		client_bury(client);
 	} else {

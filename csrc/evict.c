@@ -356,18 +356,24 @@ struct stored {
 	uint64_t created; /* pages for which a pool object was stored */
 };
 
-/* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. */
+/* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. When it lasts, the group
+ * that brought the page is out of memory. */
 static struct slot store_object(struct client *client, struct evictor *evictor, const void *page,
 				uint64_t check)
 {
 	unsigned units = codec_compress(evictor->codec, CODEC_LZ4, page, evictor->object);
-	uint64_t handle;
+	uint64_t handle, since = 0;
 
 	while (pool_store(client->group->pool, evictor->object, units, &handle) < 0) {
-		counter_add(client->engine, evict_failed, 1);
-		sys_sleep_ms(1);
-		if (client->dead)
+		if (READ_ONCE(client->dead) || sys_userfaultfd_is_gone(client->events_fd))
 			return (struct slot){ .tag = SLOT_NONE };
+		counter_add(client->engine, evict_failed, 1);
+		since = since ? since : sys_now_ns();
+		if (sys_now_ns() - since > OUT_OF_MEMORY_NS) {
+			reclaim_kill_largest(client->engine, client->group);
+			since = 0;
+		}
+		sys_sleep_ms(1);
 	}
 	if (units == POOL_UNITS_MAX)
 		counter_add(client->engine, evicted_raw, 1);
@@ -465,7 +471,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	struct stored stored = { 0 };
 	uint32_t number = 0;
 	bool posted = false;
-	int result = sys_read_client_pages(client->pid,
+	int result = sys_read_client_pages(client->mem_fd,
 					   window_address(client, choice->window, choice->protection),
 					   evictor->buffer, moved);
 
@@ -512,7 +518,7 @@ static int may_evict(struct client *client)
 		return -EPIPE;
 	if (client->populating && client_is_answered(client, client->populate_number))
 		client->populating = false;
-	if (client->fork_pending || client_is_shut(client) || client->populating)
+	if (client->fork_pending || client_is_shut(client) || client->populating || client->wiped_unknown)
 		return -EAGAIN;
 	return 0;
 }

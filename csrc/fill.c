@@ -275,7 +275,7 @@ static int read_staged(struct client *client, struct slot slot, void *page)
 		memcpy(page, batch->buffer + i * PAGE_BYTES, PAGE_BYTES);
 		return 0;
 	}
-	count = sys_read_client(client->pid,
+	count = sys_read_client(client->mem_fd,
 				client->record->staging[record->protection] +
 					(window * BATCH_PAGES_MAX + i) * PAGE_BYTES,
 				page, PAGE_BYTES);
@@ -470,18 +470,18 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	if (read_is_under_way(client, fault->page))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
 	/* A device takes hardly longer for eight pages than for one. */
-	window = max_of(window, (unsigned)READ_AROUND_PAGES);
+	window = fault->alone ? 1 : max_of(window, (unsigned)READ_AROUND_PAGES);
 	while (slot < READS_MAX && client->reads[slot])
 		slot++;
 	if (slot == READS_MAX || !io_queue_of(client))
-		return FILL_DEFER;
+		return try_again(client);
 	window = charge_some(client, window);
 	if (window == 0)
 		return FILL_DEFER;
 	read = calloc(1, sizeof *read);
 	if (!read) {
 		uncharge(client, window);
-		return FILL_DEFER;
+		return try_again(client);
 	}
 	client->reads[slot] = read;
 	read->fault = *fault;
@@ -497,7 +497,7 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	if (result != 0) {
 		uncharge(client, read->page_count);
 		read_free(client, slot);
-		return FILL_DEFER;
+		return try_again(client);
 	}
 	return FILL_PENDING;
 }
@@ -510,6 +510,23 @@ static bool word_is_unchanged(struct client *client, const struct spill_read *re
 	       slot_is_equal(word, read->words[i]) && slot_is_equal(copy_of(client, word), read->copies[i]);
 }
 
+/*
+ * The first page of a read is not there. A device's error says nothing about which of its pages is concerned, and a
+ * want of memory nothing about any: those are read again, the page alone. `error` 0: it is another slot by now.
+ */
+static enum fill_result read_failed(struct client *client, struct spill_read *read, int error)
+{
+	if (error == -ENOMEM || error == -EAGAIN)
+		return try_again(client);
+	if (error == 0 || !word_is_unchanged(client, read, 0))
+		return FILL_DEFER; /* look it up again */
+	if (error != -EBADMSG && read->page_count > 1) {
+		read->fault.alone = true;
+		return FILL_DEFER;
+	}
+	return poison(client, read->fault.page, read->words[0], error);
+}
+
 /* Expand and COPY the pages of a completed read that are still where they were. */
 static enum fill_result read_deliver(struct client *client, struct fill_scratch *scratch,
 				     struct spill_read *read)
@@ -518,6 +535,7 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 	struct spill_statistics statistics;
 	bool keep;
 	unsigned count;
+	int result = 0;
 
 	spill_statistics(spill, &statistics);
 	keep = statistics.used_bytes < statistics.size_bytes / 4 * 3;
@@ -527,16 +545,14 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 
 		if (!word_is_unchanged(client, read, count))
 			break;
-		if (expand_object(client, read->buffer + offset, copy,
-				  scratch->pages + count * PAGE_BYTES) < 0)
+		result = expand_object(client, read->buffer + offset, copy,
+				       scratch->pages + count * PAGE_BYTES);
+		if (result < 0)
 			break;
 	}
 	uncharge(client, read->page_count - count);
-	if (count == 0) {
-		if (word_is_unchanged(client, read, 0))
-			return poison(client, read->fault.page, read->words[0], -EBADMSG);
-		return FILL_DEFER; /* look it up again */
-	}
+	if (count == 0)
+		return read_failed(client, read, result);
 	counter_add(client->engine, spill_read_pages, count);
 	return copy_run(client, scratch->pages, read->fault.page, count, read->words, keep);
 }
@@ -564,10 +580,7 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
 					 read->buffer_bytes, (int)min_of(completions[i].result, 0));
 			if (completions[i].result < 0) {
 				uncharge(client, read->page_count);
-				result = word_is_unchanged(client, read, 0)
-						 ? poison(client, read->fault.page, read->words[0],
-							  (int)completions[i].result)
-						 : FILL_DEFER;
+				result = read_failed(client, read, (int)completions[i].result);
 			} else {
 				result = read_deliver(client, scratch, read);
 			}
@@ -583,6 +596,18 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
 			read_free(client, slot);
 		}
 	}
+}
+
+bool fill_drop_reads(struct client *client)
+{
+	struct io_completion completion;
+
+	while (client->io && io_reap(client->io, &completion, 1) > 0)
+		read_free(client, (unsigned)completion.cookie);
+	for (unsigned i = 0; i < READS_MAX; i++)
+		if (client->reads[i])
+			return false;
+	return true;
 }
 
 void fill_free_reads(struct client *client)
@@ -662,6 +687,8 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 		return FILL_DEFER;
 	if (fault->synthetic && !slot_is_swapped(slot.tag))
 		return FILL_ANSWERED;
+	if (client->wiped_unknown && slot.tag != SLOT_NONE && slot.tag != SLOT_ZERO)
+		return try_again(client);
 	window = fault->synthetic ? FILL_PAGES_MAX : stream_window(client, fault);
 	switch (slot.tag) {
 	case SLOT_NONE:

@@ -3,10 +3,12 @@
 #include "sys.h"
 
 #include <dirent.h>
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +16,6 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -252,20 +253,38 @@ pid_t sys_live_thread(pid_t pid)
 	return found;
 }
 
-/* From here on the memory of a process whose first thread has ended is seen through another one. */
-static ssize_t read_process(pid_t pid, const struct iovec *local, const struct iovec *remote,
-			    unsigned long count)
+static bool page_begins_with(pid_t pid, uint64_t address, uint64_t word)
 {
-	ssize_t done = process_vm_readv(pid, local, count, remote, count, 0);
-	pid_t thread;
+	int pagemap_fd = sys_open_proc(pid, "pagemap"), mem_fd = sys_open_proc(pid, "mem");
+	uint64_t entry = 0, have = 0;
+	bool found = pagemap_fd >= 0 && mem_fd >= 0 &&
+		     pread(pagemap_fd, &entry, sizeof entry, (off_t)(address / PAGE_BYTES * 8)) == 8 &&
+		     entry >> 63 & 1 && !(entry >> 61 & 1) && /* present, and no file's: to read that may block */
+		     sys_read_client(mem_fd, address, &have, sizeof have) == sizeof have && have == word;
 
-	if (done >= 0 || errno != ESRCH)
-		return done;
-	thread = sys_live_thread(pid);
-	if (thread > 0)
-		return process_vm_readv(thread, local, count, remote, count, 0);
-	errno = ESRCH;
-	return -1;
+	if (pagemap_fd >= 0)
+		close(pagemap_fd);
+	if (mem_fd >= 0)
+		close(mem_fd);
+	return found;
+}
+
+pid_t sys_find_page(uint64_t address, uint64_t word)
+{
+	DIR *directory = opendir("/proc");
+	struct dirent *entry;
+	pid_t found = -ESRCH;
+
+	if (!directory)
+		return -errno;
+	while (found < 0 && (entry = readdir(directory))) {
+		pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
+
+		if (pid > 0 && page_begins_with(pid, address, word))
+			found = pid;
+	}
+	closedir(directory);
+	return found;
 }
 
 int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context)
@@ -376,43 +395,46 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 	return 1;
 }
 
-ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes)
+ssize_t sys_read_client(int mem_fd, uint64_t address, void *buffer, size_t bytes)
 {
-	struct iovec local = { buffer, bytes };
-	struct iovec remote = { (void *)(uintptr_t)address, bytes };
-	ssize_t count = read_process(pid, &local, &remote, 1);
+	ssize_t count = pread(mem_fd, buffer, bytes, (off_t)address);
 
 	return count < 0 ? -errno : count;
 }
 
-int sys_read_client_pages(pid_t pid, uint64_t address, void *buffer, uint64_t mask)
+int sys_read_client_pages(int mem_fd, uint64_t address, void *buffer, uint64_t mask)
 {
-	struct iovec local[33], remote[33];
-	unsigned long count = 0;
-	size_t total = 0;
-	ssize_t done;
+	while (mask) {
+		unsigned first = (unsigned)__builtin_ctzll(mask);
+		uint64_t rest = ~(mask >> first);
+		unsigned count = rest ? (unsigned)__builtin_ctzll(rest) : 64;
+		size_t bytes = count * PAGE_BYTES;
+		ssize_t done = sys_read_client(mem_fd, address + first * PAGE_BYTES,
+					       (char *)buffer + first * PAGE_BYTES, bytes);
 
-	for (unsigned i = 0; i < 64 && mask >> i;) {
-		unsigned run = 0;
-
-		i += (unsigned)__builtin_ctzll(mask >> i);
-		while (i + run < 64 && mask >> (i + run) & 1)
-			run++;
-		local[count] = (struct iovec){ (char *)buffer + i * PAGE_BYTES, run * PAGE_BYTES };
-		remote[count] = (struct iovec){ (void *)(uintptr_t)(address + i * PAGE_BYTES),
-						run * PAGE_BYTES };
-		count++;
-		total += run * PAGE_BYTES;
-		i += run;
-		if (i >= 64)
-			break;
+		if (done != (ssize_t)bytes)
+			return done < 0 ? (int)done : -EFAULT;
+		mask &= ~mask_of(first, count);
 	}
-	if (count == 0)
-		return 0;
-	done = read_process(pid, local, remote, count);
-	if (done < 0)
-		return -errno;
-	return (size_t)done == total ? 0 : -EFAULT;
+	return 0;
+}
+
+int sys_name_address_space(pid_t pid, struct address_space_name *ret_name)
+{
+	int fd = sys_open_proc(pid, "auxv");
+	ssize_t length;
+
+	if (fd < 0)
+		return fd;
+	*ret_name = (struct address_space_name){ 0 };
+	length = read(fd, ret_name->words, sizeof ret_name->words);
+	close(fd);
+	if (length <= 0)
+		return -ESRCH;
+	for (unsigned i = 0; i + 1 < sizeof ret_name->words / 8 && ret_name->words[i] != AT_NULL; i += 2)
+		if (ret_name->words[i] == AT_SECURE && ret_name->words[i + 1])
+			return -EPERM;
+	return 0;
 }
 
 int sys_pidfd(pid_t pid)
@@ -427,6 +449,11 @@ bool sys_pidfd_is_dead(int pidfd)
 	struct pollfd poll_fd = { .fd = pidfd, .events = POLLIN };
 
 	return poll(&poll_fd, 1, 0) == 1;
+}
+
+void sys_pidfd_kill(int pidfd)
+{
+	(void)syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
 }
 
 int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages)
