@@ -14,11 +14,13 @@
 #include "checkpoint.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "fault_point.h"
 #include "fill.h"
 #include "sys.h"
 
 #define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
 #define COLD_MIN 256u
+#define ARENA_BYTES_MAX (1UL << 30)
 
 /* ---- registry ---- */
 
@@ -57,7 +59,7 @@ static void client_free(struct client *client)
 
 static int client_allocate(struct engine *engine, struct client **ret_client)
 {
-	struct client *client = calloc(1, sizeof *client);
+	struct client *client = fault_point("client/create") ? NULL : calloc(1, sizeof *client);
 
 	if (!client)
 		return -ENOMEM;
@@ -287,6 +289,30 @@ int client_make_ring(struct client *client)
 	client->ring_fd = client->record->ring_fd = fd;
 	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE); /* from here on it can be evicted from */
 	return 0;
+}
+
+/* Whether [start, start + bytes) lies in [from, to), for any numbers. */
+static bool lies_in(uint64_t start, uint64_t bytes, uint64_t from, uint64_t to)
+{
+	return start % PAGE_BYTES == 0 && start >= from && start <= to && bytes <= to - start;
+}
+
+bool client_arena_is_sane(const struct engine_arena *arena)
+{
+	uint64_t end = arena->arena + arena->arena_bytes;
+
+	if (arena->arena_bytes > ARENA_BYTES_MAX || arena->arena_bytes % PAGE_BYTES ||
+	    !lies_in(arena->arena, arena->arena_bytes, 0, address_of(ADDRESS_PAGES_MAX)) ||
+	    !lies_in(arena->beacon, PAGE_BYTES, arena->arena, end) || arena->staging[0] == 0)
+		return false;
+	for (int i = 0; i < VSWAP_PROTECTIONS; i++) {
+		if (arena->staging[i] == 0 && arena->trash[i] == 0)
+			continue;
+		if (!lies_in(arena->staging[i], VSWAP_WINDOWS * VSWAP_WINDOW_PAGES * PAGE_BYTES, arena->arena, end) ||
+		    !lies_in(arena->trash[i], VSWAP_WINDOW_PAGES * PAGE_BYTES, arena->arena, end))
+			return false;
+	}
+	return true;
 }
 
 void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }

@@ -175,6 +175,8 @@ void client_put(struct client *client);
  * read there, for it executes, or has just executed, another program. */
 int client_open_proc(struct client *client);
 int client_make_ring(struct client *client);
+/* Whether the addresses that an agent sent are inside of its arena, and that of an address space. */
+bool client_arena_is_sane(const struct engine_arena *arena);
 /* Fault threads, unless they run already. The gate is held. 0, -EAGAIN, or -ESRCH when it is dead. */
 int client_start(struct client *client);
 void client_wake(struct client *client); /* its fault threads look at deferred faults */

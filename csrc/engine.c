@@ -573,27 +573,6 @@ int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t toke
 	return result;
 }
 
-static bool arena_is_sane(const struct engine_arena *arena)
-{
-	uint64_t windows = VSWAP_WINDOWS * BATCH_PAGES_MAX * PAGE_BYTES;
-	uint64_t end = arena->arena + arena->arena_bytes;
-
-	if ((arena->arena | arena->arena_bytes | arena->beacon) % PAGE_BYTES || end < arena->arena ||
-	    end > address_of(ADDRESS_PAGES_MAX) || arena->arena_bytes > (1ULL << 30) ||
-	    arena->beacon < arena->arena || arena->beacon + PAGE_BYTES > end || arena->staging[0] == 0)
-		return false;
-	for (int i = 0; i < VSWAP_PROTECTIONS; i++) {
-		if (arena->staging[i] == 0 && arena->trash[i] == 0)
-			continue;
-		if (arena->staging[i] % PAGE_BYTES || arena->trash[i] % PAGE_BYTES ||
-		    arena->staging[i] < arena->arena || arena->staging[i] + windows > end ||
-		    arena->trash[i] < arena->arena ||
-		    arena->trash[i] + VSWAP_WINDOW_PAGES * PAGE_BYTES > end)
-			return false;
-	}
-	return true;
-}
-
 /* One descriptor's UFFDIO_API; a second one is EINVAL. */
 static int handshake(int fd, uint64_t features, bool may_be_done)
 {
@@ -650,7 +629,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 	int result = 0;
 
 	if (!client || client->dead || client->trash_fd >= 0 || !client->ring ||
-	    !arena_is_sane(arena) || trash_fd < 0 || forked != (events_fd < 0))
+	    !client_arena_is_sane(arena) || trash_fd < 0 || forked != (events_fd < 0))
 		result = client ? -EINVAL : -ENOENT;
 	if (result < 0) {
 		if (events_fd >= 0)
@@ -680,6 +659,10 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 		client_set_phase(client, CLIENT_LIVE);
 	}
 	pthread_mutex_unlock(&client->gate);
+	/* Nothing of it is out yet, and nobody would read the events of what is registered. A forked child is
+	 * served already. */
+	if (result < 0 && !forked)
+		client_bury(client);
 	engine_kick_look(engine);
 	client_put(client);
 	return result;

@@ -32,6 +32,7 @@
 #include "sys.h"
 
 #define ANSWER_MS 100 /* an agent that takes longer has its batch parked */
+#define READ_TRIES 1000
 
 #define SCAN_BYTES_MAX (1ULL << 30) /* address space looked at in one scan */
 
@@ -307,6 +308,18 @@ static void release(struct client *client, const struct choice *choice)
 	crash_point(CRASH_EVICT_RELEASED);
 }
 
+/* What is in staging stays there, and is served from there. */
+static void stop_eviction(struct client *client, int error)
+{
+	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR, .pid = client->pid,
+				      .group = client->group->number, .a = (uint64_t)(int64_t)-error };
+
+	WRITE_ONCE(client->evict_error, error);
+	pthread_cond_broadcast(&client->batches_changed);
+	if (!sys_userfaultfd_is_gone(client->events_fd))
+		engine_event_push(client->engine, &event);
+}
+
 /* Step 4, once the MOVE was answered or its agent is gone (then its last command has ended too, one way
  * or the other). *ret_moved: pages of the window that are ours to store. */
 static int finish_move(struct client *client, struct choice *choice, uint32_t number,
@@ -314,10 +327,14 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 {
 	struct batch_record *record = &client->record->batches[choice->window];
 	uint64_t moved = 0;
+	int result = staged_mask(client, choice, &moved);
 
-	if (staged_mask(client, choice, &moved) < 0) {
-		WRITE_ONCE(client->evict_error, ESRCH);
-		pthread_cond_broadcast(&client->batches_changed);
+	for (unsigned tries = 1; result == -ENOMEM && tries < READ_TRIES; tries++) {
+		sys_sleep_ms(1);
+		result = staged_mask(client, choice, &moved);
+	}
+	if (result < 0) {
+		stop_eviction(client, ESRCH);
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
 	if (client_is_answered(client, number))
@@ -471,9 +488,14 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	struct stored stored = { 0 };
 	uint32_t number = 0;
 	bool posted = false;
-	int result = sys_read_client_pages(client->mem_fd,
-					   window_address(client, choice->window, choice->protection),
-					   evictor->buffer, moved);
+	uint64_t window = window_address(client, choice->window, choice->protection);
+	int result = sys_read_client_pages(client->mem_fd, window, evictor->buffer, moved);
+
+	/* For want of memory: it may pass. */
+	for (unsigned tries = 1; result == -ENOMEM && tries < READ_TRIES; tries++) {
+		sys_sleep_ms(1);
+		result = sys_read_client_pages(client->mem_fd, window, evictor->buffer, moved);
+	}
 
 	if (result == 0) {
 		batch->buffer = evictor->buffer;
@@ -486,8 +508,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	pthread_mutex_lock(&client->gate);
 	if (result < 0 && !client->dead) {
 		/* Still in staging, served from there if at all possible; never touched again by us. */
-		WRITE_ONCE(client->evict_error, -result);
-		pthread_cond_broadcast(&client->batches_changed);
+		stop_eviction(client, -result);
 	} else if (!client->dead) {
 		settle_batch(client, choice, &stored);
 		release(client, choice);

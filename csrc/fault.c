@@ -35,6 +35,7 @@
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "evict.h"
+#include "fault_point.h"
 #include "fill.h"
 #include "remap.h"
 #include "sys.h"
@@ -360,11 +361,17 @@ static void forget_messages(struct client *client, uint32_t count)
 	checkpoint_write(client, 0);
 }
 
+static ssize_t messages_read(struct client *client)
+{
+	errno = fault_point("fault/read");
+	return errno ? -1 : read(client->events_fd, client->record->messages, sizeof client->record->messages);
+}
+
 /* Read what there is and deal with it. */
 static void serve(struct client *client, struct fill_scratch *scratch)
 {
 	struct uffd_msg *messages = client->record->messages;
-	ssize_t bytes = read(client->events_fd, messages, sizeof client->record->messages);
+	ssize_t bytes = messages_read(client);
 	uint32_t count = bytes > 0 ? (uint32_t)((size_t)bytes / sizeof *messages) : 0;
 	uint64_t now;
 

@@ -279,7 +279,7 @@ static int read_staged(struct client *client, struct slot slot, void *page)
 				client->record->staging[record->protection] +
 					(window * BATCH_PAGES_MAX + i) * PAGE_BYTES,
 				page, PAGE_BYTES);
-	return count == (ssize_t)PAGE_BYTES ? 0 : -EIO;
+	return count == (ssize_t)PAGE_BYTES ? 0 : count == -ENOMEM ? -ENOMEM : -EIO;
 }
 
 /* Expand one page: 0, 1 when its backing is not in memory (SPILL), or -errno. */

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "fault_point.h"
 
 struct ioctl_poison {
 	uint64_t start, len, mode;
@@ -55,17 +56,24 @@ static int ioctl_errno(int fd, unsigned long request, void *argument)
 	return ioctl(fd, request, argument) == 0 ? 0 : -errno;
 }
 
+/* The same, for calls that a test may make fail. */
+static int ioctl_pointed(const char *point, int fd, unsigned long request, void *argument)
+{
+	errno = fault_point(point);
+	return errno ? -1 : ioctl(fd, request, argument);
+}
+
 int sys_userfaultfd_api(int fd, uint64_t features)
 {
 	struct uffdio_api api = { .api = UFFD_API, .features = features };
-	return ioctl_errno(fd, UFFDIO_API, &api);
+	return ioctl_pointed("sys/api", fd, UFFDIO_API, &api) < 0 ? -errno : 0;
 }
 
 static int register_mode(int fd, uint64_t address, uint64_t bytes, uint64_t mode)
 {
 	struct uffdio_register range = { .range = { address, bytes }, .mode = mode };
 
-	return ioctl_errno(fd, UFFDIO_REGISTER, &range);
+	return ioctl_pointed("sys/register", fd, UFFDIO_REGISTER, &range) < 0 ? -errno : 0;
 }
 
 int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes)
@@ -131,14 +139,14 @@ enum fill_outcome sys_userfaultfd_copy(int fd, uint64_t address, const void *sou
 				       uint64_t *ret_bytes)
 {
 	struct uffdio_copy copy = { .dst = address, .src = (uintptr_t)source, .len = bytes };
-	int result = ioctl(fd, UFFDIO_COPY, &copy);
+	int result = ioctl_pointed("sys/copy", fd, UFFDIO_COPY, &copy);
 	return fill_outcome_of(result, copy.copy, bytes, ret_bytes);
 }
 
 enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes)
 {
 	struct uffdio_zeropage zero = { .range = { address, bytes } };
-	int result = ioctl(fd, UFFDIO_ZEROPAGE, &zero);
+	int result = ioctl_pointed("sys/zero", fd, UFFDIO_ZEROPAGE, &zero);
 	return fill_outcome_of(result, zero.zeropage, bytes, ret_bytes);
 }
 
@@ -223,7 +231,8 @@ int sys_open_proc(pid_t pid, const char *file)
 	int fd;
 
 	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
+	errno = fault_point("sys/open");
+	fd = errno ? -1 : open(path, O_RDONLY | O_CLOEXEC);
 	return fd < 0 ? -errno : fd;
 }
 
@@ -332,7 +341,7 @@ static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct pag
 		.category_mask = PAGE_IS_PRESENT | inverted,
 		.return_mask = PAGE_IS_PRESENT,
 	};
-	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
+	int count = ioctl_pointed("sys/scan", pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
 
 	if (count < 0)
 		return -errno;
@@ -370,7 +379,7 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 		.vma_name_addr = (uintptr_t)ret_mapping->name,
 		.vma_name_size = sizeof ret_mapping->name,
 	};
-	int result = ioctl_errno(maps_fd, IOCTL_PROCMAP_QUERY, &query);
+	int result = ioctl_pointed("sys/mapping", maps_fd, IOCTL_PROCMAP_QUERY, &query) < 0 ? -errno : 0;
 
 	if (result == -ENAMETOOLONG) { /* a long name is a file's: not anonymous */
 		query.vma_name_size = 0;
@@ -397,8 +406,10 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 
 ssize_t sys_read_client(int mem_fd, uint64_t address, void *buffer, size_t bytes)
 {
-	ssize_t count = pread(mem_fd, buffer, bytes, (off_t)address);
+	ssize_t count;
 
+	errno = fault_point("sys/mem");
+	count = errno ? -1 : pread(mem_fd, buffer, bytes, (off_t)address);
 	return count < 0 ? -errno : count;
 }
 
@@ -439,8 +450,10 @@ int sys_name_address_space(pid_t pid, struct address_space_name *ret_name)
 
 int sys_pidfd(pid_t pid)
 {
-	long fd = syscall(SYS_pidfd_open, pid, 0);
+	long fd;
 
+	errno = fault_point("sys/pidfd");
+	fd = errno ? -1 : syscall(SYS_pidfd_open, pid, 0);
 	return fd < 0 ? -errno : (int)fd;
 }
 
@@ -509,8 +522,10 @@ void sys_futex_wake(const uint32_t *word)
 
 int sys_memfd(const char *name, uint64_t bytes, bool sealed)
 {
-	int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	int fd;
 
+	errno = fault_point("sys/memfd");
+	fd = errno ? -1 : memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (fd < 0)
 		return -errno;
 	if (ftruncate(fd, (off_t)bytes) != 0 ||
