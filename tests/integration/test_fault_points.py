@@ -19,7 +19,8 @@ import pytest
 
 _ROOT = Path(__file__).parent.parent
 _RIGHT, _LOST_PAGES, _CHILD_KILLED = 0, 4, 5  # exit status of boundary
-_FIRST_CALLS = (1, 2, 3, 4, 5, 6, 8, 12, 20, 40, 100, 200)
+_FIRST_CALLS = (1, 2, 3, 4, 5, 8, 13, 40, 150)
+_REST_MS = 150  # the writer looks at pools this often
 _SECONDS_MAX = 60.0
 
 
@@ -97,6 +98,7 @@ def _run(drive: Path, tmp_path: Path, point: Point, call: int) -> tuple[int, int
         command += ["--pool", str(1 << 20), "--spill", f"{tmp_path / 'spill'}:{64 << 20}"]
     how = ":all" if point.persistent else ""
     command += ["--fail", f"{point.name}:{call}:{point.error}{how}", "--", str(drive / "boundary")]
+    command += [str(_REST_MS)] if point.spill else []
     result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_MAX, check=False)
     hits = re.search(rf"{point.name} calls \d+ hits (\d+)", result.stderr)
     assert hits, f"{' '.join(command)}: status {result.returncode}: {result.stderr[-2000:]}"

@@ -2,7 +2,7 @@
 /*
  * boundary — a client that goes through every operation of its swap once, in the same order every time.
  *
- *   boundary [PAGES]
+ *   boundary [REST_MS]      rest after each page-out, so that pages are written to a backend
  *
  * Under `drive --fail`: attach, fill, page out, fault from every backing, page out again what was kept, fork with a
  * child that verifies and changes, mremap, MADV_DONTNEED, page in. Every byte is checked after each step.
@@ -26,7 +26,8 @@
 #define PAGE 4096UL
 #define OUT_MS_MAX 300 /* what is not out by then stays: the failure under test may forbid it */
 
-static size_t page_count = 256;
+static const size_t page_count = 256;
+static unsigned rest_ms;
 static uint8_t *area;
 static unsigned *versions; /* on the stack: never out */
 static sigjmp_buf lost;
@@ -96,6 +97,7 @@ static void page_out(void)
 	kill(getppid(), SIGUSR1);
 	for (unsigned ms = 0; ms < OUT_MS_MAX && !is_out(); ms++)
 		usleep(1000);
+	usleep(rest_ms * 1000);
 }
 
 static void fork_and_check(void)
@@ -130,13 +132,11 @@ static void move_it(void)
 
 int main(int argc, char **argv)
 {
-	unsigned table[4096] = { 0 };
+	unsigned table[256] = { 0 };
 	struct sigaction action = { .sa_handler = on_bus_error, .sa_flags = SA_NODEFER };
 
 	if (argc > 1)
-		page_count = strtoull(argv[1], NULL, 0);
-	if (page_count < 16 || page_count > sizeof table / sizeof *table)
-		return 2;
+		rest_ms = (unsigned)strtoul(argv[1], NULL, 0);
 	versions = table;
 	sigaction(SIGBUS, &action, NULL);
 	area = mmap(NULL, page_count * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

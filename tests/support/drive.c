@@ -561,6 +561,7 @@ int main(int argc, char **argv)
 		peers[i].fd = -1;
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	snprintf(address.sun_path, sizeof address.sun_path, "/tmp/vswap-drive-%d.sock", getpid());
+	unlink(address.sun_path); /* of a drive that was killed */
 	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (bind(listener, (struct sockaddr *)&address, sizeof address) != 0 || listen(listener, 64) != 0)
 		fail("socket");
