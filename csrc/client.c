@@ -7,17 +7,20 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include "base.h"
 #include "checkpoint.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "fault_point.h"
 #include "fill.h"
 #include "sys.h"
 
 #define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
 #define COLD_MIN 256u
+#define ARENA_BYTES_MAX (1UL << 30)
 
 /* ---- registry ---- */
 
@@ -41,6 +44,7 @@ static void client_free(struct client *client)
 	close_if_open(&client->wake_fd);
 	close_if_open(&client->pagemap_fd);
 	close_if_open(&client->maps_fd);
+	close_if_open(&client->mem_fd);
 	close_if_open(&client->statm_fd);
 	close_if_open(&client->pidfd);
 	range_set_clear(&client->regions);
@@ -55,17 +59,19 @@ static void client_free(struct client *client)
 
 static int client_allocate(struct engine *engine, struct client **ret_client)
 {
-	struct client *client = calloc(1, sizeof *client);
+	struct client *client = fault_point("client/create") ? NULL : calloc(1, sizeof *client);
 
 	if (!client)
 		return -ENOMEM;
 	client->engine = engine;
 	client->pidfd = client->events_fd = client->trash_fd = client->ring_fd = -1;
-	client->pagemap_fd = client->maps_fd = client->statm_fd = -1;
+	client->pagemap_fd = client->maps_fd = client->mem_fd = client->statm_fd = -1;
 	client->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (client->wake_fd < 0) {
+		int error = errno;
+
 		free(client);
-		return -errno;
+		return -error;
 	}
 	pthread_mutex_init(&client->gate, NULL);
 	pthread_cond_init(&client->batches_changed, NULL);
@@ -103,8 +109,13 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 {
 	struct client *client = NULL;
 	unsigned index = 0;
-	int result = client_allocate(engine, &client);
+	uint64_t token;
+	int result;
 
+	/* A forked child shows by it who it is: nobody else may guess it. */
+	if (getrandom(&token, sizeof token, 0) != sizeof token || token == 0)
+		return -EAGAIN;
+	result = client_allocate(engine, &client);
 	if (result < 0)
 		return result;
 	SCOPED_LOCK(&engine->registry);
@@ -124,7 +135,8 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	client->record->group = group->number;
 	client->record->events_fd = client->record->trash_fd = client->record->ring_fd = -1;
 	client->record->socket_fd = -1;
-	client->record->token = engine->state->token_next++;
+	client->record->token = token;
+	client->number = engine->state->token_next++;
 	client_set_phase(client, CLIENT_FORMING);
 	enlist(engine, client, index, group);
 	counter_add(engine, clients_added, 1);
@@ -142,6 +154,7 @@ int client_adopt(struct engine *engine, unsigned index, struct client **ret_clie
 		return result;
 	client->record = record;
 	client->recovering = true;
+	client->wiped_unknown = record->pid == 0; /* looked up again: that changes nothing twice */
 	client->events_fd = record->events_fd;
 	client->trash_fd = record->trash_fd;
 	client->ring_fd = record->ring_fd;
@@ -176,7 +189,7 @@ struct client *client_get_pid(struct engine *engine, pid_t pid)
 		struct client *client = engine->clients[i];
 
 		if (client && client->pid == pid &&
-		    (!newest || client->record->token > newest->record->token))
+		    (!newest || client->number > newest->number))
 			newest = client;
 	}
 	return take(newest);
@@ -206,13 +219,29 @@ void client_put(struct client *client)
 
 /* ---- life ---- */
 
+/*
+ * A process can have connected as one program and be another one now: a setuid one, whose memory is none of
+ * its user's business. What is opened here stays with the address space that was there, and it is the same
+ * one before and after.
+ */
 static int open_memory_files(struct client *client, pid_t thread)
 {
+	struct address_space_name after;
+	int result = sys_name_address_space(thread, &client->address_space);
+
+	if (result < 0)
+		return result;
 	close_if_open(&client->pagemap_fd);
 	close_if_open(&client->maps_fd);
+	close_if_open(&client->mem_fd);
 	client->pagemap_fd = sys_open_proc(thread, "pagemap");
 	client->maps_fd = sys_open_proc(thread, "maps");
-	return min_of(0, min_of(client->pagemap_fd, client->maps_fd));
+	client->mem_fd = sys_open_proc(thread, "mem");
+	result = min_of(client->pagemap_fd, min_of(client->maps_fd, client->mem_fd));
+	if (result < 0)
+		return result;
+	result = sys_name_address_space(thread, &after);
+	return result == 0 && memcmp(&client->address_space, &after, sizeof after) ? -EPERM : result;
 }
 
 int client_open_proc(struct client *client)
@@ -225,7 +254,7 @@ int client_open_proc(struct client *client)
 	if (client->pidfd < 0)
 		return client->pidfd;
 	result = open_memory_files(client, thread);
-	if (result < 0) {
+	if (result < 0 && result != -EPERM) {
 		/* Its first thread may have ended already, which has no memory then. */
 		thread = sys_live_thread(client->pid);
 		result = thread > 0 ? open_memory_files(client, thread) : result;
@@ -260,6 +289,30 @@ int client_make_ring(struct client *client)
 	client->ring_fd = client->record->ring_fd = fd;
 	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE); /* from here on it can be evicted from */
 	return 0;
+}
+
+/* Whether [start, start + bytes) lies in [from, to), for any numbers. */
+static bool lies_in(uint64_t start, uint64_t bytes, uint64_t from, uint64_t to)
+{
+	return start % PAGE_BYTES == 0 && start >= from && start <= to && bytes <= to - start;
+}
+
+bool client_arena_is_sane(const struct engine_arena *arena)
+{
+	uint64_t end = arena->arena + arena->arena_bytes;
+
+	if (arena->arena_bytes > ARENA_BYTES_MAX || arena->arena_bytes % PAGE_BYTES ||
+	    !lies_in(arena->arena, arena->arena_bytes, 0, address_of(ADDRESS_PAGES_MAX)) ||
+	    !lies_in(arena->beacon, PAGE_BYTES, arena->arena, end) || arena->staging[0] == 0)
+		return false;
+	for (int i = 0; i < VSWAP_PROTECTIONS; i++) {
+		if (arena->staging[i] == 0 && arena->trash[i] == 0)
+			continue;
+		if (!lies_in(arena->staging[i], VSWAP_WINDOWS * VSWAP_WINDOW_PAGES * PAGE_BYTES, arena->arena, end) ||
+		    !lies_in(arena->trash[i], VSWAP_WINDOW_PAGES * PAGE_BYTES, arena->arena, end))
+			return false;
+	}
+	return true;
 }
 
 void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }

@@ -37,6 +37,7 @@
 #include "io.h"
 #include "range_set.h"
 #include "state.h"
+#include "sys.h"
 #include "wire.h"
 
 #define QUARANTINE_NS 2000000000ULL
@@ -52,6 +53,7 @@ struct fault {
 	uint32_t thread;
 	bool write;
 	bool synthetic; /* asked by pagein, nobody waits */
+	bool alone;     /* a read of it and others failed: read nothing but it */
 };
 
 struct stream {
@@ -78,6 +80,7 @@ struct client {
 	struct group *group;
 	struct client_record *record;
 	unsigned index;
+	uint64_t number; /* of the clients ever made */
 	int references; /* registry lock */
 	pid_t pid;
 	pid_t thread; /* look thread: one that lives on after the first has ended; 0: the first lives */
@@ -93,12 +96,15 @@ struct client {
 	bool fork_pending; /* no new MOVE, no read, until nothing is staged */
 	bool recovering;   /* the gate stays shut */
 	struct parked_batch *parked; /* a MOVE its agent has not answered yet: the gate stays shut */
+	bool wiped_unknown; /* a forked child: some of its slots may be of memory that was wiped */
 	bool populating;   /* a POPULATE is in the ring: it may fault, so no MOVE behind it */
 	uint32_t populate_number;
 	uint64_t populated_address; /* first page of the last POPULATE */
 
 	int events_fd, trash_fd, ring_fd, wake_fd;
-	int pagemap_fd, maps_fd, statm_fd;
+	int pagemap_fd, maps_fd, mem_fd; /* of one address space, whatever its process executes later */
+	int statm_fd;
+	struct address_space_name address_space; /* which one it is */
 	struct vswap_ring *ring;
 	uint32_t posted;
 	struct batch batches[VSWAP_WINDOWS];
@@ -124,6 +130,7 @@ struct client {
 	struct fault deferred[DEFERRED_MAX];
 	unsigned deferred_count;
 	bool retry_soon;  /* a fill was told EAGAIN */
+	bool fork_waits;  /* an event cannot be read for want of a descriptor */
 	bool waiting;     /* counted in group->waiting */
 
 	struct io_queue *io;
@@ -164,9 +171,12 @@ struct client *client_get_pid(struct engine *engine, pid_t pid);
 struct client *client_get_index(struct engine *engine, unsigned index);
 void client_put(struct client *client);
 
-/* Open /proc files and pidfd of client->pid. 0 or -errno. */
+/* Open /proc files and pidfd of client->pid. 0 or -errno: -EPERM when it is not to be trusted with what can be
+ * read there, for it executes, or has just executed, another program. */
 int client_open_proc(struct client *client);
 int client_make_ring(struct client *client);
+/* Whether the addresses that an agent sent are inside of its arena, and that of an address space. */
+bool client_arena_is_sane(const struct engine_arena *arena);
 /* Fault threads, unless they run already. The gate is held. 0, -EAGAIN, or -ESRCH when it is dead. */
 int client_start(struct client *client);
 void client_wake(struct client *client); /* its fault threads look at deferred faults */

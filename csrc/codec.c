@@ -191,6 +191,7 @@ static int expand_zstd(const void *block, size_t bytes, void *page)
 
 int codec_expand(const void *object, unsigned units, void *page)
 {
+	static const uint8_t zeros[POOL_UNIT_BYTES];
 	uint8_t trailer;
 	size_t bytes;
 
@@ -203,6 +204,8 @@ int codec_expand(const void *object, unsigned units, void *page)
 	bytes = units * POOL_UNIT_BYTES - TRAILER_BYTES;
 	trailer = ((const uint8_t *)object)[bytes];
 	bytes -= trailer & PADDING_MASK; /* 0 at least: padding < POOL_UNIT_BYTES <= an object */
+	if (memcmp((const uint8_t *)object + bytes, zeros, trailer & PADDING_MASK) != 0)
+		return -EBADMSG; /* says nothing about the page, but the storage is broken */
 	switch (trailer >> METHOD_SHIFT) {
 	case CODEC_LZ4:
 		return expand_lz4(object, bytes, page);

@@ -38,6 +38,7 @@
 	COUNTER(spill_read_pages, "pages read from a spill backend")                               \
 	COUNTER(check_failures, "objects whose check did not match after expansion")               \
 	COUNTER(poisoned_pages, "pages poisoned because their bytes could not be given back")      \
+	COUNTER(children_refused, "forked children killed because they could not be served")       \
 	COUNTER(out_of_memory_kills, "processes killed because a group had no room left")          \
 	COUNTER(clients_added, "clients that came under management")                               \
 	COUNTER(clients_gone, "clients that ended")

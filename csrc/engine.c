@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
 #include <time.h>
@@ -188,6 +189,17 @@ static int start_threads(struct engine *engine, uint32_t evictor_count)
 	return -error;
 }
 
+/* A fork cannot be refused, a new client can: a part of the descriptors is kept for forked children. The kernel
+ * gives the lowest number that is free, so a number says how many there are. */
+static int descriptors_for_new(void)
+{
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur > 1 << 30)
+		return 1 << 30;
+	return (int)(limit.rlim_cur - min_of(limit.rlim_cur / 4, (rlim_t)DESCRIPTORS_RESERVED_MAX));
+}
+
 int engine_create(const struct engine_config *config, struct engine **ret_engine, char *message)
 {
 	struct engine *engine = calloc(1, sizeof *engine);
@@ -221,6 +233,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_cond_init(&engine->look_work, NULL);
 	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	engine->descriptors_end = descriptors_for_new();
 	engine->state_fd = config->state_fd;
 	engine->pool_fd = config->pool_fd;
 	result = config->state_fd ? 0 : engine_make_memfds(&engine->state_fd, &engine->pool_fd);
@@ -515,6 +528,8 @@ int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t
 	result = client_open_proc(client);
 	if (result == 0)
 		result = client_make_ring(client);
+	if (result == 0 && client->ring_fd >= engine->descriptors_end)
+		result = -EMFILE;
 	if (result < 0) {
 		client_bury(client);
 	} else {
@@ -556,27 +571,6 @@ int engine_client_begin_forked(struct engine *engine, int32_t pid, uint64_t toke
 	pthread_mutex_unlock(&client->gate);
 	client_put(client);
 	return result;
-}
-
-static bool arena_is_sane(const struct engine_arena *arena)
-{
-	uint64_t windows = VSWAP_WINDOWS * BATCH_PAGES_MAX * PAGE_BYTES;
-	uint64_t end = arena->arena + arena->arena_bytes;
-
-	if ((arena->arena | arena->arena_bytes | arena->beacon) % PAGE_BYTES || end < arena->arena ||
-	    end > address_of(ADDRESS_PAGES_MAX) || arena->arena_bytes > (1ULL << 30) ||
-	    arena->beacon < arena->arena || arena->beacon + PAGE_BYTES > end || arena->staging[0] == 0)
-		return false;
-	for (int i = 0; i < VSWAP_PROTECTIONS; i++) {
-		if (arena->staging[i] == 0 && arena->trash[i] == 0)
-			continue;
-		if (arena->staging[i] % PAGE_BYTES || arena->trash[i] % PAGE_BYTES ||
-		    arena->staging[i] < arena->arena || arena->staging[i] + windows > end ||
-		    arena->trash[i] < arena->arena ||
-		    arena->trash[i] + VSWAP_WINDOW_PAGES * PAGE_BYTES > end)
-			return false;
-	}
-	return true;
 }
 
 /* One descriptor's UFFDIO_API; a second one is EINVAL. */
@@ -635,7 +629,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 	int result = 0;
 
 	if (!client || client->dead || client->trash_fd >= 0 || !client->ring ||
-	    !arena_is_sane(arena) || trash_fd < 0 || forked != (events_fd < 0))
+	    !client_arena_is_sane(arena) || trash_fd < 0 || forked != (events_fd < 0))
 		result = client ? -EINVAL : -ENOENT;
 	if (result < 0) {
 		if (events_fd >= 0)
@@ -665,6 +659,10 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 		client_set_phase(client, CLIENT_LIVE);
 	}
 	pthread_mutex_unlock(&client->gate);
+	/* Nothing of it is out yet, and nobody would read the events of what is registered. A forked child is
+	 * served already. */
+	if (result < 0 && !forked)
+		client_bury(client);
 	engine_kick_look(engine);
 	client_put(client);
 	return result;

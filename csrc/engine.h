@@ -268,7 +268,10 @@ enum engine_event_kind {
 	ENGINE_EVENT_CLIENT_GONE,   /* pid ended, all it held is freed; a = token */
 	ENGINE_EVENT_CLIENT_ERROR,  /* pid: eviction stopped; a = -errno */
 	ENGINE_EVENT_BACKEND_ERROR, /* a = backend, b = -errno */
-	ENGINE_EVENT_REGISTERED     /* pid's regions were registered; a = regions, b = bytes */
+	ENGINE_EVENT_REGISTERED,    /* pid's regions were registered; a = regions, b = bytes */
+	ENGINE_EVENT_FORK_WAITS,    /* pid forks, and waits until its child can be taken over; a = -errno */
+	ENGINE_EVENT_CHILD_REFUSED  /* a forked child of pid cannot be served; a = -errno, b = its PID: it was
+				     * killed; 0: it was not found, and waits where it touches a page that is out */
 };
 
 struct engine_event {

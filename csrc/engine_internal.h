@@ -39,6 +39,7 @@ struct engine {
 	struct pool_space *pool_space;
 	struct slot_space *slots;
 	uint32_t cpu_count;
+	int descriptors_end; /* new clients get none from here on: forked children may */
 
 	pthread_mutex_t registry;
 	struct group *groups[GROUPS_MAX];
@@ -111,6 +112,9 @@ void look_discover(struct client *client);
 void *evictor_main(void *engine);
 /* Evict everything evictable of one client, once over its address space. Pages evicted. */
 uint64_t reclaim_pageout(struct client *client);
+/* The end of a group that finds no room for OUT_OF_MEMORY_NS: SIGKILL to its largest member. */
+#define OUT_OF_MEMORY_NS 3000000000ULL
+void reclaim_kill_largest(struct engine *engine, struct group *group);
 /* writeback.c */
 void *writer_main(void *engine);
 /* True when the group's pages may be written to some backend that has room. */

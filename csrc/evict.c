@@ -32,6 +32,7 @@
 #include "sys.h"
 
 #define ANSWER_MS 100 /* an agent that takes longer has its batch parked */
+#define READ_TRIES 1000
 
 #define SCAN_BYTES_MAX (1ULL << 30) /* address space looked at in one scan */
 
@@ -307,6 +308,18 @@ static void release(struct client *client, const struct choice *choice)
 	crash_point(CRASH_EVICT_RELEASED);
 }
 
+/* What is in staging stays there, and is served from there. */
+static void stop_eviction(struct client *client, int error)
+{
+	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR, .pid = client->pid,
+				      .group = client->group->number, .a = (uint64_t)(int64_t)-error };
+
+	WRITE_ONCE(client->evict_error, error);
+	pthread_cond_broadcast(&client->batches_changed);
+	if (!sys_userfaultfd_is_gone(client->events_fd))
+		engine_event_push(client->engine, &event);
+}
+
 /* Step 4, once the MOVE was answered or its agent is gone (then its last command has ended too, one way
  * or the other). *ret_moved: pages of the window that are ours to store. */
 static int finish_move(struct client *client, struct choice *choice, uint32_t number,
@@ -314,10 +327,14 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 {
 	struct batch_record *record = &client->record->batches[choice->window];
 	uint64_t moved = 0;
+	int result = staged_mask(client, choice, &moved);
 
-	if (staged_mask(client, choice, &moved) < 0) {
-		WRITE_ONCE(client->evict_error, ESRCH);
-		pthread_cond_broadcast(&client->batches_changed);
+	for (unsigned tries = 1; result == -ENOMEM && tries < READ_TRIES; tries++) {
+		sys_sleep_ms(1);
+		result = staged_mask(client, choice, &moved);
+	}
+	if (result < 0) {
+		stop_eviction(client, ESRCH);
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
 	if (client_is_answered(client, number))
@@ -356,18 +373,24 @@ struct stored {
 	uint64_t created; /* pages for which a pool object was stored */
 };
 
-/* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. */
+/* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. When it lasts, the group
+ * that brought the page is out of memory. */
 static struct slot store_object(struct client *client, struct evictor *evictor, const void *page,
 				uint64_t check)
 {
 	unsigned units = codec_compress(evictor->codec, CODEC_LZ4, page, evictor->object);
-	uint64_t handle;
+	uint64_t handle, since = 0;
 
 	while (pool_store(client->group->pool, evictor->object, units, &handle) < 0) {
-		counter_add(client->engine, evict_failed, 1);
-		sys_sleep_ms(1);
-		if (client->dead)
+		if (READ_ONCE(client->dead) || sys_userfaultfd_is_gone(client->events_fd))
 			return (struct slot){ .tag = SLOT_NONE };
+		counter_add(client->engine, evict_failed, 1);
+		since = since ? since : sys_now_ns();
+		if (sys_now_ns() - since > OUT_OF_MEMORY_NS) {
+			reclaim_kill_largest(client->engine, client->group);
+			since = 0;
+		}
+		sys_sleep_ms(1);
 	}
 	if (units == POOL_UNITS_MAX)
 		counter_add(client->engine, evicted_raw, 1);
@@ -465,9 +488,14 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	struct stored stored = { 0 };
 	uint32_t number = 0;
 	bool posted = false;
-	int result = sys_read_client_pages(client->pid,
-					   window_address(client, choice->window, choice->protection),
-					   evictor->buffer, moved);
+	uint64_t window = window_address(client, choice->window, choice->protection);
+	int result = sys_read_client_pages(client->mem_fd, window, evictor->buffer, moved);
+
+	/* For want of memory: it may pass. */
+	for (unsigned tries = 1; result == -ENOMEM && tries < READ_TRIES; tries++) {
+		sys_sleep_ms(1);
+		result = sys_read_client_pages(client->mem_fd, window, evictor->buffer, moved);
+	}
 
 	if (result == 0) {
 		batch->buffer = evictor->buffer;
@@ -480,8 +508,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	pthread_mutex_lock(&client->gate);
 	if (result < 0 && !client->dead) {
 		/* Still in staging, served from there if at all possible; never touched again by us. */
-		WRITE_ONCE(client->evict_error, -result);
-		pthread_cond_broadcast(&client->batches_changed);
+		stop_eviction(client, -result);
 	} else if (!client->dead) {
 		settle_batch(client, choice, &stored);
 		release(client, choice);
@@ -512,7 +539,7 @@ static int may_evict(struct client *client)
 		return -EPIPE;
 	if (client->populating && client_is_answered(client, client->populate_number))
 		client->populating = false;
-	if (client->fork_pending || client_is_shut(client) || client->populating)
+	if (client->fork_pending || client_is_shut(client) || client->populating || client->wiped_unknown)
 		return -EAGAIN;
 	return 0;
 }

@@ -35,13 +35,16 @@
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "evict.h"
+#include "fault_point.h"
 #include "fill.h"
 #include "remap.h"
 #include "sys.h"
 
 #define RETRY_MS 1
+#define CHILD_DEATH_MS 1000
+#define CHILD_FIND_TRIES 100
 
-/* ---- events; the gate is held ---- */
+/* ---- freed memory; the gate is held ---- */
 
 static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 {
@@ -58,6 +61,64 @@ static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 	}
 }
 
+/* ---- a forked child; the parent's gate is held ---- */
+
+/* Its process, found by the token on its beacon page: a PID, -EAGAIN while an event of its own is unread, -ESRCH. */
+static pid_t find_child(int child_fd, uint64_t beacon, uint64_t token)
+{
+	uint8_t page[PAGE_BYTES] = { 0 };
+	enum fill_outcome outcome;
+	uint64_t done;
+
+	memcpy(page, &token, sizeof token);
+	outcome = sys_userfaultfd_copy(child_fd, beacon, page, PAGE_BYTES, &done);
+	if (outcome == FILL_AGAIN)
+		return -EAGAIN;
+	return outcome == FILL_DONE || outcome == FILL_PRESENT ? sys_find_page(beacon, token) : -ESRCH;
+}
+
+/* Let a process that will be killed get through what it waits for. Nothing is served, so nothing is lost; a child
+ * of its own is not served either, and its descriptor stays open for the same reason. */
+static void discard_events(int fd)
+{
+	struct uffd_msg message;
+
+	while (read(fd, &message, sizeof message) > 0)
+		;
+}
+
+/*
+ * A child whose memory cannot be served: what is out in its parent is missing in it, and would read as zeros once
+ * the last userfaultfd is closed. So it is killed; and if it cannot be found the descriptor stays open, that it
+ * wait instead.
+ */
+static void refuse_child(struct client *parent, int child_fd, uint64_t token, int error)
+{
+	struct engine_event event = { .kind = ENGINE_EVENT_CHILD_REFUSED, .pid = parent->pid,
+				      .group = parent->group->number, .a = (uint64_t)(int64_t)error };
+	uint64_t beacon = parent->record->beacon;
+	struct pollfd death = { .fd = -1, .events = POLLIN };
+	pid_t pid = -EAGAIN;
+
+	for (unsigned tries = 0; pid == -EAGAIN && tries < CHILD_FIND_TRIES; tries++) {
+		discard_events(child_fd);
+		pid = find_child(child_fd, beacon, token);
+	}
+	if (pid > 0)
+		death.fd = sys_pidfd(pid);
+	if (death.fd >= 0 && sys_find_page(beacon, token) == pid) { /* that PID is still this process */
+		sys_pidfd_kill(death.fd);
+		(void)poll(&death, 1, CHILD_DEATH_MS);
+		event.b = (uint64_t)pid;
+	}
+	if (death.fd >= 0)
+		close(death.fd);
+	if (sys_userfaultfd_is_gone(child_fd))
+		close(child_fd);
+	counter_add(parent->engine, children_refused, 1);
+	engine_event_push(parent->engine, &event);
+}
+
 static void forget_range(void *context, struct page_range range)
 {
 	struct client *child = context;
@@ -66,66 +127,35 @@ static void forget_range(void *context, struct page_range range)
 		       client_staged_gone, client_free_copy, child);
 }
 
-/* What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
- * no such advice, so it is looked up, where there is anything to lose. */
-static void forget_wiped(const struct client *parent, struct client *child)
+/*
+ * What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
+ * no such advice, so it is looked up, where there is anything to lose. A parent that has ended since, or executes
+ * something else, says nothing: then the child is asked, and until it has answered gets none of its pages.
+ */
+static bool forget_wiped(const struct client *parent, struct client *child)
 {
-	struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR, .pid = parent->pid,
-				      .group = parent->group->number };
-	int result;
+	struct address_space_name now;
 
-	if (child->record->map.cluster_count == 0 || parent->pid <= 0)
-		return;
-	result = sys_visit_wiped(parent->pid, forget_range, child);
-	if (result < 0) {
-		event.a = (uint64_t)(int64_t)result;
-		engine_event_push(parent->engine, &event);
-	}
+	return child->record->map.cluster_count == 0 ||
+	       (parent->pid > 0 && sys_visit_wiped(parent->pid, forget_range, child) == 0 &&
+		sys_name_address_space(parent->pid, &now) == 0 &&
+		memcmp(&now, &parent->address_space, sizeof now) == 0);
 }
 
-/*
- * The child's address space is a copy of the parent's, so it shares the parent's slots by count. Pages
- * on their way out of the parent must be settled first, in a place that both can reach: staging is not
- * inherited. No new MOVE starts meanwhile and no message is read (fork_pending).
- */
-static void apply_fork(struct client *parent, int child_fd)
+static void ask_child_for_wiped(struct client *child)
 {
-	struct engine *engine = parent->engine;
-	struct client *child;
+	pid_t pid = child->pid > 0 ? child->pid
+				   : find_child(child->events_fd, child->record->beacon, child->record->token);
 
-	if (client_has_descriptor(engine, child_fd)) /* made by the daemon before, in its last moment */
-		return;
+	if (pid > 0 && sys_visit_wiped(pid, forget_range, child) == 0)
+		child->wiped_unknown = false;
+}
 
-	counter_add(engine, events_fork, 1);
-	parent->fork_pending = true;
-	while (slot_map_count(&parent->record->map, SLOT_STAGED) > 0 && !parent->evict_error)
-		pthread_cond_wait(&parent->batches_changed, &parent->gate);
-	if (parent->evict_error)
-		evict_abandon(parent);
-	if (client_create(engine, 0, parent->group, &child) < 0) {
-		/* Too many clients. Its memory cannot be served: every touch of a swapped page must fail
-		 * rather than read zeros, and it does not, once this descriptor is closed. Keep it. */
-		struct engine_event event = { .kind = ENGINE_EVENT_CLIENT_ERROR,
-					      .pid = parent->pid,
-					      .group = parent->group->number,
-					      .a = (uint64_t)(int64_t)-EMFILE };
-
-		engine_event_push(engine, &event);
-		parent->fork_pending = false;
-		return;
-	}
-	crash_point(CRASH_FORK_CREATED);
-	child->events_fd = child->record->events_fd = child_fd;
-	child->record->beacon = parent->record->beacon;
-	child->record->arena = parent->record->arena;
-	child->record->arena_bytes = parent->record->arena_bytes;
-	if (slot_map_share(engine->slots, &parent->record->map, &child->record->map) < 0)
-		VS_CHECK(!"no memory to share the slots of a forked client");
-	crash_point(CRASH_FORK_SHARED);
-	forget_wiped(parent, child);
-	parent->fork_pending = false; /* from here on the parent may be buried */
-	/* What the parent registered between the fork and now is not registered in the child: until its own
-	 * first discovery these are hints for fills, and nothing is evicted (`registered` is false). */
+/* What is known of the parent's mappings, for its child. What the parent registered between the fork and now is
+ * not registered in the child: until its own first discovery these are hints for fills, and nothing is evicted
+ * (`registered` is false). */
+static void inherit_ranges(const struct client *parent, struct client *child)
+{
 	for (size_t i = 0; i < parent->regions.count; i++) {
 		const struct range *region = &parent->regions.ranges[i];
 
@@ -143,6 +173,62 @@ static void apply_fork(struct client *parent, int child_fd)
 	memcpy(child->remaps, parent->remaps, sizeof child->remaps);
 	child->remap_count = parent->remap_count;
 	remap_settle(child);
+}
+
+/* A client for the child, that shares its parent's slots by count. On failure the child is not there. */
+static int make_child(struct client *parent, int child_fd, struct client **ret_child)
+{
+	struct engine *engine = parent->engine;
+	struct client *child;
+	int result = client_create(engine, 0, parent->group, &child);
+
+	if (result < 0) {
+		refuse_child(parent, child_fd, sys_now_ns() | 1, result);
+		return result;
+	}
+	crash_point(CRASH_FORK_CREATED);
+	child->events_fd = child->record->events_fd = child_fd;
+	child->record->beacon = parent->record->beacon;
+	child->record->arena = parent->record->arena;
+	child->record->arena_bytes = parent->record->arena_bytes;
+	result = slot_map_share(engine->slots, &parent->record->map, &child->record->map);
+	crash_point(CRASH_FORK_SHARED);
+	if (result == 0) {
+		child->wiped_unknown = !forget_wiped(parent, child);
+		*ret_child = child;
+		return 0;
+	}
+	child->events_fd = child->record->events_fd = -1;
+	refuse_child(parent, child_fd, child->record->token, result);
+	client_bury(child);
+	client_put(child);
+	return result;
+}
+
+/*
+ * The child's address space is a copy of the parent's, so it shares the parent's slots by count. Pages
+ * on their way out of the parent must be settled first, in a place that both can reach: staging is not
+ * inherited. No new MOVE starts meanwhile and no message is read (fork_pending).
+ */
+static void apply_fork(struct client *parent, int child_fd)
+{
+	struct client *child = NULL;
+	int result;
+
+	if (client_has_descriptor(parent->engine, child_fd)) /* made by the daemon before, in its last moment */
+		return;
+
+	counter_add(parent->engine, events_fork, 1);
+	parent->fork_pending = true;
+	while (slot_map_count(&parent->record->map, SLOT_STAGED) > 0 && !parent->evict_error)
+		pthread_cond_wait(&parent->batches_changed, &parent->gate);
+	if (parent->evict_error)
+		evict_abandon(parent);
+	result = make_child(parent, child_fd, &child);
+	parent->fork_pending = false; /* from here on the parent may be buried */
+	if (result < 0)
+		return;
+	inherit_ranges(parent, child);
 	WRITE_ONCE(parent->pss, true);
 	WRITE_ONCE(child->pss, true);
 	pthread_mutex_lock(&child->gate);
@@ -155,6 +241,8 @@ static void apply_fork(struct client *parent, int child_fd)
 	pthread_mutex_unlock(&child->gate);
 	client_put(child);
 }
+
+/* ---- events; the gate is held ---- */
 
 static void apply_event(struct client *client, const struct uffd_msg *message)
 {
@@ -238,6 +326,17 @@ static void set_waiting(struct client *client)
 	}
 }
 
+/* Without a descriptor for its child a fork stays unread, and the process waits for it. */
+static void note_unread(struct client *client, int error)
+{
+	struct engine_event event = { .kind = ENGINE_EVENT_FORK_WAITS, .pid = client->pid,
+				      .group = client->group->number, .a = (uint64_t)(int64_t)-error };
+
+	if ((error == EMFILE || error == ENFILE || error == ENOMEM) && !client->fork_waits)
+		engine_event_push(client->engine, &event);
+	client->fork_waits = error != EAGAIN;
+}
+
 /* Apply the events among messages [first, count); after each the checkpoint says so. */
 static void apply_events(struct client *client, uint32_t first, uint32_t count)
 {
@@ -262,14 +361,22 @@ static void forget_messages(struct client *client, uint32_t count)
 	checkpoint_write(client, 0);
 }
 
+static ssize_t messages_read(struct client *client)
+{
+	errno = fault_point("fault/read");
+	return errno ? -1 : read(client->events_fd, client->record->messages, sizeof client->record->messages);
+}
+
 /* Read what there is and deal with it. */
 static void serve(struct client *client, struct fill_scratch *scratch)
 {
 	struct uffd_msg *messages = client->record->messages;
-	ssize_t bytes = read(client->events_fd, messages, sizeof client->record->messages);
+	ssize_t bytes = messages_read(client);
 	uint32_t count = bytes > 0 ? (uint32_t)((size_t)bytes / sizeof *messages) : 0;
 	uint64_t now;
 
+	if (bytes < 0)
+		note_unread(client, errno);
 	crash_point(CRASH_EVENT_READ);
 	apply_events(client, 0, count);
 	now = count ? sys_now_ns() : 0;
@@ -310,6 +417,8 @@ void fault_replay(struct client *client, uint32_t applied, fault_settle_fn settl
 static void serve_all(struct client *client, struct fill_scratch *scratch)
 {
 	fill_reap_reads(client, scratch);
+	if (client->wiped_unknown)
+		ask_child_for_wiped(client);
 	serve(client, scratch);
 	answer_deferred(client, scratch);
 	set_waiting(client);
@@ -347,6 +456,24 @@ static void pin_to_cpu(unsigned cpu)
 	(void)sched_setaffinity(0, sizeof set, &set); /* a hint: any CPU is right, this one is fast */
 }
 
+/* Reads of a dead client, whose buffers must stay. Here, in a thread of its own: whoever drops the last reference,
+ * a thread of the whole engine perhaps, would wait for a device that hangs. */
+static void wait_for_reads(struct client *client)
+{
+	struct pollfd completed = { .events = POLLIN };
+	bool done = false;
+
+	while (!done) {
+		pthread_mutex_lock(&client->gate);
+		done = fill_drop_reads(client);
+		if (client->io)
+			completed.fd = io_queue_fd(client->io);
+		pthread_mutex_unlock(&client->gate);
+		if (!done)
+			(void)poll(&completed, 1, -1);
+	}
+}
+
 struct worker_start {
 	struct client *client;
 	unsigned number, count;
@@ -372,10 +499,13 @@ void *fault_thread_main(void *argument)
 		shut = client->fork_pending || client_is_shut(client);
 		if (!shut && !client->stopping)
 			serve_all(client, &scratch);
+		shut |= client->fork_waits;
 		pthread_mutex_unlock(&client->gate);
 		if (shut)
 			sys_sleep_ms(1); /* poll would return at once, for nothing */
 	}
+	if (start.number == 0)
+		wait_for_reads(client);
 	client_wake(client); /* this one may have drained the wake-up meant for all */
 	munmap(scratch.pages, FILL_PAGES_MAX * PAGE_BYTES);
 	client_put(client);

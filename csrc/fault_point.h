@@ -7,6 +7,8 @@
  *
  * Names       io/submit, io/read, io/write: io.c, io_threads.c
  *             spill/allocate, spill/punch: spill.c
+ *             pool/grow: pool.c; client/create: client.c; fault/read: fault.c
+ *             sys/...: one for each kind of call in sys.c
  * Threads     any; calls of one name are counted over all threads.
  */
 #ifndef VSWAP_FAULT_POINT_H

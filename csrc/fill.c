@@ -99,6 +99,13 @@ static void wake(struct client *client, uint64_t page)
 	(void)sys_userfaultfd_wake(client->events_fd, address_of(page), PAGE_BYTES);
 }
 
+/* Nothing will tell when: after a moment. */
+static enum fill_result try_again(struct client *client)
+{
+	WRITE_ONCE(client->retry_soon, true);
+	return FILL_DEFER;
+}
+
 /* What a fill that made no progress means for its fault. `count` was charged. */
 static enum fill_result unfilled(struct client *client, enum fill_outcome outcome, uint64_t page)
 {
@@ -114,13 +121,11 @@ static enum fill_result unfilled(struct client *client, enum fill_outcome outcom
 		return FILL_ANSWERED;
 	case FILL_AGAIN:
 		counter_add(client->engine, fill_retries, 1);
-		WRITE_ONCE(client->retry_soon, true);
-		return FILL_DEFER;
+		return try_again(client);
 	default:
 		/* ENOMEM: the client's cgroup or the machine. BROKEN: nothing known; trying again
 		 * loses nothing, and the thread waits rather than reads a wrong byte. */
-		WRITE_ONCE(client->retry_soon, true);
-		return FILL_DEFER;
+		return try_again(client);
 	}
 }
 
@@ -252,7 +257,7 @@ static int expand_object(struct client *client, const void *object, struct slot 
 
 	if (result == 0 && codec_check(page, client->engine->state->secret) != slot.check)
 		result = -EBADMSG;
-	if (result < 0)
+	if (result == -EBADMSG)
 		counter_add(client->engine, check_failures, 1);
 	return result;
 }
@@ -270,11 +275,11 @@ static int read_staged(struct client *client, struct slot slot, void *page)
 		memcpy(page, batch->buffer + i * PAGE_BYTES, PAGE_BYTES);
 		return 0;
 	}
-	count = sys_read_client(client->pid,
+	count = sys_read_client(client->mem_fd,
 				client->record->staging[record->protection] +
 					(window * BATCH_PAGES_MAX + i) * PAGE_BYTES,
 				page, PAGE_BYTES);
-	return count == (ssize_t)PAGE_BYTES ? 0 : -EIO;
+	return count == (ssize_t)PAGE_BYTES ? 0 : count == -ENOMEM ? -ENOMEM : -EIO;
 }
 
 /* Expand one page: 0, 1 when its backing is not in memory (SPILL), or -errno. */
@@ -373,10 +378,12 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	result = expand(client, first, scratch->pages);
 	if (result == -EIO && client->dead)
 		result = 0; /* nobody will look */
-	if (result < 0) {
+	if (result < 0)
 		uncharge(client, window);
+	if (result == -ENOMEM)
+		return try_again(client);
+	if (result < 0)
 		return poison(client, fault->page, first, result);
-	}
 	VS_CHECK(result == 0);
 	for (count = 1; count < window; count++) {
 		if (slot_get(client->engine->slots, &client->record->map, fault->page + count,
@@ -463,18 +470,18 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	if (read_is_under_way(client, fault->page))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
 	/* A device takes hardly longer for eight pages than for one. */
-	window = max_of(window, (unsigned)READ_AROUND_PAGES);
+	window = fault->alone ? 1 : max_of(window, (unsigned)READ_AROUND_PAGES);
 	while (slot < READS_MAX && client->reads[slot])
 		slot++;
 	if (slot == READS_MAX || !io_queue_of(client))
-		return FILL_DEFER;
+		return try_again(client);
 	window = charge_some(client, window);
 	if (window == 0)
 		return FILL_DEFER;
 	read = calloc(1, sizeof *read);
 	if (!read) {
 		uncharge(client, window);
-		return FILL_DEFER;
+		return try_again(client);
 	}
 	client->reads[slot] = read;
 	read->fault = *fault;
@@ -490,7 +497,7 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	if (result != 0) {
 		uncharge(client, read->page_count);
 		read_free(client, slot);
-		return FILL_DEFER;
+		return try_again(client);
 	}
 	return FILL_PENDING;
 }
@@ -503,6 +510,23 @@ static bool word_is_unchanged(struct client *client, const struct spill_read *re
 	       slot_is_equal(word, read->words[i]) && slot_is_equal(copy_of(client, word), read->copies[i]);
 }
 
+/*
+ * The first page of a read is not there. A device's error says nothing about which of its pages is concerned, and a
+ * want of memory nothing about any: those are read again, the page alone. `error` 0: it is another slot by now.
+ */
+static enum fill_result read_failed(struct client *client, struct spill_read *read, int error)
+{
+	if (error == -ENOMEM || error == -EAGAIN)
+		return try_again(client);
+	if (error == 0 || !word_is_unchanged(client, read, 0))
+		return FILL_DEFER; /* look it up again */
+	if (error != -EBADMSG && read->page_count > 1) {
+		read->fault.alone = true;
+		return FILL_DEFER;
+	}
+	return poison(client, read->fault.page, read->words[0], error);
+}
+
 /* Expand and COPY the pages of a completed read that are still where they were. */
 static enum fill_result read_deliver(struct client *client, struct fill_scratch *scratch,
 				     struct spill_read *read)
@@ -511,6 +535,7 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 	struct spill_statistics statistics;
 	bool keep;
 	unsigned count;
+	int result = 0;
 
 	spill_statistics(spill, &statistics);
 	keep = statistics.used_bytes < statistics.size_bytes / 4 * 3;
@@ -520,16 +545,14 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 
 		if (!word_is_unchanged(client, read, count))
 			break;
-		if (expand_object(client, read->buffer + offset, copy,
-				  scratch->pages + count * PAGE_BYTES) < 0)
+		result = expand_object(client, read->buffer + offset, copy,
+				       scratch->pages + count * PAGE_BYTES);
+		if (result < 0)
 			break;
 	}
 	uncharge(client, read->page_count - count);
-	if (count == 0) {
-		if (word_is_unchanged(client, read, 0))
-			return poison(client, read->fault.page, read->words[0], -EBADMSG);
-		return FILL_DEFER; /* look it up again */
-	}
+	if (count == 0)
+		return read_failed(client, read, result);
 	counter_add(client->engine, spill_read_pages, count);
 	return copy_run(client, scratch->pages, read->fault.page, count, read->words, keep);
 }
@@ -557,10 +580,7 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
 					 read->buffer_bytes, (int)min_of(completions[i].result, 0));
 			if (completions[i].result < 0) {
 				uncharge(client, read->page_count);
-				result = word_is_unchanged(client, read, 0)
-						 ? poison(client, read->fault.page, read->words[0],
-							  (int)completions[i].result)
-						 : FILL_DEFER;
+				result = read_failed(client, read, (int)completions[i].result);
 			} else {
 				result = read_deliver(client, scratch, read);
 			}
@@ -576,6 +596,18 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
 			read_free(client, slot);
 		}
 	}
+}
+
+bool fill_drop_reads(struct client *client)
+{
+	struct io_completion completion;
+
+	while (client->io && io_reap(client->io, &completion, 1) > 0)
+		read_free(client, (unsigned)completion.cookie);
+	for (unsigned i = 0; i < READS_MAX; i++)
+		if (client->reads[i])
+			return false;
+	return true;
 }
 
 void fill_free_reads(struct client *client)
@@ -649,14 +681,14 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 
 	if (fault->page == page_of(record->beacon))
 		return fill_beacon(client, scratch);
-	if (client->remap_count > 0 && remap_is_waiting(client, fault->page)) {
-		WRITE_ONCE(client->retry_soon, true);
-		return FILL_DEFER;
-	}
+	if (client->remap_count > 0 && remap_is_waiting(client, fault->page))
+		return try_again(client);
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
 		return FILL_DEFER;
 	if (fault->synthetic && !slot_is_swapped(slot.tag))
 		return FILL_ANSWERED;
+	if (client->wiped_unknown && slot.tag != SLOT_NONE && slot.tag != SLOT_ZERO)
+		return try_again(client);
 	window = fault->synthetic ? FILL_PAGES_MAX : stream_window(client, fault);
 	switch (slot.tag) {
 	case SLOT_NONE:

@@ -24,6 +24,9 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 /* Answer the faults whose reads have completed. */
 void fill_reap_reads(struct client *client, struct fill_scratch *scratch);
 
+/* Of a client that is dead: take what has completed. True when nothing is in flight any more. */
+bool fill_drop_reads(struct client *client);
+
 /* Forget reads that will not be delivered; none may be in flight. */
 void fill_free_reads(struct client *client);
 

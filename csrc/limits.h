@@ -23,6 +23,7 @@
 
 #define GROUPS_MAX 1024
 #define CLIENTS_MAX 4096
+#define DESCRIPTORS_RESERVED_MAX 4096 /* for forked children, about ten each; at most a quarter of all */
 #define BACKENDS_MAX 15 /* 4 bits of a slot word; the value 15 is reserved */
 
 #define REGIONS_MAX 65536    /* registered ranges of one client */

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "fault_point.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -262,8 +263,11 @@ static int headers_reserve(struct pool_space *space, uint32_t count)
 static int slab_number_take(struct pool_space *space, uint32_t *ret_number, bool *ret_is_populated)
 {
 	SCOPED_LOCK(&space->lock);
-	uint32_t number = list_pop(space, &space->reserve_head);
+	uint32_t number;
 
+	if (fault_point("pool/grow"))
+		return -ENOMEM;
+	number = list_pop(space, &space->reserve_head);
 	*ret_is_populated = number != SLAB_NONE;
 	if (number != SLAB_NONE)
 		space->reserve_count--;

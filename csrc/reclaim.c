@@ -13,23 +13,20 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "base.h"
 #include "engine_internal.h"
 #include "evict.h"
 #include "sys.h"
 
-#define OUT_OF_MEMORY_NS 3000000000ULL
 #define IDLE_MS 100
 #define TORTURE_PAUSE_MS 1
 #define BATCHES_A_TURN 16
 #define DROP_PAGES 64 /* kept copies given up in one go */
 #define CLIENTS_A_TURN 16
+#define TURN_NS 50000000ULL /* of one group: clients that answer slowly cost others no more than this */
 
 /* ---- choosing ---- */
 
@@ -122,7 +119,7 @@ static struct client *largest_client(struct engine *engine, struct group *group)
 	return largest;
 }
 
-static void kill_largest(struct engine *engine, struct group *group)
+void reclaim_kill_largest(struct engine *engine, struct group *group)
 {
 	struct client *client = largest_client(engine, group);
 	struct engine_event event = { .kind = ENGINE_EVENT_OUT_OF_MEMORY, .group = group->number };
@@ -135,7 +132,7 @@ static void kill_largest(struct engine *engine, struct group *group)
 	event.c = (uint64_t)max_of(READ_ONCE(client->resident_pages), 0) * PAGE_BYTES;
 	counter_add(engine, out_of_memory_kills, 1);
 	engine_event_push(engine, &event);
-	(void)syscall(SYS_pidfd_send_signal, client->pidfd, SIGKILL, NULL, 0);
+	sys_pidfd_kill(client->pidfd);
 	client_put(client);
 }
 
@@ -156,7 +153,7 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 		   /* one of the evictors, not each of them */
 		   __atomic_compare_exchange_n(&group->stuck_since_ns, &since, now, false,
 					       __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-		kill_largest(engine, group);
+		reclaim_kill_largest(engine, group);
 	}
 }
 
@@ -205,12 +202,12 @@ static uint64_t torture_hand(const struct client *client)
 
 /* At most BATCHES_A_TURN batches from one client. Returns pages evicted. */
 static uint64_t evict_from(struct engine *engine, struct group *group, struct client *client,
-			   struct evictor *evictor, bool desperate)
+			   struct evictor *evictor, bool desperate, uint64_t end_ns)
 {
 	uint64_t pages = 0;
 	unsigned wraps = 0;
 
-	for (unsigned i = 0; i < BATCHES_A_TURN && wraps < 2; i++) {
+	for (unsigned i = 0; i < BATCHES_A_TURN && wraps < 2 && sys_now_ns() < end_ns; i++) {
 		struct evict_result result;
 		bool torture = group->flags & ENGINE_GROUP_TORTURE;
 
@@ -239,13 +236,14 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 	uint64_t pages = 0, progress = READ_ONCE(group->progress);
 	/* After a second without room even pages filled a moment ago must go. */
 	uint64_t stuck_since_ns = READ_ONCE(group->stuck_since_ns);
-	bool desperate = stuck_since_ns && sys_now_ns() - stuck_since_ns > OUT_OF_MEMORY_NS / 3;
+	uint64_t now = sys_now_ns();
+	bool desperate = stuck_since_ns && now - stuck_since_ns > OUT_OF_MEMORY_NS / 3;
 
 	for (unsigned i = 0; i < count; i++) {
 		if (READ_ONCE(group->parked) > 0)
 			(void)evict_resume(clients[i], evictor);
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
-			pages += evict_from(engine, group, clients[i], evictor, desperate);
+			pages += evict_from(engine, group, clients[i], evictor, desperate, now + TURN_NS);
 		client_put(clients[i]);
 	}
 	note_stuck(engine, group,

@@ -3,10 +3,12 @@
 #include "sys.h"
 
 #include <dirent.h>
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,12 +16,12 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base.h"
+#include "fault_point.h"
 
 struct ioctl_poison {
 	uint64_t start, len, mode;
@@ -54,17 +56,24 @@ static int ioctl_errno(int fd, unsigned long request, void *argument)
 	return ioctl(fd, request, argument) == 0 ? 0 : -errno;
 }
 
+/* The same, for calls that a test may make fail. */
+static int ioctl_pointed(const char *point, int fd, unsigned long request, void *argument)
+{
+	errno = fault_point(point);
+	return errno ? -1 : ioctl(fd, request, argument);
+}
+
 int sys_userfaultfd_api(int fd, uint64_t features)
 {
 	struct uffdio_api api = { .api = UFFD_API, .features = features };
-	return ioctl_errno(fd, UFFDIO_API, &api);
+	return ioctl_pointed("sys/api", fd, UFFDIO_API, &api) < 0 ? -errno : 0;
 }
 
 static int register_mode(int fd, uint64_t address, uint64_t bytes, uint64_t mode)
 {
 	struct uffdio_register range = { .range = { address, bytes }, .mode = mode };
 
-	return ioctl_errno(fd, UFFDIO_REGISTER, &range);
+	return ioctl_pointed("sys/register", fd, UFFDIO_REGISTER, &range) < 0 ? -errno : 0;
 }
 
 int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes)
@@ -130,14 +139,14 @@ enum fill_outcome sys_userfaultfd_copy(int fd, uint64_t address, const void *sou
 				       uint64_t *ret_bytes)
 {
 	struct uffdio_copy copy = { .dst = address, .src = (uintptr_t)source, .len = bytes };
-	int result = ioctl(fd, UFFDIO_COPY, &copy);
+	int result = ioctl_pointed("sys/copy", fd, UFFDIO_COPY, &copy);
 	return fill_outcome_of(result, copy.copy, bytes, ret_bytes);
 }
 
 enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes)
 {
 	struct uffdio_zeropage zero = { .range = { address, bytes } };
-	int result = ioctl(fd, UFFDIO_ZEROPAGE, &zero);
+	int result = ioctl_pointed("sys/zero", fd, UFFDIO_ZEROPAGE, &zero);
 	return fill_outcome_of(result, zero.zeropage, bytes, ret_bytes);
 }
 
@@ -222,7 +231,8 @@ int sys_open_proc(pid_t pid, const char *file)
 	int fd;
 
 	snprintf(path, sizeof path, "/proc/%d/%s", pid, file);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
+	errno = fault_point("sys/open");
+	fd = errno ? -1 : open(path, O_RDONLY | O_CLOEXEC);
 	return fd < 0 ? -errno : fd;
 }
 
@@ -252,20 +262,38 @@ pid_t sys_live_thread(pid_t pid)
 	return found;
 }
 
-/* From here on the memory of a process whose first thread has ended is seen through another one. */
-static ssize_t read_process(pid_t pid, const struct iovec *local, const struct iovec *remote,
-			    unsigned long count)
+static bool page_begins_with(pid_t pid, uint64_t address, uint64_t word)
 {
-	ssize_t done = process_vm_readv(pid, local, count, remote, count, 0);
-	pid_t thread;
+	int pagemap_fd = sys_open_proc(pid, "pagemap"), mem_fd = sys_open_proc(pid, "mem");
+	uint64_t entry = 0, have = 0;
+	bool found = pagemap_fd >= 0 && mem_fd >= 0 &&
+		     pread(pagemap_fd, &entry, sizeof entry, (off_t)(address / PAGE_BYTES * 8)) == 8 &&
+		     entry >> 63 & 1 && !(entry >> 61 & 1) && /* present, and no file's: to read that may block */
+		     sys_read_client(mem_fd, address, &have, sizeof have) == sizeof have && have == word;
 
-	if (done >= 0 || errno != ESRCH)
-		return done;
-	thread = sys_live_thread(pid);
-	if (thread > 0)
-		return process_vm_readv(thread, local, count, remote, count, 0);
-	errno = ESRCH;
-	return -1;
+	if (pagemap_fd >= 0)
+		close(pagemap_fd);
+	if (mem_fd >= 0)
+		close(mem_fd);
+	return found;
+}
+
+pid_t sys_find_page(uint64_t address, uint64_t word)
+{
+	DIR *directory = opendir("/proc");
+	struct dirent *entry;
+	pid_t found = -ESRCH;
+
+	if (!directory)
+		return -errno;
+	while (found < 0 && (entry = readdir(directory))) {
+		pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
+
+		if (pid > 0 && page_begins_with(pid, address, word))
+			found = pid;
+	}
+	closedir(directory);
+	return found;
 }
 
 int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context)
@@ -313,7 +341,7 @@ static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct pag
 		.category_mask = PAGE_IS_PRESENT | inverted,
 		.return_mask = PAGE_IS_PRESENT,
 	};
-	int count = ioctl(pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
+	int count = ioctl_pointed("sys/scan", pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
 
 	if (count < 0)
 		return -errno;
@@ -351,7 +379,7 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 		.vma_name_addr = (uintptr_t)ret_mapping->name,
 		.vma_name_size = sizeof ret_mapping->name,
 	};
-	int result = ioctl_errno(maps_fd, IOCTL_PROCMAP_QUERY, &query);
+	int result = ioctl_pointed("sys/mapping", maps_fd, IOCTL_PROCMAP_QUERY, &query) < 0 ? -errno : 0;
 
 	if (result == -ENAMETOOLONG) { /* a long name is a file's: not anonymous */
 		query.vma_name_size = 0;
@@ -376,49 +404,56 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 	return 1;
 }
 
-ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes)
+ssize_t sys_read_client(int mem_fd, uint64_t address, void *buffer, size_t bytes)
 {
-	struct iovec local = { buffer, bytes };
-	struct iovec remote = { (void *)(uintptr_t)address, bytes };
-	ssize_t count = read_process(pid, &local, &remote, 1);
+	ssize_t count;
 
+	errno = fault_point("sys/mem");
+	count = errno ? -1 : pread(mem_fd, buffer, bytes, (off_t)address);
 	return count < 0 ? -errno : count;
 }
 
-int sys_read_client_pages(pid_t pid, uint64_t address, void *buffer, uint64_t mask)
+int sys_read_client_pages(int mem_fd, uint64_t address, void *buffer, uint64_t mask)
 {
-	struct iovec local[33], remote[33];
-	unsigned long count = 0;
-	size_t total = 0;
-	ssize_t done;
+	while (mask) {
+		unsigned first = (unsigned)__builtin_ctzll(mask);
+		uint64_t rest = ~(mask >> first);
+		unsigned count = rest ? (unsigned)__builtin_ctzll(rest) : 64;
+		size_t bytes = count * PAGE_BYTES;
+		ssize_t done = sys_read_client(mem_fd, address + first * PAGE_BYTES,
+					       (char *)buffer + first * PAGE_BYTES, bytes);
 
-	for (unsigned i = 0; i < 64 && mask >> i;) {
-		unsigned run = 0;
-
-		i += (unsigned)__builtin_ctzll(mask >> i);
-		while (i + run < 64 && mask >> (i + run) & 1)
-			run++;
-		local[count] = (struct iovec){ (char *)buffer + i * PAGE_BYTES, run * PAGE_BYTES };
-		remote[count] = (struct iovec){ (void *)(uintptr_t)(address + i * PAGE_BYTES),
-						run * PAGE_BYTES };
-		count++;
-		total += run * PAGE_BYTES;
-		i += run;
-		if (i >= 64)
-			break;
+		if (done != (ssize_t)bytes)
+			return done < 0 ? (int)done : -EFAULT;
+		mask &= ~mask_of(first, count);
 	}
-	if (count == 0)
-		return 0;
-	done = read_process(pid, local, remote, count);
-	if (done < 0)
-		return -errno;
-	return (size_t)done == total ? 0 : -EFAULT;
+	return 0;
+}
+
+int sys_name_address_space(pid_t pid, struct address_space_name *ret_name)
+{
+	int fd = sys_open_proc(pid, "auxv");
+	ssize_t length;
+
+	if (fd < 0)
+		return fd;
+	*ret_name = (struct address_space_name){ 0 };
+	length = read(fd, ret_name->words, sizeof ret_name->words);
+	close(fd);
+	if (length <= 0)
+		return -ESRCH;
+	for (unsigned i = 0; i + 1 < sizeof ret_name->words / 8 && ret_name->words[i] != AT_NULL; i += 2)
+		if (ret_name->words[i] == AT_SECURE && ret_name->words[i + 1])
+			return -EPERM;
+	return 0;
 }
 
 int sys_pidfd(pid_t pid)
 {
-	long fd = syscall(SYS_pidfd_open, pid, 0);
+	long fd;
 
+	errno = fault_point("sys/pidfd");
+	fd = errno ? -1 : syscall(SYS_pidfd_open, pid, 0);
 	return fd < 0 ? -errno : (int)fd;
 }
 
@@ -427,6 +462,11 @@ bool sys_pidfd_is_dead(int pidfd)
 	struct pollfd poll_fd = { .fd = pidfd, .events = POLLIN };
 
 	return poll(&poll_fd, 1, 0) == 1;
+}
+
+void sys_pidfd_kill(int pidfd)
+{
+	(void)syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
 }
 
 int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages)
@@ -482,8 +522,10 @@ void sys_futex_wake(const uint32_t *word)
 
 int sys_memfd(const char *name, uint64_t bytes, bool sealed)
 {
-	int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	int fd;
 
+	errno = fault_point("sys/memfd");
+	fd = errno ? -1 : memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (fd < 0)
 		return -errno;
 	if (ftruncate(fd, (off_t)bytes) != 0 ||

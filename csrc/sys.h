@@ -93,14 +93,25 @@ pid_t sys_live_thread(pid_t pid);
 typedef void (*sys_range_fn)(void *context, struct page_range range);
 int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context);
 
-/* Read client memory; returns bytes read or -errno. */
-ssize_t sys_read_client(pid_t pid, uint64_t address, void *buffer, size_t bytes);
+/* A process whose private page at `address` begins with `word`: its PID, or -ESRCH. Looks at all processes. */
+pid_t sys_find_page(uint64_t address, uint64_t word);
+
+/* Read client memory from an open /proc/PID/mem; returns bytes read or -errno. */
+ssize_t sys_read_client(int mem_fd, uint64_t address, void *buffer, size_t bytes);
 
 /* Read the pages of `mask` (bit i: page i behind `address`) to the same places of `buffer`: 0 or -errno. */
-int sys_read_client_pages(pid_t pid, uint64_t address, void *buffer, uint64_t mask);
+int sys_read_client_pages(int mem_fd, uint64_t address, void *buffer, uint64_t mask);
+
+/* The auxiliary vector of what a process executes: it names this one address space, by where it was laid out.
+ * -EPERM for a program that was started with more rights than its caller had. */
+struct address_space_name {
+	uint64_t words[64];
+};
+int sys_name_address_space(pid_t pid, struct address_space_name *ret_name);
 
 int sys_pidfd(pid_t pid);
 bool sys_pidfd_is_dead(int pidfd);
+void sys_pidfd_kill(int pidfd); /* SIGKILL; one that has ended is no error */
 
 int sys_futex_wait(const uint32_t *word, uint32_t value, unsigned timeout_ms);
 void sys_futex_wake(const uint32_t *word);

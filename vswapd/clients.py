@@ -148,6 +148,7 @@ class ClientServer:
         self._ended: deque[Client] = deque(maxlen=_ENDED_MAX)
         self._workers = trio.CapacityLimiter(_WORKERS_MAX)
         self.is_descriptor_valid = is_userfaultfd  # replaced by tests, which have no userfaultfd
+        self.is_process_of = processes.is_of  # ... and one user
         self.is_stopping = False
 
     def comm(self, pid: int) -> str:
@@ -206,6 +207,11 @@ class ClientServer:
         except OSError as error:
             status = _STATUS_OF_ERRNO.get(error.errno or 0, wire.REFUSED_KERNEL)
             raise WireError(str(error), status) from error
+        # Who connected can have become another program since. What the engine has opened by now is what the
+        # process has been up to this moment, so this look comes last.
+        if peer.uid != 0 and not self.is_process_of(peer.pid, peer.uid, peer.gid):
+            await self._lost(token)
+            raise WireError("the process is not its peer's any more")
         return hello, token, lent
 
     def _group_for(self, hello: wire.Hello, peer: Peer) -> Group:

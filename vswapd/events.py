@@ -67,6 +67,13 @@ def describe(  # noqa: PLR0911 -- one for each kind
         return Notice("warning", "client-error", text, name, event.pid)
     if event.kind == records.EVENT_BACKEND_ERROR:
         return Notice("error", "backend-error", f"spill backend {event.a} failed: {_cause(event.b)}")
+    if event.kind == records.EVENT_FORK_WAITS:
+        text = f"a fork of process {process} waits until its child can be taken over: {_cause(event.a)}"
+        return Notice("error", "fork-waits", text, name, event.pid)
+    if event.kind == records.EVENT_CHILD_REFUSED:
+        fate = f"{event.b} killed" if event.b else "it waits where it touches a page that is out"
+        text = f"a forked child of process {process} cannot be served: {_cause(event.a)}; {fate}"
+        return Notice("error", "child-refused", text, name, event.pid)
     if event.kind == records.EVENT_CLIENT_GONE:
         return Notice("info", "client-gone", f"process {process} ended", name, event.pid)
     if event.kind == records.EVENT_REGISTERED:

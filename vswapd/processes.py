@@ -53,6 +53,17 @@ def uid(pid: int) -> int | None:
         return None
 
 
+def is_of(pid: int, user: int, group: int) -> bool:
+    """Whether the process is this user's and group's and nobody else's: no right of another's is in it."""
+    wanted = {b"Uid": user, b"Gid": group}
+    for line in _read(f"/proc/{pid}/status").splitlines():
+        name, _, rest = line.partition(b":")
+        if name in wanted and any(int(number) != wanted[name] for number in rest.split()):
+            return False
+        wanted.pop(name, None)
+    return not wanted
+
+
 def parent(pid: int) -> int:
     """Parent's PID, 0 when there is none."""
     text = _read(f"/proc/{pid}/stat")

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * spill against a model: random fills and frees with every extent read back, tables, trimming, a
- * full backend, write errors at every call, hostile bytes, double frees, two writers, a loop
+ * full backend, write errors at every call, hostile bytes, flipped bits, double frees, two writers, a loop
  * device.
  *
- * Build: this file, csrc/spill.c, csrc/io.c, csrc/io_threads.c, csrc/fault_point.c, csrc/base.c;
- *        -luring -pthread. With -DVSWAP_DEBUG -DVSWAP_FAULT_POINTS more is tried; run it under TSan
+ * Build: this file, csrc/spill.c, csrc/io.c, csrc/io_threads.c, csrc/fault_point.c, csrc/base.c,
+ *        csrc/codec.c; -luring -llz4 -lzstd -pthread. With -DVSWAP_DEBUG -DVSWAP_FAULT_POINTS more is tried; run it under TSan
  *        too, for the writers.
  * Usage: test_spill [SEED [bench | dump PATH]]; dump leaves a backend for vswapd/spillfile.py.
  *        Files in $TMPDIR or /var/tmp, unlinked at once.
@@ -26,6 +26,7 @@
 #include "check.h"
 
 #include "base.h"
+#include "codec.h"
 #include "fault_point.h"
 #include "io.h"
 #include "spill.h"
@@ -572,6 +573,88 @@ static void test_hostile(void)
 	free(damaged);
 }
 
+/* ---- flipped bits ---- */
+
+#define FLIPS 10000
+#define FLIP_PAGES 150
+
+/* From a few words to noise. */
+static void page_fill(unsigned number, uint64_t *words)
+{
+	uint64_t state = number;
+
+	for (unsigned i = 0; i < PAGE_BYTES / 8; i++) {
+		uint64_t word = random_next(&state);
+
+		words[i] = number % 5 == 4 ? word : word >> (16 + 8 * (number % 5));
+	}
+}
+
+static void bit_flip(int fd, uint64_t bit)
+{
+	uint8_t byte;
+
+	CHECK(pread(fd, &byte, 1, (off_t)(bit / 8)) == 1);
+	byte ^= (uint8_t)(1u << bit % 8);
+	CHECK(pwrite(fd, &byte, 1, (off_t)(bit / 8)) == 1);
+}
+
+/*
+ * One bit of the storage at a time: reading the page back as fill.c does it fails, or a decoder did not use the
+ * bit and the page is right. Never another page.
+ */
+static void test_flips(void)
+{
+	static uint64_t page[PAGE_BYTES / 8], want[PAGE_BYTES / 8];
+	int fd = file_create(), buffered;
+	struct spill *spill = spill_open(fd, 1);
+	struct codec_scratch *scratch = codec_scratch_create();
+	struct extent extents[FLIP_PAGES];
+	uint8_t *buffer = aligned_alloc(PAGE_BYTES, 2 * PAGE_BYTES), object[OBJECT_BYTES_MAX];
+	uint8_t secret[CODEC_SECRET_BYTES];
+	struct spill_segment *segment;
+	unsigned refused = 0;
+	char path[64];
+
+	for (unsigned i = 0; i < sizeof secret; i++)
+		secret[i] = (uint8_t)random_next(&seed_state);
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	buffered = open(path, O_RDWR | O_CLOEXEC); /* the spill's own is O_DIRECT */
+	CHECK(buffered >= 0 && scratch && buffer && spill_segment_begin(spill, &segment) == 0);
+	for (unsigned i = 0; i < FLIP_PAGES; i++) {
+		int64_t place;
+
+		page_fill(i, page);
+		extents[i].units = codec_compress(scratch, i % 2 ? CODEC_ZSTD : CODEC_LZ4, page, object);
+		place = spill_segment_add(segment, i, object, extents[i].units);
+		CHECK(place >= 0);
+		extents[i].extent = (uint64_t)place;
+	}
+	CHECK(spill_segment_write(segment) == 0);
+	for (unsigned i = 0; i < FLIPS; i++) {
+		unsigned n = random_below(&seed_state, FLIP_PAGES), units = extents[n].units;
+		struct spill_range range = spill_range_of(extents[n].extent, units);
+		uint64_t bit = extents[n].extent * POOL_UNIT_BYTES * 8 +
+			       random_below(&seed_state, units * (unsigned)POOL_UNIT_BYTES * 8);
+
+		page_fill(n, want);
+		bit_flip(buffered, bit);
+		CHECK(io_read_wait(fd, buffer, range.length_bytes, range.offset_bytes) == 0);
+		if (codec_expand(buffer + range.object_bytes_in, units, page) < 0 ||
+		    codec_check(page, secret) != codec_check(want, secret))
+			refused++;
+		else
+			CHECK(memcmp(page, want, PAGE_BYTES) == 0);
+		bit_flip(buffered, bit);
+	}
+	CHECK(refused > FLIPS / 100 * 90);
+	printf("%u flipped bits: %u pages refused, %u right all the same\n", FLIPS, refused, FLIPS - refused);
+	close(buffered);
+	codec_scratch_destroy(scratch);
+	free(buffer);
+	spill_destroy(spill);
+}
+
 /* ---- misuse ends the process ---- */
 
 enum misuse {
@@ -985,6 +1068,7 @@ int main(int argc, char **argv)
 	test_punch();
 	test_file_limit();
 	test_hostile();
+	test_flips();
 	test_misuse();
 	test_faults();
 	test_writers();

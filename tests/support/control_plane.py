@@ -136,6 +136,7 @@ class ControlPlane:
         self.log = FakeLog()
         self.daemon = Daemon(self.engine, self.log)  # type: ignore[arg-type]
         self.daemon.clients.is_descriptor_valid = lambda descriptor: descriptor >= 0
+        self.daemon.clients.is_process_of = lambda pid, user, group: True
         self.nursery = nursery
         self._peers: list[trio.socket.SocketType] = []
 

@@ -3,8 +3,8 @@
  * drive — the data plane without Python: run a command under a limit.
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
- *         [--check-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] --lib libvswap.so
- *         -- COMMAND...
+ *         [--check-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL]
+ *         [--fail NAME:N:ERRNO[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
@@ -14,6 +14,9 @@
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
  * nobody served.
+ *
+ * SIGUSR1 has the command paged out, SIGUSR2 paged in. --fail makes the N-th call at a fault point fail (`all`: and
+ * all later ones; ERRNO 0 only counts), and the calls are printed at the end: debug builds only.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -34,6 +37,7 @@
 
 #include "crash_point.h"
 #include "engine.h"
+#include "fault_point.h"
 #include "supervise.h"
 #include "wire.h"
 
@@ -56,6 +60,7 @@ struct shared {
 };
 
 static struct engine *engine;
+static volatile sig_atomic_t asked_out, asked_in;
 static int group;
 static struct shared *shared;
 static struct peer *peers;
@@ -144,6 +149,8 @@ static int arm(struct peer *peer)
 				   count == 2 ? fds[1] : fds[0]);
 	if (result < 0) {
 		fprintf(stderr, "drive: arm of pid %d: %s\n", peer->pid, strerror(-result));
+		ready.status = VSWAP_REFUSED_KERNEL; /* without an answer the agent would keep what it has */
+		send_with(peer->fd, &ready, sizeof ready, NULL, 0);
 		return -1;
 	}
 	engine_client_label(engine, peer->token, peer->fd, 0);
@@ -231,6 +238,65 @@ static void print_statistics(void)
 	}
 }
 
+#ifdef VSWAP_FAULT_POINTS
+
+static char *point_names[FAULT_POINTS_MAX];
+static unsigned point_count;
+
+static void set_fault_point(char *text)
+{
+	char *number = strchr(text, ':'), *rest;
+	uint64_t at_call_n;
+	long error;
+
+	if (!number || point_count == FAULT_POINTS_MAX)
+		exit(2);
+	*number++ = '\0';
+	at_call_n = strtoull(number, &rest, 10);
+	error = *rest == ':' ? strtol(rest + 1, &rest, 10) : EIO;
+	point_names[point_count++] = text;
+	fault_point_set(text, at_call_n, (int)error, strcmp(rest, ":all") == 0);
+}
+
+static void print_fault_points(void)
+{
+	for (unsigned i = 0; i < point_count; i++)
+		fprintf(stderr, "drive: %s calls %lu hits %lu\n", point_names[i],
+			fault_point_calls(point_names[i]), fault_point_hits(point_names[i]));
+}
+
+#else
+
+static void set_fault_point(char *text)
+{
+	fprintf(stderr, "drive: --fail %s: built without fault points\n", text);
+	exit(2);
+}
+
+static void print_fault_points(void) {}
+
+#endif
+
+static void on_signal(int number)
+{
+	if (number == SIGUSR1)
+		asked_out = 1;
+	else
+		asked_in = 1;
+}
+
+static void page_as_asked(pid_t command)
+{
+	if (asked_out) {
+		asked_out = 0;
+		engine_client_pageout(engine, command, 10000);
+	}
+	if (asked_in) {
+		asked_in = 0;
+		engine_client_pagein(engine, command, 10000);
+	}
+}
+
 struct options {
 	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms;
 	const char *library, *crash;
@@ -309,6 +375,7 @@ static int serve(const struct options *options, int listener, pid_t command)
 				close(fd);
 			}
 		print_events();
+		page_as_asked(command);
 		if (options->pageout_every_ms && now_ms() >= next_pageout) {
 			engine_client_pageout(engine, command, 10000);
 			next_pageout = now_ms() + options->pageout_every_ms;
@@ -335,7 +402,8 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "limit", 1, 0, 'l' }, { "pool", 1, 0, 'p' }, { "spill", 1, 0, 's' },
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
-		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { 0, 0, 0, 0 } };
+		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' },
+		{ 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -351,6 +419,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'k': options->kill_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'C': options->crash = optarg; break;
 		case 'N': print_crash_points(); exit(0);
+		case 'F': set_fault_point(optarg); break;
 		default: exit(2);
 		}
 	options->command = argv + optind;
@@ -396,6 +465,7 @@ static int run_daemon(const struct options *options, const struct engine_config 
 	if (options->stats)
 		print_statistics();
 	print_events();
+	print_fault_points();
 	if (engine_is_valid(engine) < 0) {
 		fprintf(stderr, "drive: engine is not valid at the end\n");
 		return 99;
@@ -494,10 +564,13 @@ int main(int argc, char **argv)
 		peers[i].fd = -1;
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	snprintf(address.sun_path, sizeof address.sun_path, "/tmp/vswap-drive-%d.sock", getpid());
+	unlink(address.sun_path); /* of a drive that was killed */
 	listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (bind(listener, (struct sockaddr *)&address, sizeof address) != 0 || listen(listener, 64) != 0)
 		fail("socket");
 	signal(SIGINT, SIG_IGN);
+	signal(SIGUSR1, on_signal);
+	signal(SIGUSR2, on_signal);
 	if (options.kill_every_ms || options.crash)
 		status = supervise(&options, &config, listener);
 	else

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from support.control_plane import AgentPeer, control_plane, open_descriptors
-from vswapd import clients, config, wire
+from vswapd import clients, config, processes, wire
 from vswapd.accept import Peer
 
 _STRANGER = Peer(pid=os.getpid(), uid=12345, gid=12345)
@@ -88,6 +88,18 @@ async def test_member_that_changed_its_user_still_enters() -> None:
         agent = plane.agent(_STRANGER)
         await agent.hello()
         assert (await agent.welcome())[0] == wire.OK
+
+
+async def test_process_that_became_another_users_is_refused() -> None:
+    """It connected, handed the socket on, and executed a setuid program: that one's memory is not its user's."""
+    async with control_plane() as plane:
+        plane.add_group(owner_uid=_STRANGER.uid)
+        plane.daemon.clients.is_process_of = processes.is_of
+        agent = plane.agent(_STRANGER)  # this process is not of that user
+        await agent.hello()
+        assert (await agent.welcome())[0] == wire.REFUSED_PEER
+        await plane.wait_calls("client_lost")
+        assert plane.engine.clients() == []
 
 
 async def test_doomed_group_takes_nobody() -> None:

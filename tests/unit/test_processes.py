@@ -84,3 +84,11 @@ assert processes.own_bytes() - before > 8 << 20
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
+
+
+def test_a_process_is_of_its_user_and_group_alone() -> None:
+    pid, user, group = os.getpid(), os.getuid(), os.getgid()
+    assert processes.is_of(pid, user, group)
+    assert not processes.is_of(pid, user + 1, group)
+    assert not processes.is_of(pid, user, group + 1)
+    assert not processes.is_of(1 << 23, user, group), "no such process"
