@@ -106,6 +106,10 @@ class FakeEngine:
 
     is_successor = False
 
+    def descriptors(self) -> list[records.Descriptor]:
+        """As Engine has it: none, as nothing outlives it."""
+        return []
+
     def group_label(self, group: int, label: str, session_fd: int) -> None:
         """As Engine has it."""
 
