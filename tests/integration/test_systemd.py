@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,53 +14,6 @@ from support.limited import command_path
 
 _SUPPORT = Path(__file__).parent.parent / "support"
 _UNIT = Path(__file__).parent.parent.parent / "systemd" / "vswapd.service"
-
-_PING = """
-import json, socket, sys
-with socket.socket(socket.AF_UNIX) as sock:
-    sock.settimeout(5)
-    sock.connect(sys.argv[1])
-    sock.sendall(b'{"op": "ping"}\\n')
-    print(json.loads(sock.makefile().readline())["pid"])
-"""
-
-# In the sandbox: $1 state directory, $2 vswapctl, $3 verify_memory, $4 deaths of the daemon, $5 of the
-# supervisor, $6 seconds that the clients run, $7 _PING.
-_SCRIPT = """
-set -u
-state=$1 vswapctl=$2 verify=$3 ping=$7
-$SYSTEMCTL start vswapd || { $SYSTEMCTL status vswapd; exit 90; }
-pids=
-for seed in 1 2 3 4; do
-	"$vswapctl" run --socket "$state/vswapd.sock" --limit 24M -- \
-		"$verify" --mib 48 --seconds "$6" --fork --seed $seed >"$state/out.$seed" 2>"$state/err.$seed" &
-	pids="$pids $!"
-done
-main() { $SYSTEMCTL show -P MainPID vswapd; }
-answers() { # until the daemon that answers is not $1, which is printed
-	for _ in $(seq 400); do
-		pid=$(python3 -c "$ping" "$state/vswapd.sock" 2>/dev/null)
-		[ -n "$pid" ] && [ "$pid" != "$1" ] && { echo "$pid"; return; }
-		sleep 0.02
-	done
-	exit 91
-}
-pid=$(answers 0) || exit 91
-sleep 2
-for kind in $(printf 'daemon %.0s' $(seq "$4")) $(printf 'supervisor %.0s' $(seq "$5")); do
-	sleep "0.$((RANDOM % 4))"
-	started=$(date +%s%N)
-	[ $kind = daemon ] && kill -9 "$pid" || kill -9 "$(main)"
-	pid=$(answers "$pid") || exit 91
-	echo "$kind $((($(date +%s%N) - started) / 1000000))"
-done
-status=0
-for client in $pids; do wait "$client" || status=92; done
-"$vswapctl" status --socket "$state/vswapd.sock" --json >"$state/status.json" || status=93
-$SYSTEMCTL stop vswapd || status=94
-exit $status
-"""
-
 
 def _unit(directory: Path, state: Path) -> None:
     text = _UNIT.read_text(encoding="utf-8")
@@ -83,8 +37,8 @@ def test_daemon_and_supervisor_die(verify_memory: str, tmp_path: Path, daemons: 
         [
             str(_SUPPORT / "systemd-sandbox"),
             *("--units", str(units), "--state", str(state), "--timeout", str(seconds * 4 + 60), "--"),
-            *("bash", "-c", _SCRIPT, "script", str(state), command_path("vswapctl"), program),
-            *(str(daemons), str(supervisors), str(seconds), _PING),
+            *(sys.executable, str(_SUPPORT / "service_deaths.py"), str(state), command_path("vswapctl")),
+            *(program, str(daemons), str(supervisors), str(seconds)),
         ],
         capture_output=True,
         check=False,
