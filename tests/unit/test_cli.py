@@ -15,7 +15,8 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config", "top", "completion"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit"]
+VERBS += ["doctor", "config", "top", "completion"]
 
 
 @pytest.fixture(autouse=True)
