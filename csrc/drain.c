@@ -20,7 +20,7 @@
  * moved as it is it would only be further away from whoever could still repair it.
  *
  * Kept copies of resident pages are dropped by a drain and moved by a compaction. A page on its way out
- * (STAGED) hides the copy it was filled from; so does a client whose gate is shut by a parked batch. Both
+ * (STAGED) hides the copy it was filled from; so does a client whose gate is shut. Both
  * end: the passes are repeated.
  *
  * Removal. New writes avoid a backend that is DRAINING; those under way have it pinned. Once nobody has,
@@ -41,7 +41,7 @@
 #include "io.h"
 #include "sys.h"
 
-#define READS_AHEAD 4u
+#define READS_AHEAD 2u /* faults read from the same disk: a megabyte is what they wait for anyway */
 #define MOVES_MAX 8192u    /* of a segment that is not written yet */
 #define MOVES_A_TURN 64u
 #define CLUSTERS_A_TURN 16u
@@ -415,7 +415,7 @@ static int move_entries(struct job *job, const uint8_t *bytes, unsigned first, u
 	if (!client)
 		return 0;
 	pthread_mutex_lock(&client->gate);
-	for (unsigned i = first; i < end && !client->dead; i++) {
+	for (unsigned i = first; i < end && !client->dead && !client_is_shut(client); i++) {
 		struct move *move = &moves[count];
 
 		entry = spill_table_entry(bytes, i);
@@ -576,7 +576,8 @@ static unsigned walk_client(struct job *job, struct client *client, uint64_t *cu
 		for (unsigned k = 0; more && k < CLUSTERS_A_TURN; k++) {
 			uint64_t first;
 
-			more = !client->dead && slot_map_next(space, map, cursor, &first);
+			more = !client->dead && !client_is_shut(client) &&
+			       slot_map_next(space, map, cursor, &first);
 			for (unsigned i = 0; more && i < CLUSTER_PAGES; i++) {
 				struct move *move = &moves[count];
 
@@ -789,14 +790,15 @@ static bool is_drained(const struct job *job, struct spill_statistics *ret_stati
 	return !pinned && ret_statistics->extent_count == 0;
 }
 
-/* Until there may be room for something that had none. */
-static void wait_for_room(struct job *job)
+/* Until there may be room for something that had none, or some of it is gone. */
+static void wait_for_room(struct job *job, uint64_t live_bytes)
 {
 	struct backend *backend = &job->engine->backends[job->number];
-	struct engine_room room = { 0 };
+	struct engine_room room = { .live_bytes = live_bytes };
 
 	WRITE_ONCE(backend->job_waiting, true);
-	while (room.backend_bytes + room.pool_bytes < TURN_BYTES && !is_cancelled(job)) {
+	while (room.backend_bytes + room.pool_bytes < TURN_BYTES && room.live_bytes == live_bytes &&
+	       !is_cancelled(job)) {
 		sys_sleep_ms(ROOM_MS);
 		room = (struct engine_room){ 0 };
 		pthread_mutex_lock(&job->engine->registry);
@@ -835,7 +837,7 @@ static int drain(struct job *job)
 
 	while (result == 0 && !is_drained(job, &statistics)) {
 		if (statistics.extent_count == extents_before && job->lacks_room)
-			wait_for_room(job);
+			wait_for_room(job, statistics.live_bytes);
 		else if (statistics.extent_count == extents_before)
 			sys_sleep_ms(AGAIN_MS); /* pages on their way out, or a reader's pin */
 		extents_before = statistics.extent_count;
@@ -849,17 +851,19 @@ int engine_backend_drain(struct engine *engine, int number, int force)
 	struct backend *backend = &engine->backends[number];
 	struct spill_statistics statistics;
 	struct job job;
-	int result;
+	int result, nice_before;
 
 	VS_CHECK(backend->job == ENGINE_JOB_DRAIN && backend->spill);
 	spill_statistics(backend->spill, &statistics);
 	WRITE_ONCE(backend->job_total_bytes, statistics.live_bytes);
 	WRITE_ONCE(backend->job_left_bytes, statistics.live_bytes);
+	nice_before = sys_nice(0); /* faults go first */
 	result = job_open(&job, engine, (unsigned)number, false, force != 0);
 	if (result == 0) {
 		result = drain(&job);
 		job_close(&job);
 	}
+	(void)sys_nice(nice_before);
 	if (result < 0)
 		job_release(engine, (unsigned)number);
 	else
@@ -899,7 +903,7 @@ static int compact(struct job *job)
 int engine_backend_compact(struct engine *engine, int number)
 {
 	struct job job;
-	int result;
+	int result, nice_before;
 
 	registry_lock(engine, number >= 0 && number < BACKENDS_MAX ? 1u << number : 0);
 	result = job_claim(engine, number, ENGINE_JOB_COMPACT);
@@ -908,11 +912,13 @@ int engine_backend_compact(struct engine *engine, int number)
 		return result;
 	WRITE_ONCE(engine->backends[number].job_total_bytes, 0);
 	WRITE_ONCE(engine->backends[number].job_left_bytes, 0);
+	nice_before = sys_nice(0); /* faults go first */
 	result = job_open(&job, engine, (unsigned)number, true, false);
 	if (result == 0) {
 		result = compact(&job);
 		job_close(&job);
 	}
+	(void)sys_nice(nice_before);
 	job_release(engine, (unsigned)number);
 	return result;
 }

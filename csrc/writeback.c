@@ -5,7 +5,7 @@
  * One writer thread. It works while a pool that may spill is near its cap: it takes the clusters that
  * were stored longest ago, packs their objects into a segment, writes the segment, and only when the
  * write has returned changes the slots and frees the objects. Neighbours in memory become neighbours
- * in the segment, so a run of faults is one read.
+ * in the segment, so a run of faults is one read. When there is nothing to write it compacts (drain.c).
  *
  * A slot may change while its object is being written. It is compared whole (place and check) before
  * it is changed; if it is not what it was, the new extent is freed and nothing else happens.
