@@ -383,10 +383,12 @@ void client_free_copy(void *context, struct slot slot)
 {
 	struct client *client = context;
 
-	if (slot.tag == SLOT_POOL || slot.tag == SLOT_KEPT_POOL)
+	if (slot.tag == SLOT_POOL || slot.tag == SLOT_KEPT_POOL) {
 		pool_free(client->group->pool, slot.location, slot.units);
-	else if (slot.tag == SLOT_SPILL || slot.tag == SLOT_KEPT_SPILL)
+	} else if (slot.tag == SLOT_SPILL || slot.tag == SLOT_KEPT_SPILL) {
+		group_spill_changed(client->group, -(int)slot.units);
 		spill_free(client->engine->backends[slot.backend].spill, slot.location, slot.units);
+	}
 }
 
 /* ---- pages on their way out ---- */

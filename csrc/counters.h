@@ -36,6 +36,8 @@
 	COUNTER(events_unmap, "munmap events")                                                     \
 	COUNTER(spill_written_pages, "pages written to a spill backend")                           \
 	COUNTER(spill_read_pages, "pages read from a spill backend")                               \
+	COUNTER(drained_pages, "pages moved off a backend by swapoff")                             \
+	COUNTER(compacted_pages, "pages moved by compaction of a backend")                         \
 	COUNTER(check_failures, "objects whose check did not match after expansion")               \
 	COUNTER(poisoned_pages, "pages poisoned because their bytes could not be given back")      \
 	COUNTER(children_refused, "forked children killed because they could not be served")       \

@@ -292,7 +292,7 @@ void engine_destroy(struct engine *engine)
 			pool_destroy(engine->groups[i]->pool);
 			free(engine->groups[i]);
 		}
-	for (unsigned i = 0; i < engine->backend_count; i++)
+	for (unsigned i = 0; i < BACKENDS_MAX; i++)
 		spill_destroy(engine->backends[i].spill);
 	pool_space_destroy(engine->pool_space);
 	slot_space_destroy(engine->slots);
@@ -468,38 +468,45 @@ static int backend_make(const struct backend_record *record, struct backend *ret
 	backend.is_device = S_ISBLK(status.st_mode);
 	memcpy(backend.path, record->path, sizeof backend.path);
 	result = spill_create(record->fd, record->size_bytes, &backend.spill);
-	if (result == 0)
-		*ret_backend = backend;
-	return result;
+	if (result < 0)
+		return result;
+	if (record->flags & ENGINE_BACKEND_KEEP_BLOCKS)
+		spill_keep_blocks(backend.spill);
+	*ret_backend = backend;
+	return 0;
 }
 
 int backend_adopt(struct engine *engine, unsigned number)
 {
-	int result = backend_make(&engine->state->backends[number], &engine->backends[number]);
+	struct backend backend;
+	int result = backend_make(&engine->state->backends[number], &backend);
 
 	if (result == 0)
-		engine->backend_count = max_of(engine->backend_count, number + 1);
+		backend_install(engine, number, &backend);
 	return result;
 }
 
 int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
-		       int32_t priority)
+		       int32_t priority, uint32_t flags)
 {
-	struct backend_record record = { .fd = fd, .priority = priority, .size_bytes = size_bytes };
-	unsigned number;
+	struct backend_record record = { .fd = fd, .priority = priority, .flags = flags,
+					 .size_bytes = size_bytes };
+	struct backend backend;
+	unsigned number = 0;
 	int result;
 
 	snprintf(record.path, sizeof record.path, "%s", path);
 	SCOPED_LOCK(&engine->registry);
-	number = engine->backend_count;
+	while (number < BACKENDS_MAX && engine->backends[number].spill)
+		number++;
 	if (number == BACKENDS_MAX)
 		return -EMFILE;
-	result = backend_make(&record, &engine->backends[number]);
+	result = backend_make(&record, &backend);
 	if (result < 0)
 		return result;
 	engine->state->backends[number] = record;
 	__atomic_store_n(&engine->state->backends[number].used, 1, __ATOMIC_RELEASE);
-	__atomic_store_n(&engine->backend_count, number + 1, __ATOMIC_RELEASE);
+	backend_install(engine, number, &backend);
 	return (int)number;
 }
 
@@ -802,10 +809,13 @@ static void add_storage(struct engine *engine, struct engine_statistics *statist
 		statistics->metadata_bytes += pool.metadata_bytes;
 		statistics->resident_bytes += engine->groups[i]->unmanaged_bytes;
 	}
-	for (unsigned i = 0; i < engine->backend_count; i++) {
+	for (unsigned i = 0; i < BACKENDS_MAX; i++) {
 		struct spill_statistics spill;
 
+		if (!engine->backends[i].spill)
+			continue;
 		spill_statistics(engine->backends[i].spill, &spill);
+		statistics->backend_count++;
 		statistics->spill_bytes += spill.live_bytes;
 		statistics->metadata_bytes += spill.metadata_bytes;
 	}
@@ -830,7 +840,6 @@ int engine_statistics(struct engine *engine, struct engine_statistics *ret_stati
 				   statistics.poisoned_pages + statistics.kept_pages;
 	statistics.metadata_bytes = slot_space_metadata_bytes(engine->slots);
 	add_storage(engine, &statistics);
-	statistics.backend_count = engine->backend_count;
 	statistics.events_dropped = engine->events_dropped;
 	statistics.counters = engine->state->counters;
 	memcpy(statistics.latency_ns_sum, engine->state->latency_ns_sum, sizeof statistics.latency_ns_sum);
@@ -862,6 +871,7 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		record.pool_bytes = READ_ONCE(group->pool_bytes);
 		record.metadata_bytes = (uint64_t)max_of(group->metadata_bytes, 0);
 		record.swapped_pages_max = group->swapped_pages_max;
+		record.spill_bytes = (uint64_t)max_of(READ_ONCE(group->spill_bytes), 0);
 		record.client_count = group->client_count;
 		record.faults = group->faults;
 		record.session_fd = engine->state->groups[g].session_fd;
@@ -908,36 +918,6 @@ int engine_client_list(struct engine *engine, struct engine_client_statistics *r
 			.uid = client->record->uid,
 			.socket_fd = client->record->socket_fd,
 		};
-	}
-	return count;
-}
-
-int engine_backend_list(struct engine *engine, struct engine_backend_statistics *records, int max)
-{
-	int count = 0;
-
-	SCOPED_LOCK(&engine->registry);
-	for (unsigned i = 0; i < engine->backend_count; i++) {
-		const struct backend *backend = &engine->backends[i];
-		struct spill_statistics spill;
-
-		if (count++ >= max)
-			continue;
-		spill_statistics(backend->spill, &spill);
-		records[count - 1] = (struct engine_backend_statistics){
-			.backend = (int32_t)i,
-			.priority = backend->priority,
-			.state = backend->state,
-			.is_device = backend->is_device,
-			.size_bytes = spill.size_bytes,
-			.used_bytes = spill.used_bytes,
-			.live_bytes = spill.live_bytes,
-			.extent_count = spill.extent_count,
-			.written_bytes = spill.written_bytes,
-			.read_bytes = spill.read_bytes,
-			.errors = spill.write_errors + spill.read_errors,
-		};
-		memcpy(records[count - 1].path, backend->path, sizeof backend->path);
 	}
 	return count;
 }
@@ -1005,9 +985,14 @@ int engine_is_valid(struct engine *engine)
 	}
 	if (!slot_space_is_valid(engine->slots))
 		result = -EUCLEAN;
-	for (unsigned i = 0; i < engine->backend_count; i++)
-		if (!spill_is_valid(engine->backends[i].spill))
+	for (unsigned i = 0; i < BACKENDS_MAX; i++) {
+		struct spill *spill = backend_pin(engine, i);
+
+		if (spill && !spill_is_valid(spill))
 			result = -EUCLEAN;
+		if (spill)
+			backend_unpin(engine, i);
+	}
 	return result;
 }
 

@@ -90,12 +90,46 @@ int engine_group_set_unmanaged(struct engine *engine, int group, uint64_t bytes)
 
 /* ---- backends ---- */
 
+#define ENGINE_BACKEND_KEEP_BLOCKS 1u /* do not discard freed segments of a device */
+
 /*
- * Use descriptor `fd` (ownership passes on success) as a spill backend. Higher priority first.
- * Returns the backend's number (>= 0).
+ * Use descriptor `fd` (ownership passes on success) as a spill backend. Higher priority first; backends of
+ * equal priority are written to in turn. Returns the backend's number (>= 0), or -EMFILE.
  */
 int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
-		       int32_t priority);
+		       int32_t priority, uint32_t flags);
+
+struct engine_room {
+	uint64_t live_bytes;    /* to be moved */
+	uint64_t backend_bytes; /* room on other backends */
+	uint64_t pool_bytes;    /* room for it in the pools, within the groups' limits */
+};
+
+/*
+ * The backends of a set (bit n: number n) are about to be removed: nothing is written to them any more.
+ * `force`: even when what they hold fits nowhere else now. Returns 0; -ENOENT; -EBUSY when one has a job;
+ * -ENOSPC: nothing is changed. *ret_room is filled in unless -ENOENT. After 0 engine_backend_drain is
+ * called for each.
+ */
+int engine_backend_drain_begin(struct engine *engine, uint32_t backends, int force,
+			       struct engine_room *ret_room);
+
+/*
+ * Move everything off the backend while clients go on, then erase the file (or device), close it and
+ * forget the backend: 0. Works in the calling thread; engine_backend_list says how far it is. `force`:
+ * wait for room where there is none, else -ENOSPC. -ECANCELED; -EBADMSG when objects are left that cannot
+ * be read back. On an error the backend is in use as before, and what was moved stays moved.
+ */
+int engine_backend_drain(struct engine *engine, int backend, int force);
+
+/*
+ * Rewrite sparse segments, so that their room can be used again and is given back to the file system.
+ * Works in the calling thread. 0; -ENOENT, -EBUSY, -ECANCELED; -ENOSPC without a free segment to write to.
+ */
+int engine_backend_compact(struct engine *engine, int backend);
+
+/* End the job of a backend soon; it returns -ECANCELED. -ENOENT when there is none. */
+int engine_backend_cancel(struct engine *engine, int backend);
 
 /* ---- clients: the handshake of wire.h, step by step ---- */
 
@@ -201,6 +235,7 @@ struct engine_group_statistics {
 	uint64_t metadata_bytes;
 	uint64_t swapped_pages;
 	uint64_t swapped_pages_max;
+	uint64_t spill_bytes; /* live extents of its clients, kept copies included */
 	uint32_t client_count;
 	uint32_t managed_count; /* clients whose regions are registered */
 	uint64_t faults;
@@ -231,6 +266,8 @@ struct engine_client_statistics {
 };
 int engine_client_list(struct engine *engine, struct engine_client_statistics *records, int max);
 
+enum engine_backend_job { ENGINE_JOB_NONE, ENGINE_JOB_DRAIN, ENGINE_JOB_COMPACT };
+
 struct engine_backend_statistics {
 	int32_t backend;
 	int32_t priority;
@@ -238,12 +275,20 @@ struct engine_backend_statistics {
 	uint32_t is_device;
 	char path[256];
 	uint64_t size_bytes;
-	uint64_t used_bytes;
-	uint64_t live_bytes;
+	uint64_t used_bytes;   /* segments in use, whole */
+	uint64_t room_bytes;   /* what can still be written: less than the rest of the size when the disk is full */
+	uint64_t live_bytes;   /* of used_bytes: in live extents */
+	uint64_t sparse_bytes; /* of used_bytes: in segments that compaction would empty */
 	uint64_t extent_count;
 	uint64_t written_bytes;
 	uint64_t read_bytes;
+	uint64_t trimmed_bytes;
 	uint64_t errors;
+	uint32_t job;          /* enum engine_backend_job */
+	uint32_t job_waiting;  /* 1: it waits for room */
+	uint64_t job_ms;       /* since it began */
+	uint64_t job_total_bytes;
+	uint64_t job_left_bytes;
 };
 int engine_backend_list(struct engine *engine, struct engine_backend_statistics *records, int max);
 

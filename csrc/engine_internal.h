@@ -23,13 +23,26 @@
 
 enum backend_state { BACKEND_ACTIVE, BACKEND_DRAINING, BACKEND_FAILED };
 
+#define JOB_COMPACT_BACKGROUND 1000u /* of the writer, a moment at a time; not reported */
+
+/*
+ * An entry of the table is in use while `spill` is not NULL, and may be used by whoever
+ *   - holds the registry lock (backends are removed under it), or
+ *   - holds a live extent of it (a backend is removed when there is none), or
+ *   - has pinned it (backend_pin): a removal waits for that. Reads and writes in flight are pins.
+ */
 struct backend {
-	struct spill *spill; /* NULL: unused */
+	struct spill *spill;
+	uint32_t pins;
 	int32_t priority;
 	bool is_device;
 	char path[256];
 	uint64_t errors; /* of writing */
 	uint32_t state;  /* enum backend_state */
+
+	uint32_t job; /* enum engine_backend_job, or JOB_COMPACT_BACKGROUND; changed under the registry lock */
+	bool job_cancelled, job_waiting; /* ended by request; for room */
+	uint64_t job_since_ns, job_total_bytes, job_left_bytes;
 };
 
 struct engine {
@@ -46,7 +59,7 @@ struct engine {
 	struct client *clients[CLIENTS_MAX];
 	unsigned clients_end; /* highest index in use + 1 */
 	struct backend backends[BACKENDS_MAX];
-	unsigned backend_count;
+	unsigned backend_turn; /* the one that was written to last */
 
 	bool stopping;
 	pthread_t evictors[EVICTORS_MAX], look_thread, writer_thread;
@@ -88,6 +101,25 @@ void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const
 
 /* Faults of this group that wait for room may try again. */
 void engine_room_made(struct engine *engine, struct group *group);
+
+/* backend.c */
+/* The backend's spill, which stays until backend_unpin; NULL when there is no such backend (any more). */
+struct spill *backend_pin(struct engine *engine, unsigned number);
+void backend_install(struct engine *engine, unsigned number, const struct backend *backend);
+void backend_unpin(struct engine *engine, unsigned number);
+/* The backend to write to, pinned: of those with a free segment the highest priority, in turn where several
+ * have it. -ENOSPC when there is none. */
+int backend_pick(struct engine *engine);
+/* A write to it failed. */
+void backend_write_failed(struct engine *engine, unsigned number, int result);
+/* What can still be written to it: free segments, as far as the file system has blocks for them. */
+uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill);
+/* Take a backend without live extents and without writers out of the table; erases and closes it. */
+void backend_remove(struct engine *engine, unsigned number);
+
+/* drain.c */
+/* Compact what has most to gain a little; false when there is nothing to gain. */
+bool drain_in_background(struct engine *engine);
 
 /* fault.c */
 void *fault_thread_main(void *client);

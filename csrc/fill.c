@@ -39,6 +39,7 @@ struct spill_read {
 	struct fault fault;
 	unsigned page_count;
 	unsigned backend;
+	struct spill *spill;                /* pinned until the read is freed */
 	uint64_t range_start;               /* bytes in the backend */
 	struct slot words[FILL_PAGES_MAX];  /* as in the map: SPILL or INDIRECT */
 	struct slot copies[FILL_PAGES_MAX]; /* behind them: SPILL */
@@ -412,6 +413,8 @@ static bool read_is_under_way(const struct client *client, uint64_t page)
 
 static void read_free(struct client *client, unsigned i)
 {
+	if (client->reads[i]->spill)
+		backend_unpin(client->engine, client->reads[i]->backend);
 	free(client->reads[i]->buffer);
 	free(client->reads[i]);
 	client->reads[i] = NULL;
@@ -490,10 +493,12 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	read->backend = read->copies[0].backend;
 	read_plan(client, read, window);
 	uncharge(client, window - read->page_count);
-	result = posix_memalign((void **)&read->buffer, PAGE_BYTES, read->buffer_bytes);
+	/* A shared slot may have been migrated since it was looked at, and the backend be gone. */
+	read->spill = backend_pin(client->engine, read->backend);
+	result = read->spill ? posix_memalign((void **)&read->buffer, PAGE_BYTES, read->buffer_bytes) : -EAGAIN;
 	if (result == 0)
-		result = io_read(client->io, spill_fd(client->engine->backends[read->backend].spill),
-				 read->buffer, read->buffer_bytes, read->range_start, slot);
+		result = io_read(client->io, spill_fd(read->spill), read->buffer, read->buffer_bytes,
+				 read->range_start, slot);
 	if (result != 0) {
 		uncharge(client, read->page_count);
 		read_free(client, slot);
@@ -531,14 +536,14 @@ static enum fill_result read_failed(struct client *client, struct spill_read *re
 static enum fill_result read_deliver(struct client *client, struct fill_scratch *scratch,
 				     struct spill_read *read)
 {
-	struct spill *spill = client->engine->backends[read->backend].spill;
 	struct spill_statistics statistics;
 	bool keep;
 	unsigned count;
 	int result = 0;
 
-	spill_statistics(spill, &statistics);
-	keep = statistics.used_bytes < statistics.size_bytes / 4 * 3;
+	spill_statistics(read->spill, &statistics);
+	keep = statistics.used_bytes < statistics.size_bytes / 4 * 3 &&
+	       READ_ONCE(client->engine->backends[read->backend].state) == BACKEND_ACTIVE;
 	for (count = 0; count < read->page_count; count++) {
 		struct slot copy = read->copies[count];
 		uint64_t offset = copy.location * POOL_UNIT_BYTES - read->range_start;
@@ -576,8 +581,7 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
 			struct spill_read *read = client->reads[slot];
 			enum fill_result result;
 
-			spill_count_read(client->engine->backends[read->backend].spill,
-					 read->buffer_bytes, (int)min_of(completions[i].result, 0));
+			spill_count_read(read->spill, read->buffer_bytes, (int)min_of(completions[i].result, 0));
 			if (completions[i].result < 0) {
 				uncharge(client, read->page_count);
 				result = read_failed(client, read, (int)completions[i].result);

@@ -90,6 +90,11 @@ void group_pool_changed(struct group *group)
 	note_usage(group);
 }
 
+void group_spill_changed(struct group *group, int units)
+{
+	__atomic_fetch_add(&group->spill_bytes, units * (int64_t)POOL_UNIT_BYTES, __ATOMIC_RELAXED);
+}
+
 bool group_gives_up_copies(const struct group *group)
 {
 	return !group_is_streaming(group) && group->pool_limit_bytes == 0;

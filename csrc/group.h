@@ -35,6 +35,7 @@ struct group {
 	uint64_t pool_bytes;       /* as of the last store or free */
 	uint32_t pool_percent;     /* mean size of its objects, percent of a page */
 	int64_t metadata_bytes;
+	int64_t spill_bytes;       /* in live extents that its clients' slots name */
 	uint64_t usage_bytes_max;
 	uint64_t swapped_pages_max;
 	uint64_t faults;
@@ -70,6 +71,8 @@ uint64_t group_reserve_bytes(const struct group *group);
 uint64_t group_pool_cap_bytes(const struct group *group);
 
 void group_pool_changed(struct group *group);
+/* So many units more, or less, are its own in backends. */
+void group_spill_changed(struct group *group, int units);
 
 /* Are its faults mostly scans? Then copies are worth keeping; under random access they only take memory from
  * resident pages. */

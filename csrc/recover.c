@@ -182,6 +182,7 @@ static int recover_groups(struct engine *engine)
 static int claim_copy(struct client *client, struct slot copy)
 {
 	struct engine *engine = client->engine;
+	int result;
 
 	switch (copy.tag) {
 	case SLOT_POOL:
@@ -189,9 +190,12 @@ static int claim_copy(struct client *client, struct slot copy)
 		return pool_adopt(client->group->pool, copy.location, copy.units);
 	case SLOT_SPILL:
 	case SLOT_KEPT_SPILL:
-		if (copy.backend >= engine->backend_count || !engine->backends[copy.backend].spill)
+		if (copy.backend >= BACKENDS_MAX || !engine->backends[copy.backend].spill)
 			return -EINVAL;
-		return spill_claim(engine->backends[copy.backend].spill, copy.location, copy.units);
+		result = spill_claim(engine->backends[copy.backend].spill, copy.location, copy.units);
+		if (result == 0)
+			group_spill_changed(client->group, copy.units);
+		return result;
 	default:
 		return 0;
 	}
@@ -321,7 +325,7 @@ static int claim_all(struct engine *engine)
 	}
 	slot_space_claimed(engine->slots);
 	pool_space_adopt_end(engine->pool_space);
-	for (unsigned i = 0; i < engine->backend_count; i++)
+	for (unsigned i = 0; i < BACKENDS_MAX; i++)
 		if (engine->backends[i].spill)
 			spill_claims_end(engine->backends[i].spill);
 	return 0;

@@ -26,6 +26,7 @@
  *   ZERO, SAME -> NONE                fill.c
  *   POOL, SPILL -> KEPT_*, NONE       fill.c; migration only within the same content:
  *   POOL -> SPILL                     writeback.c
+ *   SPILL -> SPILL, POOL              drain.c; KEPT_SPILL -> KEPT_SPILL, NONE
  *   INDIRECT -> NONE                  fill.c, one reference less
  *   any -> NONE                       munmap, madvise, exit; any -> POISONED fill.c
  *

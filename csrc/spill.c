@@ -45,9 +45,11 @@
 #define CHUNK_WORDS (CHUNK_SEGMENTS / 64)
 #define TRIM_FILE_SEGMENTS 1UL /* by one call: ext4 takes as long a segment, and holds up readers */
 #define TRIM_DEVICE_SEGMENTS 16UL
+#define TRIM_UNCLAIMED_SEGMENTS 16UL /* mostly holes */
 #define TRIM_REST 4 /* times as long as a trim took, between two */
 #define TRIM_REST_NS_MAX 100000000UL
 #define BUFFERS_CACHED_MAX 2
+#define SPARSE_PERCENT 96UL
 #define TRIMMER_STACK_BYTES 65536UL
 
 #define SEGMENT_MAGIC 0x3147455350575356ULL /* "VSWPSEG1" */
@@ -95,17 +97,15 @@ struct segment_record {
 	uint16_t live_count;
 	uint16_t end_unit; /* LIVE: objects lie in [HEADER_UNITS, end_unit) */
 	uint8_t state;
-	uint8_t zero;
-	uint32_t generation; /* LIVE: its lower half */
+	uint8_t claimed;     /* LIVE: written by a predecessor, whose generations nobody knows */
+	uint32_t generation; /* LIVE: its lower half, unless claimed */
 };
 
 struct chunk {
 	struct segment_record records[CHUNK_SEGMENTS];
 	uint64_t free[CHUNK_WORDS];
 	uint64_t empty[CHUNK_WORDS];
-#ifdef VSWAP_DEBUG
-	uint64_t *live_map[CHUNK_SEGMENTS]; /* one bit a unit; NULL unless LIVE */
-#endif
+	uint64_t **live_map; /* of each segment, one bit a unit; NULL unless LIVE. Debug, and for claims */
 };
 
 struct spill {
@@ -120,6 +120,9 @@ struct spill {
 	pthread_t trimmer;
 	bool stopping;
 	bool can_trim;
+	bool claiming;           /* between the first claim and spill_claims_end */
+	bool was_used;           /* nothing may be claimed any more */
+	uint64_t usable_count;   /* segments from here on may not be filled yet (spill_claims_end) */
 	unsigned trim_waiters; /* in spill_trim_wait: no rest */
 	struct chunk **chunks; /* NULL: all FREE, never used */
 	uint64_t chunk_count, chunks_made;
@@ -250,12 +253,18 @@ static struct chunk *chunk_create(uint64_t segment_count)
 	return chunk;
 }
 
+static void chunk_forget_maps(struct chunk *chunk)
+{
+	for (uint64_t i = 0; chunk->live_map && i < CHUNK_SEGMENTS; i++)
+		free(chunk->live_map[i]);
+	free(chunk->live_map);
+	chunk->live_map = NULL;
+}
+
 static void chunk_destroy(struct chunk *chunk)
 {
-#ifdef VSWAP_DEBUG
-	for (uint64_t i = 0; chunk && i < CHUNK_SEGMENTS; i++)
-		free(chunk->live_map[i]);
-#endif
+	if (chunk)
+		chunk_forget_maps(chunk);
 	free(chunk);
 }
 
@@ -271,13 +280,16 @@ static int64_t segment_lowest(struct spill *spill, uint64_t *ret_chunk)
 		spill->first_reusable = i;
 		*ret_chunk = i;
 		if (!chunk)
-			return -EAGAIN;
+			return i * CHUNK_SEGMENTS < spill->usable_count ? -EAGAIN : -ENOSPC;
 		for (uint64_t word = 0; word < CHUNK_WORDS; word++) {
 			uint64_t bits = chunk->free[word] | chunk->empty[word];
 
-			if (bits)
-				return (int64_t)(i * CHUNK_SEGMENTS + word * 64) +
-				       __builtin_ctzll(bits);
+			if (bits) {
+				uint64_t number = i * CHUNK_SEGMENTS + word * 64 +
+						  (uint64_t)__builtin_ctzll(bits);
+
+				return number < spill->usable_count ? (int64_t)number : -ENOSPC;
+			}
 		}
 	}
 	spill->first_reusable = spill->chunk_count;
@@ -331,6 +343,49 @@ static void trim_run(struct spill *spill, uint64_t first, uint64_t count)
 	pthread_cond_broadcast(&spill->trim_done);
 }
 
+static bool has_trims(const struct spill *spill)
+{
+	return spill->empty_count + spill->trimming_count > 0 ||
+	       spill->usable_count < spill->segment_count;
+}
+
+/* The next segments that nobody claimed, from usable_count on; 0 when a claimed one is there. */
+static uint64_t run_unclaimed(const struct spill *spill)
+{
+	uint64_t number = spill->usable_count, count = 0;
+	uint64_t max = min_of(spill->segment_count - number, (uint64_t)TRIM_UNCLAIMED_SEGMENTS);
+
+	while (count < max) {
+		const struct chunk *chunk = spill->chunks[(number + count) / CHUNK_SEGMENTS];
+
+		if (chunk && state_is_used(chunk->records[(number + count) % CHUNK_SEGMENTS].state))
+			break;
+		count++;
+	}
+	return count;
+}
+
+/*
+ * Blocks that a predecessor left behind, or that a write of its was still on the way to: from here on
+ * the segments may be filled.
+ */
+static void trim_unclaimed(struct spill *spill)
+{
+	uint64_t first = spill->usable_count, count = run_unclaimed(spill);
+	int result = 0;
+
+	if (count > 0 && spill->can_trim) {
+		pthread_mutex_unlock(&spill->mutex);
+		result = range_trim(spill, first * SEGMENT_BYTES, count * SEGMENT_BYTES);
+		pthread_mutex_lock(&spill->mutex);
+		spill->trim_errors += result < 0;
+	}
+	if (is_unsupported(result))
+		spill->can_trim = false;
+	spill->usable_count = first + max_of(count, (uint64_t)1);
+	pthread_cond_broadcast(&spill->trim_done);
+}
+
 static uint64_t now_ns(void)
 {
 	struct timespec now;
@@ -359,12 +414,17 @@ static void *trimmer_main(void *argument)
 
 	SCOPED_LOCK(&spill->mutex);
 	while (!spill->stopping) {
+		start_ns = now_ns();
+		if (!spill->claiming && spill->usable_count < spill->segment_count) {
+			trim_unclaimed(spill);
+			trim_rest(spill, now_ns() - start_ns);
+			continue;
+		}
 		count = run_lowest_empty(spill, &first);
 		if (count == 0) {
 			pthread_cond_wait(&spill->trim_work, &spill->mutex);
 			continue;
 		}
-		start_ns = now_ns();
 		trim_run(spill, first, count);
 		trim_rest(spill, (now_ns() - start_ns) * TRIM_REST);
 	}
@@ -392,7 +452,7 @@ void spill_trim_wait(struct spill *spill)
 	SCOPED_LOCK(&spill->mutex);
 	spill->trim_waiters++;
 	pthread_cond_signal(&spill->trim_work);
-	while (spill->empty_count + spill->trimming_count > 0)
+	while (has_trims(spill))
 		pthread_cond_wait(&spill->trim_done, &spill->mutex);
 	spill->trim_waiters--;
 }
@@ -462,7 +522,7 @@ int spill_create(int fd, uint64_t size_bytes, struct spill **ret_spill)
 	spill->is_device = is_device;
 	spill->can_allocate = !is_device;
 	spill->can_trim = true;
-	spill->segment_count = size_bytes / SEGMENT_BYTES;
+	spill->segment_count = spill->usable_count = size_bytes / SEGMENT_BYTES;
 	spill->chunk_count = div_ceil(spill->segment_count, CHUNK_SEGMENTS);
 	spill->chunks = calloc(spill->chunk_count, sizeof *spill->chunks);
 	locks_create(spill);
@@ -586,7 +646,10 @@ static int segment_take(struct spill *spill, struct spill_segment *segment, uint
 	SCOPED_LOCK(&spill->mutex);
 	int64_t number = segment_lowest(spill, ret_chunk);
 
-	while (number == -ENOSPC && spill->trimming_count > 0) {
+	VS_CHECK(!spill->claiming);
+	spill->was_used = true;
+	while (number == -ENOSPC &&
+	       (spill->trimming_count > 0 || spill->usable_count < spill->segment_count)) {
 		pthread_cond_wait(&spill->trim_done, &spill->mutex);
 		number = segment_lowest(spill, ret_chunk);
 	}
@@ -729,14 +792,17 @@ static bool table_is_sound(const uint8_t *bytes, const struct segment_header *he
 	return end_unit == HEADER_UNITS;
 }
 
-static int segment_verify(const struct spill *spill, uint64_t number, uint32_t generation,
-			  const uint8_t *bytes)
+/* Of a claimed segment it is only known that it is well formed: its entries may be a stale table's. */
+static int segment_verify(const struct spill *spill, uint64_t number, bool claimed,
+			  uint32_t generation, const uint8_t *bytes)
 {
 	struct segment_header header;
 
 	memcpy(&header, bytes, sizeof header);
-	if (!header_is_sound(&header) || header.identity != spill->identity ||
-	    header.segment != number || (uint32_t)header.generation != generation)
+	if (!header_is_sound(&header) || header.segment != number)
+		return -EBADMSG;
+	if (!claimed && (header.identity != spill->identity ||
+			 (uint32_t)header.generation != generation))
 		return -EBADMSG;
 	if (segment_checksum(header, bytes + header.table_bytes_in,
 			     table_bytes(header.extent_count)) != header.checksum)
@@ -755,7 +821,7 @@ int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes)
 	pthread_mutex_unlock(&spill->mutex);
 	if (record.state != SEGMENT_LIVE)
 		return -EBADMSG;
-	return segment_verify(spill, segment, record.generation, bytes);
+	return segment_verify(spill, segment, record.claimed, record.generation, bytes);
 }
 
 struct spill_entry spill_table_entry(const void *bytes, unsigned index)
@@ -774,62 +840,62 @@ struct spill_entry spill_table_entry(const void *bytes, unsigned index)
 	};
 }
 
-/* ---- debug: which units are live ---- */
+/* ---- which units are live: in debug builds always, else while extents are claimed ---- */
 
 #ifdef VSWAP_DEBUG
+#define HAS_LIVE_MAPS true
+#else
+#define HAS_LIVE_MAPS false
+#endif
+
+/* The segment's place in its chunk's maps; NULL without memory. */
+static uint64_t **live_map_of(struct spill *spill, uint64_t number)
+{
+	struct chunk *chunk = spill->chunks[number / CHUNK_SEGMENTS];
+
+	if (!chunk->live_map)
+		chunk->live_map = calloc(CHUNK_SEGMENTS, sizeof *chunk->live_map);
+	return chunk->live_map ? &chunk->live_map[number % CHUNK_SEGMENTS] : NULL;
+}
 
 static uint64_t *live_map_create(const struct spill_segment *segment)
 {
-	uint64_t *map = calloc(SEGMENT_UNITS / 64, sizeof *map);
+	uint64_t *map = HAS_LIVE_MAPS ? calloc(SEGMENT_UNITS / 64, sizeof *map) : NULL;
 
-	VS_CHECK(map);
-	for (unsigned unit = HEADER_UNITS; unit < segment->end_unit; unit++)
+	VS_CHECK(map || !HAS_LIVE_MAPS);
+	for (unsigned unit = HEADER_UNITS; map && unit < segment->end_unit; unit++)
 		bit_set(map, unit, true);
 	return map;
 }
 
-static uint64_t **live_map_of(struct spill *spill, uint64_t number)
-{
-	return &spill->chunks[number / CHUNK_SEGMENTS]->live_map[number % CHUNK_SEGMENTS];
-}
-
 static void live_map_install(struct spill *spill, uint64_t number, uint64_t *map)
 {
-	uint64_t **place = live_map_of(spill, number);
+	uint64_t **place = HAS_LIVE_MAPS ? live_map_of(spill, number) : NULL;
 
+	VS_CHECK(place || !HAS_LIVE_MAPS);
+	if (!place)
+		return;
 	free(*place);
 	*place = map;
 }
 
+static bool live_map_has(const uint64_t *map, uint64_t unit, unsigned units)
+{
+	for (uint64_t i = unit; i < unit + units; i++)
+		if (map[i / 64] >> (i % 64) & 1)
+			return true;
+	return false;
+}
+
 static void live_map_clear(struct spill *spill, uint64_t number, uint64_t unit, unsigned units)
 {
-	uint64_t *map = *live_map_of(spill, number);
+	uint64_t *map = HAS_LIVE_MAPS ? *live_map_of(spill, number) : NULL;
 
-	for (uint64_t i = unit; i < unit + units; i++) {
-		VS_CHECK(map[i / 64] >> (i % 64) & 1); /* not live: freed twice, or never written */
+	for (uint64_t i = unit; map && i < unit + units; i++) {
+		VS_CHECK(live_map_has(map, i, 1)); /* not live: freed twice, or never written */
 		bit_set(map, i, false);
 	}
 }
-
-#else
-
-static uint64_t *live_map_create(const struct spill_segment *segment)
-{
-	(void)segment;
-	return NULL;
-}
-
-static void live_map_install(struct spill *spill, uint64_t number, uint64_t *map)
-{
-	(void)spill, (void)number, (void)map;
-}
-
-static void live_map_clear(struct spill *spill, uint64_t number, uint64_t unit, unsigned units)
-{
-	(void)spill, (void)number, (void)unit, (void)units;
-}
-
-#endif
 
 /* ---- writing ---- */
 
@@ -879,6 +945,7 @@ static void segment_make_live(struct spill_segment *segment, uint64_t generation
 	record->live_count = (uint16_t)segment->extent_count;
 	record->end_unit = (uint16_t)segment->end_unit;
 	record->generation = (uint32_t)generation;
+	record->claimed = 0;
 	state_set(spill, segment->number, SEGMENT_LIVE);
 	spill->live_units += live_units;
 	spill->live_count += segment->extent_count;
@@ -917,8 +984,8 @@ int spill_segment_write(struct spill_segment *segment)
 	generation = ++spill->generation;
 	pthread_mutex_unlock(&spill->mutex);
 	write_bytes = segment_seal(segment, generation);
-	VS_DCHECK(segment_verify(spill, segment->number, (uint32_t)generation, segment->buffer) ==
-		  (int)segment->extent_count);
+	VS_DCHECK(segment_verify(spill, segment->number, false, (uint32_t)generation,
+				 segment->buffer) == (int)segment->extent_count);
 	result = segment_transfer(segment, write_bytes);
 	if (result == 0)
 		segment_make_live(segment, generation, write_bytes);
@@ -948,11 +1015,10 @@ void spill_free(struct spill *spill, uint64_t extent, unsigned units)
 {
 	uint64_t number = extent / SEGMENT_UNITS, unit = extent % SEGMENT_UNITS;
 	struct segment_record *record;
-	bool trim = false;
 
 	VS_CHECK(number < spill->segment_count && units >= 1 && units <= POOL_UNITS_MAX);
-	pthread_mutex_lock(&spill->mutex);
-	VS_CHECK(spill->chunks[number / CHUNK_SEGMENTS]);
+	SCOPED_LOCK(&spill->mutex);
+	VS_CHECK(!spill->claiming && spill->chunks[number / CHUNK_SEGMENTS]);
 	record = record_of(spill, number);
 	VS_CHECK(record->state == SEGMENT_LIVE);
 	VS_CHECK(unit >= HEADER_UNITS && unit + units <= record->end_unit);
@@ -963,12 +1029,12 @@ void spill_free(struct spill *spill, uint64_t extent, unsigned units)
 	VS_CHECK((record->live_units == 0) == (record->live_count == 0));
 	spill->live_units -= units;
 	spill->live_count--;
-	if (record->live_count == 0) {
-		live_map_install(spill, number, NULL);
-		trim = segment_release(spill, number, true);
-	}
-	pthread_mutex_unlock(&spill->mutex);
-	if (trim)
+	if (record->live_count > 0)
+		return;
+	live_map_install(spill, number, NULL);
+	record->claimed = 0;
+	/* With the lock held: the last extent of all gone, the backend may be, once it is released. */
+	if (segment_release(spill, number, true))
 		pthread_cond_signal(&spill->trim_work);
 }
 
@@ -999,35 +1065,98 @@ void spill_count_read(struct spill *spill, uint64_t bytes, int result)
 		__atomic_fetch_add(&spill->read_bytes, bytes, __ATOMIC_RELAXED);
 }
 
-/* ---- compaction and drain ---- */
+/* ---- recovery ---- */
 
-static void chunk_emptiest(struct spill *spill, uint64_t index, int64_t *number,
-			   uint64_t *live_units)
+static bool may_claim(struct spill *spill)
 {
 	SCOPED_LOCK(&spill->mutex);
-	const struct chunk *chunk = spill->chunks[index];
-
-	for (uint64_t i = 0; chunk && i < CHUNK_SEGMENTS; i++) {
-		const struct segment_record *record = &chunk->records[i];
-
-		if (record->state == SEGMENT_LIVE && record->live_units < *live_units) {
-			*live_units = record->live_units;
-			*number = (int64_t)(index * CHUNK_SEGMENTS + i);
-		}
-	}
+	spill->claiming = !spill->was_used;
+	return spill->claiming;
 }
 
-int64_t spill_emptiest_segment(struct spill *spill, uint64_t *ret_live_bytes)
+/* The extent lies where objects can lie. */
+static bool extent_is_sane(const struct spill *spill, uint64_t extent, unsigned units)
 {
-	uint64_t live_units = SEGMENT_UNITS + 1;
-	int64_t number = -ENOENT;
+	uint64_t unit = extent % SEGMENT_UNITS;
 
-	for (uint64_t i = 0; i < spill->chunk_count; i++)
-		chunk_emptiest(spill, i, &number, &live_units);
-	if (number >= 0)
-		*ret_live_bytes = live_units * POOL_UNIT_BYTES;
-	return number;
+	return extent / SEGMENT_UNITS < spill->segment_count && units >= 1 &&
+	       units <= POOL_UNITS_MAX && unit >= HEADER_UNITS && unit + units < SEGMENT_UNITS;
 }
+
+static int claim(struct spill *spill, uint64_t number, uint64_t unit, unsigned units)
+{
+	SCOPED_LOCK(&spill->mutex);
+	struct segment_record *record = record_of(spill, number);
+	uint64_t **map = live_map_of(spill, number);
+
+	if (map && !*map)
+		*map = calloc(SEGMENT_UNITS / 64, sizeof **map);
+	if (!map || !*map)
+		return -ENOMEM;
+	if (live_map_has(*map, unit, units))
+		return -EINVAL;
+	for (uint64_t i = unit; i < unit + units; i++)
+		bit_set(*map, i, true);
+	record->live_units = (uint16_t)(record->live_units + units);
+	record->live_count++;
+	record->end_unit = (uint16_t)max_of((uint64_t)record->end_unit, unit + units);
+	record->claimed = 1;
+	if (record->state == SEGMENT_FREE)
+		state_set(spill, number, SEGMENT_LIVE);
+	spill->live_units += units;
+	spill->live_count++;
+	return 0;
+}
+
+int spill_claim(struct spill *spill, uint64_t extent, unsigned units)
+{
+	uint64_t number = extent / SEGMENT_UNITS;
+	int result = 0;
+
+	if (!extent_is_sane(spill, extent, units))
+		return -EINVAL;
+	if (!may_claim(spill))
+		return -EINVAL;
+	if (!spill->chunks[number / CHUNK_SEGMENTS])
+		result = chunk_make(spill, number / CHUNK_SEGMENTS);
+	return result < 0 ? result : claim(spill, number, extent % SEGMENT_UNITS, units);
+}
+
+void spill_claims_end(struct spill *spill)
+{
+	SCOPED_LOCK(&spill->mutex);
+	VS_CHECK(!spill->was_used);
+	for (uint64_t i = 0; !HAS_LIVE_MAPS && i < spill->chunk_count; i++)
+		if (spill->chunks[i])
+			chunk_forget_maps(spill->chunks[i]);
+	spill->was_used = true;
+	spill->claiming = false;
+	spill->usable_count = 0;
+	pthread_cond_signal(&spill->trim_work);
+}
+
+/* ---- the end of its use ---- */
+
+void spill_keep_blocks(struct spill *spill)
+{
+	SCOPED_LOCK(&spill->mutex);
+	spill->can_trim = false;
+}
+
+int spill_erase(struct spill *spill)
+{
+	uint64_t range[2] = { 0, spill->segment_count * SEGMENT_BYTES };
+	int result;
+
+	pthread_mutex_lock(&spill->mutex);
+	VS_CHECK(spill->live_count == 0);
+	pthread_mutex_unlock(&spill->mutex);
+	/* A trim under way does no harm: there is nothing left to keep. */
+	result = spill->is_device ? ioctl(spill->fd, BLKDISCARD, range) : ftruncate(spill->fd, 0);
+	return result < 0 ? -errno : 0;
+}
+
+/* ---- compaction and drain ---- */
 
 /* The first LIVE segment of one chunk at or after `from`, or -ENOENT. */
 static int64_t chunk_next(struct spill *spill, uint64_t index, uint64_t from)
@@ -1051,6 +1180,40 @@ int64_t spill_next_segment(struct spill *spill, uint64_t from)
 			return number;
 	}
 	return -ENOENT;
+}
+
+/* A segment that holds less than it could: dead extents, or written before it was full. */
+static bool is_sparse(const struct segment_record *record)
+{
+	uint64_t table_units = div_ceil(table_bytes(record->live_count), POOL_UNIT_BYTES);
+
+	return record->state == SEGMENT_LIVE &&
+	       (record->live_units * 100UL < (record->end_unit - HEADER_UNITS) * SPARSE_PERCENT ||
+		(record->end_unit + table_units) * 100UL < SEGMENT_UNITS * SPARSE_PERCENT);
+}
+
+bool spill_is_sparse(struct spill *spill, uint64_t segment)
+{
+	SCOPED_LOCK(&spill->mutex);
+	return spill->chunks[segment / CHUNK_SEGMENTS] && is_sparse(record_of(spill, segment));
+}
+
+uint64_t spill_sparse_segments(struct spill *spill, uint64_t *ret_live_bytes)
+{
+	uint64_t count = 0, live_units = 0;
+
+	for (uint64_t i = 0; i < spill->chunk_count; i++) {
+		SCOPED_LOCK(&spill->mutex);
+		const struct chunk *chunk = spill->chunks[i];
+
+		for (uint64_t k = 0; chunk && k < CHUNK_SEGMENTS; k++)
+			if (is_sparse(&chunk->records[k])) {
+				live_units += chunk->records[k].live_units;
+				count++;
+			}
+	}
+	*ret_live_bytes = live_units * POOL_UNIT_BYTES;
+	return count;
 }
 
 /* ---- what it is at ---- */
@@ -1099,7 +1262,7 @@ static bool record_is_valid(const struct chunk *chunk, uint64_t bit, struct cens
 	       empty == (record->state == SEGMENT_EMPTY) && live == (record->live_count > 0) &&
 	       live == (record->live_units > 0) && record->live_count <= record->live_units &&
 	       (!live || record->live_units + HEADER_UNITS <= record->end_unit) &&
-	       record->end_unit < SEGMENT_UNITS && record->zero == 0;
+	       record->end_unit < SEGMENT_UNITS && (live || !record->claimed);
 }
 
 static bool chunk_is_valid(const struct spill *spill, uint64_t index, struct census *census)
@@ -1138,30 +1301,3 @@ bool spill_is_valid(struct spill *spill)
 	       census.live_units == spill->live_units && census.live_count == spill->live_count &&
 	       census.chunks == spill->chunks_made;
 }
-
-/* ---- a successor ---- */
-
-int spill_claim(struct spill *spill, uint64_t extent, unsigned units)
-{
-	uint64_t number = extent / SEGMENT_UNITS;
-	unsigned unit = (unsigned)(extent % SEGMENT_UNITS);
-	struct segment_record *record;
-
-	if (number >= spill->segment_count || units == 0 || units > POOL_UNITS_MAX ||
-	    unit < HEADER_UNITS || unit + units > SEGMENT_UNITS)
-		return -EINVAL;
-	if (!spill->chunks[number / CHUNK_SEGMENTS] && chunk_make(spill, number / CHUNK_SEGMENTS) < 0)
-		return -ENOMEM;
-	SCOPED_LOCK(&spill->mutex);
-	record = record_of(spill, number);
-	if (record->state == SEGMENT_FREE)
-		state_set(spill, number, SEGMENT_LIVE);
-	record->end_unit = (uint16_t)max_of(record->end_unit, unit + units);
-	record->live_units = (uint16_t)(record->live_units + units);
-	record->live_count++;
-	spill->live_units += units;
-	spill->live_count++;
-	return 0;
-}
-
-void spill_claims_end(struct spill *spill) { (void)spill; }

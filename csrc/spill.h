@@ -40,7 +40,8 @@
  * Invariants      1 a live extent lies wholly inside the objects of a LIVE segment
  *                 2 live_units and live_count of a segment are the sums over its live extents; they
  *                   are both zero or both not; not zero exactly when LIVE
- *                 3 nothing is written to a segment but WRITING, nothing is trimmed but TRIMMING
+ *                 3 nothing is written to a segment but WRITING, nothing is trimmed but TRIMMING, and
+ *                   what nobody claimed before it may be filled for the first time
  *                 4 used_bytes == SEGMENT_BYTES * segments that are FILLING, WRITING, LIVE or
  *                   QUARANTINED
  *                 spill_is_valid() checks 2 and 4 and the free lists; each free checks 1.
@@ -128,10 +129,6 @@ void spill_free(struct spill *spill, uint64_t extent, unsigned units);
 /* Wait until every EMPTY segment has been trimmed (or could not be). */
 void spill_trim_wait(struct spill *spill);
 
-/* In a successor, before anything else: this extent is live. 0, -EINVAL or -ENOMEM. */
-int spill_claim(struct spill *spill, uint64_t extent, unsigned units);
-void spill_claims_end(struct spill *spill);
-
 /* ---- reading ---- */
 
 /*
@@ -148,16 +145,44 @@ struct spill_range spill_range_of(uint64_t extent, unsigned units);
 int spill_fd(const struct spill *spill);
 void spill_count_read(struct spill *spill, uint64_t bytes, int result);
 
-/* ---- compaction and drain ---- */
+/* ---- recovery: a new daemon takes over a backend and has nothing but the slots that name extents ---- */
 
 /*
- * The LIVE segment with the fewest live bytes, or -ENOENT. The lock is let go between chunks of the
- * table, so with frees going on it may be one of the emptiest.
+ * This extent is live. Call for each, on a backend that was just created and before anything is
+ * written to it or freed. -EINVAL when it lies where no object can lie, overlaps with one that was
+ * claimed, or is too late; -ENOMEM; then nothing is changed.
  */
-int64_t spill_emptiest_segment(struct spill *spill, uint64_t *ret_live_bytes);
+int spill_claim(struct spill *spill, uint64_t extent, unsigned units);
+
+/*
+ * All live extents are claimed. What nobody claimed is free, but a segment is filled only once a trim of
+ * it has returned: a write of the predecessor's may have been under way. Until then spill_segment_begin
+ * may wait. Blocks of the predecessor's dead segments are given back by that, too.
+ */
+void spill_claims_end(struct spill *spill);
+
+/* ---- the end of its use ---- */
+
+/* From now on segments are not trimmed: a device that nobody asked to discard. */
+void spill_keep_blocks(struct spill *spill);
+
+/*
+ * Without live extents and writers: truncate the file to nothing, discard the whole device. Then only
+ * spill_destroy may follow. 0 or -errno: what it held is still there, but nobody needs it.
+ */
+int spill_erase(struct spill *spill);
+
+/* ---- compaction and drain ---- */
 
 /* The first LIVE segment with number >= `from`, or -ENOENT: device order, for a drain. */
 int64_t spill_next_segment(struct spill *spill, uint64_t from);
+
+/*
+ * A segment is sparse when so much of it is dead, or was never filled, that moving it gains room (4 %). Count and live bytes
+ * of those there are.
+ */
+bool spill_is_sparse(struct spill *spill, uint64_t segment);
+uint64_t spill_sparse_segments(struct spill *spill, uint64_t *ret_live_bytes);
 
 struct spill_entry {
 	uint64_t owner;
@@ -168,8 +193,9 @@ struct spill_entry {
 
 /*
  * Check the SEGMENT_BYTES read from offset segment * SEGMENT_BYTES: that it is what this backend
- * last wrote there, and well formed whatever the bytes are. Returns the number of its entries, or
- * -EBADMSG. The objects themselves are not checked: their owners have checks of their own.
+ * last wrote there, and well formed whatever the bytes are. Of a claimed segment only the latter can be
+ * told. Returns the number of its entries, or -EBADMSG. The objects themselves are not checked: their
+ * owners have checks of their own.
  */
 int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes);
 

@@ -119,7 +119,7 @@ struct backend_record {
 	uint32_t used;
 	int32_t fd;
 	int32_t priority;
-	uint32_t reserved;
+	uint32_t flags; /* ENGINE_BACKEND_* */
 	uint64_t size_bytes;
 	char path[256];
 };

@@ -544,6 +544,14 @@ void sys_prefer_this_thread(void)
 	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */
 }
 
+int sys_nice(int nice)
+{
+	int before = getpriority(PRIO_PROCESS, 0);
+
+	(void)setpriority(PRIO_PROCESS, 0, nice); /* a hint */
+	return before;
+}
+
 uint64_t sys_now_ns(void)
 {
 	struct timespec now;

@@ -127,6 +127,7 @@ int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);
 
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);
+int sys_nice(int nice); /* of this thread; returns what it was */
 
 uint64_t sys_now_ns(void); /* monotonic */
 void sys_sleep_ms(unsigned milliseconds);

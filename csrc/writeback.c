@@ -5,7 +5,7 @@
  * One writer thread. It works while a pool that may spill is near its cap: it takes the clusters that
  * were stored longest ago, packs their objects into a segment, writes the segment, and only when the
  * write has returned changes the slots and frees the objects. Neighbours in memory become neighbours
- * in the segment, so a run of faults is one read.
+ * in the segment, so a run of faults is one read. When there is nothing to write it compacts (drain.c).
  *
  * A slot may change while its object is being written. It is compared whole (place and check) before
  * it is changed; if it is not what it was, the new extent is freed and nothing else happens.
@@ -21,7 +21,6 @@
 #include "sys.h"
 
 #define RECORDS_MAX 8192
-#define WRITE_ERRORS_MAX 8
 #define IDLE_MS 100
 
 struct moved_object {
@@ -57,29 +56,16 @@ static bool needs_writeback(struct engine *engine, const struct group *group)
 	return READ_ONCE(group->pool_bytes) + margin > cap && writeback_is_possible(engine, group);
 }
 
-/* The backend to write to: highest priority with a free segment; -ENOSPC. */
-static int pick_backend(struct engine *engine)
-{
-	int best = -ENOSPC;
-
-	for (unsigned i = 0; i < engine->backend_count; i++) {
-		struct spill_statistics statistics;
-		struct backend *backend = &engine->backends[i];
-
-		if (!backend->spill || backend->state != 0)
-			continue;
-		spill_statistics(backend->spill, &statistics);
-		if (statistics.used_bytes + SEGMENT_BYTES > statistics.size_bytes)
-			continue;
-		if (best < 0 || backend->priority > engine->backends[best].priority)
-			best = (int)i;
-	}
-	return best;
-}
-
 bool writeback_is_possible(struct engine *engine, const struct group *group)
 {
-	return !(group->flags & ENGINE_GROUP_NO_SPILL) && pick_backend(engine) >= 0;
+	int backend;
+
+	if (group->flags & ENGINE_GROUP_NO_SPILL)
+		return false;
+	backend = backend_pick(engine);
+	if (backend >= 0)
+		backend_unpin(engine, (unsigned)backend);
+	return backend >= 0;
 }
 
 /* ---- collecting; the client's gate is held ---- */
@@ -199,6 +185,7 @@ static void settle_object(struct writer *writer, struct client *client,
 	}
 	if (done) {
 		crash_point(CRASH_WRITEBACK_SETTLED_ONE);
+		group_spill_changed(client->group, object->copy.units);
 		pool_free(client->group->pool, object->copy.location, object->copy.units);
 		counter_add(engine, spill_written_pages, 1);
 	} else {
@@ -227,17 +214,14 @@ static void settle(struct writer *writer, bool written)
 
 /* ---- the writer ---- */
 
-/* Write one segment of the group's coldest objects. False when there was nothing to write. */
-static bool write_one(struct writer *writer, struct group *group)
+/* Write one segment of the group's coldest objects to writer->backend. False: there was nothing to write. */
+static bool write_segment(struct writer *writer, struct group *group)
 {
 	struct engine *engine = writer->engine;
-	int backend = pick_backend(engine), result;
 	unsigned count;
+	int result;
 
-	if (backend < 0)
-		return false;
-	writer->backend = (unsigned)backend;
-	if (spill_segment_begin(engine->backends[backend].spill, &writer->segment) < 0)
+	if (spill_segment_begin(engine->backends[writer->backend].spill, &writer->segment) < 0)
 		return false;
 	collect(writer, group);
 	count = writer->object_count;
@@ -249,22 +233,28 @@ static bool write_one(struct writer *writer, struct group *group)
 	crash_point(CRASH_WRITEBACK_COLLECTED);
 	result = spill_segment_write(writer->segment);
 	crash_point(CRASH_WRITEBACK_WRITTEN);
-	if (result < 0) {
-		struct engine_event event = { .kind = ENGINE_EVENT_BACKEND_ERROR, .group = group->number,
-					      .a = (uint64_t)backend,
-					      .b = (uint64_t)(int64_t)result };
-
-		/* A full file system may have room later; a device that cannot write is left alone. */
-		if (result != -ENOSPC && result != -EDQUOT && result != -ENOMEM &&
-		    ++engine->backends[backend].errors >= WRITE_ERRORS_MAX)
-			engine->backends[backend].state = BACKEND_FAILED;
-		engine_event_push(engine, &event);
-	}
+	if (result < 0)
+		backend_write_failed(engine, writer->backend, result);
 	settle(writer, result == 0);
 	group_pool_changed(group);
 	__atomic_fetch_add(&group->progress, result == 0 ? count : 0, __ATOMIC_RELAXED);
 	engine_room_made(engine, group);
 	return result == 0;
+}
+
+static bool write_one(struct writer *writer, struct group *group)
+{
+	struct engine *engine = writer->engine;
+	int backend = backend_pick(engine);
+	bool wrote;
+
+	if (backend < 0)
+		return false;
+	writer->backend = (unsigned)backend;
+	WRITE_ONCE(engine->backend_turn, writer->backend);
+	wrote = write_segment(writer, group);
+	backend_unpin(engine, writer->backend);
+	return wrote;
 }
 
 static struct group *pick_group(struct engine *engine, unsigned *cursor)
@@ -297,6 +287,7 @@ void *writer_main(void *argument)
 		bool wrote;
 
 		if (!group) {
+			(void)drain_in_background(writer->engine);
 			engine_wait_for_requests(writer->engine, &writer->engine->write_work, &writer->engine->write_requests,
 						 &seen, IDLE_MS);
 			continue;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""backends — open spill files and block devices, before anything is started.
+"""backends — open spill files and block devices.
 
 What is opened will be overwritten, so a file that is not empty must be a spill file (or zeros), and a
 device must carry nothing known; both are locked, so that two daemons never write to one.
@@ -21,17 +21,26 @@ _HEAD_BYTES = 128 * config.KIB  # partition tables and the superblocks of all co
 
 
 class Spill:
-    """An open spill file or device; `close` unless the engine took it over."""
+    """An open spill file or device; `close` or `undo` unless the engine took it over."""
 
-    def __init__(self, fd: int, path: str, size_bytes: int, priority: int) -> None:
+    def __init__(
+        self, fd: int, path: str, size_bytes: int, priority: int, *, was_created: bool = False
+    ) -> None:
         self.fd = fd
         self.path = path
         self.size_bytes = size_bytes
         self.priority = priority
+        self.was_created = was_created
 
     def close(self) -> None:
         """Give it up."""
         os.close(self.fd)
+
+    def undo(self) -> None:
+        """Give it up and leave nothing that was not there before."""
+        os.close(self.fd)
+        if self.was_created:
+            os.unlink(self.path)
 
 
 def split_argument(text: str) -> tuple[str, int]:
@@ -77,16 +86,30 @@ def _check_content(fd: int, path: str, what: str) -> None:
 
 
 def _size_of_file(fd: int, path: str, size_bytes: int, limit_bytes: int) -> int:
-    if size_bytes:
-        return size_bytes
     figures = os.fstatvfs(fd)
-    size = policy.spill_size_bytes(figures.f_bavail * figures.f_frsize, limit_bytes, machine.ram_bytes())
-    if size == 0:
+    free_bytes = figures.f_bavail * figures.f_frsize + os.fstat(fd).st_blocks * 512
+    size = size_bytes or policy.spill_size_bytes(free_bytes, limit_bytes, machine.ram_bytes())
+    if size == 0 or free_bytes < config.SPILL_BYTES_MIN:
         raise Failure(
             f"no room for a spill file on the file system of {path}",
             "name another with --spill, set VSWAPD_SPILL_DIR, or use --no-spill",
         )
     return size
+
+
+def _cause(error: OSError) -> str:
+    if error.errno == errno.EBUSY:
+        return "it is mounted, or something else uses it"
+    return str(error.strerror)
+
+
+def _size_of_device(fd: int, path: str, size_bytes: int) -> int:
+    device_bytes = os.lseek(fd, 0, os.SEEK_END)
+    if device_bytes < config.SPILL_BYTES_MIN:
+        raise Failure(
+            f"spill device {path} of {format_size(device_bytes)} is too small", "name one of at least 1 MiB"
+        )
+    return min(size_bytes or device_bytes, device_bytes)
 
 
 def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int) -> Spill:
@@ -105,7 +128,7 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int) -> S
             fd = _open_direct(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
             created = True
     except OSError as error:
-        raise Failure(f"cannot use spill {path}: {error.strerror}", "name a path you can write") from None
+        raise Failure(f"cannot use spill {path}: {_cause(error)}", "name a path you can write") from None
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,12 +136,11 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int) -> S
             raise Failure(f"spill {path} is used by another daemon", "name another") from None
         is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         if is_device:
-            device_bytes = os.lseek(fd, 0, os.SEEK_END)
-            size = min(size_bytes or device_bytes, device_bytes)
+            size = _size_of_device(fd, path, size_bytes)
         else:
             size = _size_of_file(fd, path, size_bytes, limit_bytes)
         _check_content(fd, path, "device" if is_device else "file")
-        return Spill(fd, os.path.abspath(path), size, priority)
+        return Spill(fd, os.path.abspath(path), size, priority, was_created=created)
     except BaseException:
         os.close(fd)
         if created:

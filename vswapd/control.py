@@ -23,7 +23,8 @@ import trio
 
 from vswapd import config
 from vswapd.groups import GroupError
-from vswapd.operations import Caller, Operations, RequestError
+from vswapd.operations import Caller, Operations
+from vswapd.request import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +71,10 @@ class Session(Caller):
             with trio.fail_after(config.SEND_SECONDS_MAX):
                 while data:
                     data = data[await self._sock.send(data) :]
+
+    async def tell(self, line: dict[str, Any]) -> None:
+        """Send it now: whoever is gone is noticed by that."""
+        await self.send(line)
 
     async def resume(self, deaths: int) -> None:
         """The first words of a successor. OSError, TooSlowError."""

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vswapd import __version__, config, policy, processes
-from vswapd.records import BACKEND_STATES, BACKINGS, GROUP_NO_SPILL, GROUP_TORTURE
+from vswapd.records import BACKEND_STATES, BACKINGS, GROUP_NO_SPILL, GROUP_TORTURE, JOBS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,9 +56,18 @@ def _latencies(statistics: Statistics, bounds_us: tuple[float, ...]) -> dict[str
 
 
 def backend_document(record: BackendStatistics) -> dict[str, Any]:
-    """One backend of the document."""
+    """One backend of the document, and of the progress of a swapoff."""
     state = BACKEND_STATES[record.state] if record.state < len(BACKEND_STATES) else str(record.state)
-    return asdict(record) | {"state": state, "type": "partition" if record.is_device else "file"}
+    done_bytes = record.job_total_bytes - record.job_left_bytes
+    rate = done_bytes * 1000 // record.job_ms if record.job_ms else 0
+    return asdict(record) | {
+        "state": state,
+        "type": "partition" if record.is_device else "file",
+        "job": JOBS[record.job] if record.job < len(JOBS) else str(record.job),
+        "job_waiting": bool(record.job_waiting),
+        "job_bytes_per_second": rate,
+        "job_seconds_left": round(record.job_left_bytes / rate, 1) if rate else None,
+    }
 
 
 def _group(record: GroupStatistics) -> dict[str, Any]:

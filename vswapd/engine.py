@@ -18,7 +18,7 @@ from vswapd import records
 from vswapd._engine import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vswapd.wire import Arena
 
@@ -151,12 +151,36 @@ class Engine:
 
     # ---- backends ----
 
-    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int) -> int:
-        """Use `fd` for spilling; it belongs to the engine when this returns."""
+    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int, flags: int = 0) -> int:
+        """Use `fd` for spilling; it belongs to the engine when this returns. EMFILE: too many."""
         result = lib.engine_backend_add(
-            self._handle, fd, path.encode("utf-8", "surrogateescape"), size_bytes, priority
+            self._handle, fd, path.encode("utf-8", "surrogateescape"), size_bytes, priority, flags
         )
         return _check(result, f"spill {path}")
+
+    def backend_drain_begin(self, numbers: Iterable[int], force: bool) -> tuple[bool, records.Room]:
+        """Nothing more is written to these backends, and backend_drain must follow for each. False: what
+        they hold does not fit elsewhere, and nothing is changed. ENOENT; EBUSY: one has a job."""
+        room = ffi.new("struct engine_room *")
+        backends = sum(1 << number for number in numbers)
+        result = lib.engine_backend_drain_begin(self._handle, backends, int(force), room)
+        if result == -errno.ENOSPC:
+            return False, _record(records.Room, room)
+        _check(result, "swapoff")
+        return True, _record(records.Room, room)
+
+    def backend_drain(self, number: int, force: bool) -> None:
+        """Move everything off a backend and remove it (slow: until that is done). ECANCELED; ENOSPC;
+        EBADMSG: the rest cannot be read back."""
+        _check(lib.engine_backend_drain(self._handle, number, int(force)), "swapoff")
+
+    def backend_compact(self, number: int) -> None:
+        """Rewrite its sparse segments (slow: until that is done). ENOENT, EBUSY, ECANCELED, ENOSPC."""
+        _check(lib.engine_backend_compact(self._handle, number), "compact")
+
+    def backend_cancel(self, number: int) -> None:
+        """End what drains or compacts a backend, soon. ENOENT: nothing does."""
+        _check(lib.engine_backend_cancel(self._handle, number), "cancel")
 
     # ---- clients ----
 

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from vswapd import __version__, config, processes
-from vswapd.sizes import format_size
+from vswapd.backend_jobs import BackendJobs
 from vswapd.document import build_status
+from vswapd.failure import Failure
+from vswapd.request import Reply, Request, RequestError, take_bool, take_int, take_text
+from vswapd.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +29,6 @@ if TYPE_CHECKING:
     from vswapd.groups import Group, GroupRegistry
     from vswapd.log import Log
     from vswapd.records import ClientStatistics
-
-Request = dict[str, Any]
-Reply = dict[str, Any]
 
 _WORKERS_MAX = 8
 _PID_MAX = 1 << 22  # of any Linux
@@ -47,44 +47,8 @@ class Caller:
         """Of the connection that what it makes ends with; -1: of none."""
         return -1
 
-
-class RequestError(Exception):
-    """A request cannot be carried out. `code` is for programs, text and remedy for people."""
-
-    def __init__(self, code: str, text: str, remedy: str) -> None:
-        super().__init__(text)
-        self.code = code
-        self.remedy = remedy
-
-    def reply(self) -> Reply:
-        """The answer to the request."""
-        return {"ok": False, "code": self.code, "error": str(self), "remedy": self.remedy}
-
-
-def take_int(request: Request, key: str, low: int, high: int, default: int | None = None) -> int:
-    """A whole number of a request, checked."""
-    value = request.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(
-            "bad-request", f"'{key}' is not a number from {low} to {high}", "correct the request"
-        )
-    return value
-
-
-def take_bool(request: Request, key: str) -> bool:
-    """A flag of a request; absent: false."""
-    value = request.get(key, False)
-    if not isinstance(value, bool):
-        raise RequestError("bad-request", f"'{key}' is neither true nor false", "correct the request")
-    return value
-
-
-def take_text(request: Request, key: str) -> str:
-    """A string of a request; absent: ''."""
-    value = request.get(key, "")
-    if not isinstance(value, str):
-        raise RequestError("bad-request", f"'{key}' is not a string", "correct the request")
-    return value
+    async def tell(self, line: dict[str, Any]) -> None:
+        """How far a long request is. OSError, TooSlowError when it does not listen any more."""
 
 
 class Operations:
@@ -106,6 +70,7 @@ class Operations:
         # Apart: page operations may take minutes, and status must answer meanwhile.
         self._workers = trio.CapacityLimiter(_WORKERS_MAX)
         self._page_workers = trio.CapacityLimiter(_WORKERS_MAX)
+        self._jobs = BackendJobs(engine, log)
         self._own_uid = os.geteuid()
         # GIL and validity tests only where whoever started the daemon asked for them.
         self._test_operations = os.environ.get("VSWAPD_TEST_OPERATIONS") == "1"
@@ -282,6 +247,40 @@ class Operations:
             text = f"process {pid}: more than its limit has room for"
             return RequestError("no-room", text, "raise its limit first: vswapctl limit PID SIZE")
         return RequestError("failed", str(error.strerror or error), "see the daemon's log")
+
+    # ---- backends ----
+
+    def _require_admin(self, session: Caller) -> None:
+        if not self._is_admin(session.peer):
+            raise RequestError("denied", "only root may change backends", "run vswapctl as root")
+
+    async def op_swapon(self, request: Request, session: Caller) -> Reply:
+        """Takes path, size_bytes, priority, discard: a backend more. Answers size and priority."""
+        self._require_admin(session)
+        priority = request.get("priority")
+        if priority is not None:
+            priority = take_int(request, "priority", -config.PRIORITY_MAX - 1, config.PRIORITY_MAX)
+        try:
+            return await self._jobs.add(
+                take_text(request, "path"),
+                take_int(request, "size_bytes", 0, 1 << 62, 0),
+                priority,
+                discard=take_bool(request, "discard"),
+            )
+        except Failure as error:
+            raise RequestError("refused", error.text, error.remedy) from None
+
+    async def op_swapoff(self, request: Request, session: Caller) -> Reply:
+        """Takes path or all, force: move everything off, then remove. Tells of the progress by notices; the
+        end of the connection cancels."""
+        self._require_admin(session)
+        paths = [] if take_bool(request, "all") else [take_text(request, "path")]
+        return await self._jobs.drain(paths, take_bool(request, "force"), session.tell)
+
+    async def op_compact(self, request: Request, session: Caller) -> Reply:
+        """Takes path: rewrite sparse segments. Progress and cancelling as with swapoff."""
+        self._require_admin(session)
+        return await self._jobs.compact(take_text(request, "path"), session.tell)
 
     # ---- operations for tests ----
 

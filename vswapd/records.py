@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 
 BACKINGS = ("zero", "same", "pool", "spill", "staged")  # order of enum engine_backing
 BACKEND_STATES = ("active", "draining", "failed")
+JOBS = ("", "swapoff", "compact")  # order of enum engine_backend_job
 
 GROUP_TORTURE = 1
 GROUP_NO_SPILL = 2
+
+BACKEND_KEEP_BLOCKS = 1
 
 # order of enum engine_event_kind
 EVENT_NONE = 0
@@ -70,6 +73,7 @@ class GroupStatistics:
     metadata_bytes: int = 0
     swapped_pages: int = 0
     swapped_pages_max: int = 0
+    spill_bytes: int = 0
     client_count: int = 0
     managed_count: int = 0
     faults: int = 0
@@ -102,7 +106,7 @@ class ClientStatistics:
 
 @dataclass(frozen=True)
 class BackendStatistics:
-    """struct engine_backend_statistics. `state` indexes BACKEND_STATES."""
+    """struct engine_backend_statistics. `state` indexes BACKEND_STATES, `job` JOBS."""
 
     backend: int
     priority: int
@@ -111,11 +115,28 @@ class BackendStatistics:
     path: str
     size_bytes: int = 0
     used_bytes: int = 0
+    room_bytes: int = 0
     live_bytes: int = 0
+    sparse_bytes: int = 0
     extent_count: int = 0
     written_bytes: int = 0
     read_bytes: int = 0
+    trimmed_bytes: int = 0
     errors: int = 0
+    job: int = 0
+    job_waiting: int = 0
+    job_ms: int = 0
+    job_total_bytes: int = 0
+    job_left_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """struct engine_room: what a drain has to move, and where it could go."""
+
+    live_bytes: int = 0
+    backend_bytes: int = 0
+    pool_bytes: int = 0
 
 
 @dataclass(frozen=True)

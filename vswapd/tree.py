@@ -24,7 +24,8 @@ from vswapd import processes
 from vswapd.accept import Peer
 from vswapd.cli.swaps import format_swaps
 from vswapd.groups import GroupError
-from vswapd.operations import Caller, RequestError
+from vswapd.operations import Caller
+from vswapd.request import RequestError
 from vswapd.records import BACKEND_STATES
 from vswapd.sizes import parse_size
 from vswapd.document import TOTALS, backend_document

@@ -170,13 +170,16 @@ static int model_write(struct model *model, unsigned max)
 	return result;
 }
 
+static void model_forget(struct model *model, unsigned index)
+{
+	model->live_units -= model->extents[index].units;
+	model->extents[index] = model->extents[--model->count];
+}
+
 static void model_free(struct model *model, unsigned index)
 {
-	struct extent extent = model->extents[index];
-
-	spill_free(model->spill, extent.extent, extent.units);
-	model->live_units -= extent.units;
-	model->extents[index] = model->extents[--model->count];
+	spill_free(model->spill, model->extents[index].extent, model->extents[index].units);
+	model_forget(model, index);
 }
 
 static void model_free_all(struct model *model)
@@ -275,13 +278,13 @@ static unsigned table_verify(struct model *model, uint64_t number, uint8_t *byte
 	return found;
 }
 
-/* Tables name every live extent; no LIVE segment is missed; the emptiest is the emptiest. */
+/* Tables name every live extent; no LIVE segment is missed; what is mostly dead is sparse. */
 static void model_verify_tables(struct model *model, uint64_t segment_count)
 {
 	uint64_t *live_units = calloc(segment_count, sizeof *live_units), live_bytes = 0;
 	uint32_t *index_of = calloc(model->next_owner - model->first_owner + 1, sizeof *index_of);
 	uint8_t *bytes = aligned_alloc(PAGE_BYTES, SEGMENT_BYTES);
-	int64_t emptiest = spill_emptiest_segment(model->spill, &live_bytes);
+	uint64_t sparse_count = spill_sparse_segments(model->spill, &live_bytes);
 	unsigned found = 0;
 
 	CHECK(live_units && index_of && bytes);
@@ -291,12 +294,16 @@ static void model_verify_tables(struct model *model, uint64_t segment_count)
 	}
 	for (int64_t number = 0; (number = spill_next_segment(model->spill, (uint64_t)number)) >= 0;
 	     number++) {
-		CHECK(live_units[number] * POOL_UNIT_BYTES >= live_bytes);
-		CHECK(number != emptiest || live_units[number] * POOL_UNIT_BYTES == live_bytes);
+		bool sparse = spill_is_sparse(model->spill, (uint64_t)number);
+
+		CHECK(sparse || live_units[number] * 100 > SEGMENT_UNITS * 70);
+		CHECK(!sparse || live_units[number] * 100 < SEGMENT_UNITS * 96);
+		sparse_count -= sparse;
+		live_bytes -= sparse ? live_units[number] * POOL_UNIT_BYTES : 0;
 		found += table_verify(model, (uint64_t)number, bytes, index_of);
 	}
 	CHECK(found == model->count);
-	CHECK((emptiest == -ENOENT) == (model->count == 0));
+	CHECK(sparse_count == 0 && live_bytes == 0);
 	free(live_units);
 	free(index_of);
 	free(bytes);
@@ -653,6 +660,112 @@ static void test_flips(void)
 	codec_scratch_destroy(scratch);
 	free(buffer);
 	spill_destroy(spill);
+/* ---- recovery, and the end ---- */
+
+static bool is_hole(int fd, uint64_t segment)
+{
+	off_t start = (off_t)(segment * SEGMENT_BYTES), data = lseek(fd, start, SEEK_DATA);
+
+	return data < 0 || data >= start + (off_t)SEGMENT_BYTES;
+}
+
+/* A successor on the same file, with nothing but the places of the live extents. */
+static void test_claims(void)
+{
+	enum { SEGMENTS = 5 };
+	int fd = file_create(), again = dup(fd);
+	struct model model = model_create(spill_open(fd, SEGMENTS), 1);
+	uint64_t dead_segment, end;
+
+	for (int i = 0; i < SEGMENTS - 1; i++)
+		CHECK(model_write(&model, EXTENTS_MAX) == 0);
+	dead_segment = model.extents[0].extent / SEGMENT_UNITS;
+	for (unsigned i = model.count; i-- > 0;) /* its blocks are left behind, as by a daemon that died */
+		if (model.extents[i].extent / SEGMENT_UNITS != dead_segment && random_below(&model.random, 3))
+			model_free(&model, i);
+	spill_destroy(model.spill);
+	model.spill = spill_open(again, SEGMENTS);
+	end = SEGMENTS * SEGMENT_UNITS;
+	CHECK(spill_claim(model.spill, end + 1, 1) == -EINVAL);
+	CHECK(spill_claim(model.spill, 0, 1) == -EINVAL); /* the header */
+	CHECK(spill_claim(model.spill, end - 1, 1) == -EINVAL); /* nothing is left for the table */
+	CHECK(spill_claim(model.spill, SEGMENT_UNITS - 1, 2) == -EINVAL);
+	CHECK(spill_claim(model.spill, 1, 0) == -EINVAL);
+	CHECK(spill_claim(model.spill, 1, POOL_UNITS_MAX + 1) == -EINVAL);
+	for (unsigned i = model.count; i-- > 0;) {
+		struct extent extent = model.extents[i];
+
+		if (extent.extent / SEGMENT_UNITS == dead_segment) {
+			model_forget(&model, i);
+			continue;
+		}
+		CHECK(spill_claim(model.spill, extent.extent, extent.units) == 0);
+		CHECK(spill_claim(model.spill, extent.extent + extent.units - 1, 1) == -EINVAL);
+	}
+	spill_claims_end(model.spill);
+	CHECK(spill_claim(model.spill, dead_segment * SEGMENT_UNITS + 1, 1) == -EINVAL);
+	model_verify_sums(&model);
+	model_read_all(&model, IO_AUTOMATIC);
+	for (int64_t number = 0; (number = spill_next_segment(model.spill, (uint64_t)number)) >= 0; number++) {
+		uint8_t *bytes = aligned_alloc(PAGE_BYTES, SEGMENT_BYTES);
+
+		CHECK(bytes && io_read_wait(again, bytes, SEGMENT_BYTES, (uint64_t)number * SEGMENT_BYTES) == 0);
+		CHECK(spill_table_verify(model.spill, (uint64_t)number, bytes) > 0); /* whoever wrote it */
+		free(bytes);
+	}
+	spill_trim_wait(model.spill);
+	CHECK(is_hole(again, dead_segment) && is_hole(again, SEGMENTS - 1));
+	CHECK(model_write(&model, EXTENTS_MAX) == 0);
+	model_read_all(&model, IO_AUTOMATIC);
+	model_free_all(&model);
+	model_verify_sums(&model);
+	spill_destroy(model.spill);
+	free(model.extents);
+}
+
+/* What nobody claimed is filled only when a trim of it has returned. */
+static void test_unclaimed(void)
+{
+	enum { SEGMENTS = 40 };
+	int fd = file_create(), again = dup(fd);
+	uint8_t *bytes = aligned_alloc(PAGE_BYTES, SEGMENT_BYTES);
+	struct spill_segment *segments[SEGMENTS];
+	struct spill *spill = spill_open(fd, SEGMENTS);
+
+	CHECK(bytes);
+	memset(bytes, 0x5a, SEGMENT_BYTES);
+	for (uint64_t i = 0; i < SEGMENTS; i++)
+		CHECK(io_write_wait(fd, bytes, SEGMENT_BYTES, i * SEGMENT_BYTES) == 0);
+	spill_destroy(spill);
+	spill = spill_open(again, SEGMENTS);
+	spill_claims_end(spill);
+	for (uint64_t i = 0; i < SEGMENTS; i++) {
+		CHECK(spill_segment_begin(spill, &segments[i]) == 0);
+		CHECK(is_hole(again, i));
+	}
+	for (unsigned i = 0; i < SEGMENTS; i++)
+		spill_segment_abandon(segments[i]);
+	CHECK(spill_is_valid(spill));
+	spill_destroy(spill);
+	free(bytes);
+}
+
+static void test_erase(void)
+{
+	int fd = file_create(), again = dup(fd);
+	struct model model = model_create(spill_open(fd, 4), 1);
+	struct stat status;
+
+	spill_keep_blocks(model.spill);
+	CHECK(model_write(&model, 200) == 0);
+	model_free_all(&model);
+	CHECK(statistics_of(model.spill).untrimmed_bytes == 0); /* nobody is going to */
+	CHECK(fstat(again, &status) == 0 && status.st_blocks > 0);
+	CHECK(spill_erase(model.spill) == 0);
+	spill_destroy(model.spill);
+	CHECK(fstat(again, &status) == 0 && status.st_size == 0 && status.st_blocks == 0);
+	close(again);
+	free(model.extents);
 }
 
 /* ---- misuse ends the process ---- */
@@ -879,7 +992,7 @@ static void *writer_main(void *argument)
 			model_read(model, random_below(&model->random, model->count), buffer);
 		for (unsigned j = 0; model->count > 0 && j < (result < 0 ? 2000u : 60u); j++)
 			model_free(model, random_below(&model->random, model->count));
-		(void)spill_emptiest_segment(model->spill, &live_bytes);
+		(void)spill_sparse_segments(model->spill, &live_bytes);
 		CHECK(spill_is_valid(model->spill));
 	}
 	free(buffer);
@@ -1069,6 +1182,9 @@ int main(int argc, char **argv)
 	test_file_limit();
 	test_hostile();
 	test_flips();
+	test_claims();
+	test_unclaimed();
+	test_erase();
 	test_misuse();
 	test_faults();
 	test_writers();

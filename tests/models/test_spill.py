@@ -81,6 +81,7 @@ class SpillMachine(RuleBasedStateMachine):
         self._live: dict[int, dict[int, Extent]] = {}  # by segment and extent
         self._flipped: Counter[int] = Counter()  # bits changed behind the backend's back, by offset on the file
         self._stale: dict[int, bytes] = {}  # what was in a segment once
+        self._claimed: dict[int, int] = {}  # segments written before the last take-over: the end of what is known
         self._counts: Counter[str] = Counter()
         self._can_allocate = True
 
@@ -206,6 +207,7 @@ class SpillMachine(RuleBasedStateMachine):
         number = extents[0].extent // _SEGMENT_UNITS
         self._forget(number)
         if expected == 0:
+            self._claimed.pop(number, None)
             self._written[number] = extents
             self._live[number] = {extent.extent: extent for extent in extents}
             self._counts["written_bytes"] += -(-self._used_bytes(extents) // PAGE_BYTES) * PAGE_BYTES
@@ -267,6 +269,7 @@ class SpillMachine(RuleBasedStateMachine):
             del self._live[number][extent.extent]
             if not self._live[number]:
                 del self._live[number], self._written[number]
+                self._claimed.pop(number, None)
 
     @rule(fault=st.none() | _PUNCH_FAULTS)
     def trim(self, fault: Fault | None) -> None:
@@ -277,6 +280,32 @@ class SpillMachine(RuleBasedStateMachine):
         if self._counts["trim_errors"] == 0:
             # An abandoned segment that was not trimmed before is still to be trimmed then.
             assert state.file_bytes <= (self._segments_used() + 1) * SEGMENT_BYTES
+
+    # ---- recovery ----
+
+    @precondition(lambda self: not self._filling)
+    @rule(percent=_PERCENT)
+    def take_over(self, percent: int) -> None:
+        """A successor, which claims what its slots name, and some of it twice."""
+        lost = {extent.extent for extent in self._all_live()}
+        kept = self._some(self._all_live(), percent)
+        self._random.shuffle(kept)
+        lost -= {extent.extent for extent in kept}
+        claims = [(extent.extent, self._units(extent)) for extent in kept]
+        claims += self._random.sample(claims, min(len(claims), 2))
+        results = self._part.take_over([*claims, (0, 1), (self._segments * _SEGMENT_UNITS + 1, 1)])
+        assert results == [0] * len(kept) + [-errno.EINVAL] * (len(claims) - len(kept) + 2)
+        for number, live in list(self._live.items()):
+            for extent in lost & live.keys():
+                del live[extent]
+            if not live:
+                del self._live[number], self._written[number]
+        self._claimed = {
+            number: max(extent.extent % _SEGMENT_UNITS + self._units(extent) for extent in live.values())
+            for number, live in self._live.items()
+        }
+        self._counts.clear()
+        self._can_allocate = True
 
     # ---- reading ----
 
@@ -338,7 +367,7 @@ class SpillMachine(RuleBasedStateMachine):
         for other in range(self._segments):
             if other != number:
                 assert self._part.verify(other, data) == -errno.EBADMSG
-        if number in self._stale:
+        if number in self._stale and number not in self._claimed:
             assert self._part.verify(number, self._stale[number]) == -errno.EBADMSG
 
     def _assert_believed(self, number: int, data: bytes) -> None:
@@ -387,11 +416,17 @@ class SpillMachine(RuleBasedStateMachine):
         assert statistics["write_errors"] == self._counts["write_errors"]
         assert statistics["read_errors"] == self._counts["read_errors"]
         assert statistics["trim_errors"] == self._counts["trim_errors"]
-        number, emptiest_bytes = state.emptiest
-        if live_bytes:
-            assert live_bytes[number] == emptiest_bytes == min(live_bytes.values())
-        else:
-            assert number == -errno.ENOENT
+        sparse = [number for number in sorted(self._live) if self._is_sparse(number)]
+        assert state.sparse_segments == sparse
+        assert state.sparse == (len(sparse), sum(live_bytes[number] for number in sparse))
+
+    def _is_sparse(self, number: int) -> bool:
+        """4 % of its objects are dead, or 4 % of the segment was never filled."""
+        live = self._live[number].values()
+        end_unit = self._claimed.get(number) or self._end_unit(self._written[number])
+        table_units = -(-len(live) * _ENTRY_BYTES // UNIT_BYTES)
+        is_dead = sum(map(self._units, live)) * 100 < (end_unit - 1) * 96
+        return is_dead or (end_unit + table_units) * 100 < _SEGMENT_UNITS * 96
 
 
 @pytest.mark.parametrize("io_backend", [_IO_URING, _IO_THREADS], ids=["io_uring", "threads"])

@@ -3,12 +3,13 @@
  * drive — the data plane without Python: run a command under a limit.
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
- *         [--check-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL]
+ *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL]
  *         [--fail NAME:N:ERRNO[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
- * what the sanitizers run, and what to put under a profiler. Exit status: the command's, 99 when an
+ * what the sanitizers run, and what to put under a profiler. --drain-every: a second backend on the same
+ * file system, and every so often the older of the two is compacted, drained and replaced. Exit status: the command's, 99 when an
  * invariant was found broken, 98 for trouble of its own.
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
@@ -23,6 +24,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -298,24 +300,85 @@ static void page_as_asked(pid_t command)
 }
 
 struct options {
-	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms;
+	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, drain_every_ms;
 	const char *library, *crash;
 	char *spill;
 	int torture, stats;
 	char **command;
 };
 
-static void add_spill(char *spill)
+static char *spill_path;
+static uint64_t spill_bytes = 4ULL << 30;
+
+/* A backend on the spill file itself, or on one of the same name with a number behind it. */
+static int add_spill(int number)
+{
+	char path[256];
+	int fd, backend;
+
+	snprintf(path, sizeof path, number ? "%s.%d" : "%s", spill_path, number);
+	fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, 0, 0);
+	if (number)
+		unlink(path);
+	if (backend < 0)
+		fail(path);
+	return backend;
+}
+
+static void parse_spill(char *spill)
 {
 	char *colon = strrchr(spill, ':');
-	uint64_t size = colon ? strtoull(colon + 1, NULL, 0) : 4ULL << 30;
-	int fd;
 
-	if (colon)
+	if (colon) {
+		spill_bytes = strtoull(colon + 1, NULL, 0);
 		*colon = '\0';
-	fd = open(spill, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	if (fd < 0 || engine_backend_add(engine, fd, spill, size, 0) < 0)
-		fail(spill);
+	}
+	spill_path = spill;
+}
+
+/* ---- backends that come and go ---- */
+
+static int draining_ends;
+static unsigned drained, compacted, drains_refused;
+
+/* Compact a backend, then drain it when there is another one, and have a new one come. */
+static void drain_one(int number)
+{
+	struct engine_room room;
+	int result = engine_backend_compact(engine, number);
+
+	compacted += result == 0;
+	if (result < 0 && result != -ENOSPC)
+		fprintf(stderr, "drive: compact: %s\n", strerror(-result));
+	result = engine_backend_drain_begin(engine, 1u << number, 0, &room);
+	if (result == 0)
+		result = engine_backend_drain(engine, number, 0);
+	if (result == -ENOSPC) {
+		drains_refused++;
+	} else if (result < 0) {
+		fprintf(stderr, "drive: drain: %s\n", strerror(-result));
+		exit(97);
+	}
+	drained += result == 0;
+}
+
+/* Two backends of equal priority, each in its turn. */
+static void *drain_main(void *argument)
+{
+	unsigned turn = 0;
+
+	while (!__atomic_load_n(&draining_ends, __ATOMIC_ACQUIRE)) {
+		static struct engine_backend_statistics backends[16];
+		int count = engine_backend_list(engine, backends, 16);
+
+		if (count < 2)
+			(void)add_spill((int)(now_ms() % 1000000000) + 1);
+		else
+			drain_one(backends[turn++ % 2].backend);
+		usleep((useconds_t)(uintptr_t)argument * 1000);
+	}
+	return NULL;
 }
 
 static pid_t start_command(const struct options *options, const char *socket_path)
@@ -403,14 +466,14 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' },
-		{ 0, 0, 0, 0 } };
+		{ "drain-every", 1, 0, 'd' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
 		switch (option) {
 		case 'l': options->limit_bytes = strtoull(optarg, NULL, 0); break;
 		case 'p': options->pool_bytes = strtoull(optarg, NULL, 0); break;
-		case 's': options->spill = optarg; break;
+		case 's': parse_spill(options->spill = optarg); break;
 		case 't': options->torture = 1; break;
 		case 'L': options->library = optarg; break;
 		case 'P': options->pageout_every_ms = strtoull(optarg, NULL, 0); break;
@@ -420,6 +483,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'C': options->crash = optarg; break;
 		case 'N': print_crash_points(); exit(0);
 		case 'F': set_fault_point(optarg); break;
+		case 'd': options->drain_every_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
 		}
 	options->command = argv + optind;
@@ -441,6 +505,7 @@ static int run_daemon(const struct options *options, const struct engine_config 
 {
 	char message[256] = "";
 	int result = engine_create(config, &engine, message), status;
+	pthread_t drainer;
 
 	if (result < 0) {
 		fprintf(stderr, "drive: %s\n", message);
@@ -458,10 +523,19 @@ static int run_daemon(const struct options *options, const struct engine_config 
 		group = engine_group_create(engine, "drive", options->limit_bytes, options->pool_bytes,
 					    options->torture ? ENGINE_GROUP_TORTURE : 0);
 		if (options->spill)
-			add_spill(options->spill);
+			(void)add_spill(0);
 	}
+	if (options->drain_every_ms &&
+	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)
+		fail("thread");
 	__atomic_store_n(&shared->serving_us, now_us(), __ATOMIC_RELEASE);
 	status = serve(options, listener, command);
+	if (options->drain_every_ms) {
+		__atomic_store_n(&draining_ends, 1, __ATOMIC_RELEASE);
+		pthread_join(drainer, NULL);
+		fprintf(stderr, "drive: %u drained, %u refused, %u compacted by the last daemon\n", drained,
+			drains_refused, compacted);
+	}
 	if (options->stats)
 		print_statistics();
 	print_events();

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from vswapd import records
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vswapd.wire import Arena
 
 LATENCY_BUCKETS = 64
@@ -51,6 +53,10 @@ class FakeEngine:
         self._rings: dict[int, int] = {}
         self._backends: list[records.BackendStatistics] = []
         self._events: deque[records.Event] = deque()
+        self._cancelled: set[int] = set()
+        self.room_bytes = 1 << 40  # what a drain finds
+        self.jobs_end = threading.Event()  # drains and compactions end at once while it is set
+        self.jobs_end.set()
         self._next_group = 0
         self._next_token = 1000
         self.forked_tokens: dict[int, int] = {}  # token -> group
@@ -122,11 +128,58 @@ class FakeEngine:
 
     # ---- backends ----
 
-    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int) -> int:
-        self._call("backend_add", fd, path, size_bytes, priority)
-        number = len(self._backends)
-        self._backends.append(records.BackendStatistics(number, priority, 0, 0, path, size_bytes))
+    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int, flags: int = 0) -> int:
+        self._call("backend_add", fd, path, size_bytes, priority, flags)
+        number = next(n for n in range(16) if all(backend.backend != n for backend in self._backends))
+        self._backends.append(
+            records.BackendStatistics(number, priority, 0, 0, path, size_bytes, room_bytes=size_bytes)
+        )
         return number
+
+    def set_backend(self, number: int, **changes: object) -> None:
+        """For tests: change what is reported of a backend."""
+        with self._lock:
+            self._backends = [
+                dataclasses.replace(backend, **changes) if backend.backend == number else backend  # type: ignore[arg-type]
+                for backend in self._backends
+            ]
+
+    def backend_drain_begin(self, numbers: Iterable[int], force: bool) -> tuple[bool, records.Room]:
+        numbers = list(numbers)
+        self._call("backend_drain_begin", numbers, force)
+        need = sum(backend.live_bytes for backend in self._backends if backend.backend in numbers)
+        room = records.Room(need, self.room_bytes, 0)
+        if not force and need > self.room_bytes:
+            return False, room
+        for number in numbers:
+            self.set_backend(number, state=1, job=1, job_ms=1000, job_total_bytes=need, job_left_bytes=need // 2)
+        return True, room
+
+    def _run_job(self, number: int) -> None:
+        """Until the test lets it end, or it is cancelled."""
+        while not self.jobs_end.wait(0.001):
+            if number in self._cancelled:
+                self._cancelled.discard(number)
+                self.set_backend(number, state=0, job=0)
+                raise _error(errno.ECANCELED, "job")
+
+    def backend_drain(self, number: int, force: bool) -> None:
+        self._call("backend_drain", number, force)
+        self._run_job(number)
+        with self._lock:
+            self._backends = [backend for backend in self._backends if backend.backend != number]
+
+    def backend_compact(self, number: int) -> None:
+        self._call("backend_compact", number)
+        self.set_backend(number, job=2)
+        self._run_job(number)
+        self.set_backend(number, job=0)
+
+    def backend_cancel(self, number: int) -> None:
+        self._call("backend_cancel", number)
+        if not any(backend.backend == number and backend.job for backend in self._backends):
+            raise _error(errno.ENOENT, "job")
+        self._cancelled.add(number)
 
     # ---- clients ----
 

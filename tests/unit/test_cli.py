@@ -15,7 +15,8 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "config", "top", "completion"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit"]
+VERBS += ["doctor", "config", "top", "completion"]
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,12 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["pageout", "x"], "'x' is not a PID"),
         (["pageout", "0"], "is not a PID"),
         (["pageout", "--timeout", "x", "1"], "is not a number of seconds"),
+        (["swapon"], "PATH"),
+        (["swapon", "x", "--priority", "40000"], "is not a number from -32768 to 32767"),
+        (["swapon", "x", "--size", "x"], "'x' is not a size"),
+        (["swapoff"], "give a PATH, or --all"),
+        (["swapoff", "-a", "x"], "give a PATH, or --all"),
+        (["compact"], "PATH"),
         (["limit", "1"], "SIZE"),
         (["limit", "1", "x"], "'x' is not a size"),
         (["limit", "1", "1M"], "out of range; give 16M to"),

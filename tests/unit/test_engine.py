@@ -26,6 +26,7 @@ _ENGINE = Path(vswapd.__file__).parent / "engine.py"
         ("engine_group_statistics", records.GroupStatistics),
         ("engine_client_statistics", records.ClientStatistics),
         ("engine_backend_statistics", records.BackendStatistics),
+        ("engine_room", records.Room),
     ],
 )
 def test_records_have_the_structs_fields(struct: str, record: type) -> None:
@@ -55,6 +56,9 @@ def test_enumerators_are_the_headers() -> None:
     defines = header.defines(_HEADER)
     assert defines["ENGINE_GROUP_TORTURE"] == records.GROUP_TORTURE
     assert defines["ENGINE_GROUP_NO_SPILL"] == records.GROUP_NO_SPILL
+    assert defines["ENGINE_BACKEND_KEEP_BLOCKS"] == records.BACKEND_KEEP_BLOCKS
+    jobs = header.enumerators(_HEADER, "engine_backend_job")
+    assert list(jobs.values()) == list(range(len(records.JOBS)))
 
 
 def _methods(tree: ast.Module) -> dict[str, list[str]]:

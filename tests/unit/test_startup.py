@@ -51,7 +51,11 @@ def _imported(arguments: list[str], modules: list[str]) -> str:
     return result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("verb", ["run", "status", "swaps", "pageout", "pagein", "limit", "doctor", "top", "completion"])
+_VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit"]
+_VERBS += ["doctor", "top", "completion"]
+
+
+@pytest.mark.parametrize("verb", _VERBS)
 def test_verbs_import_nothing_heavy(verb: str) -> None:
     assert _imported([verb, "--help"], [f"vswapd.cli.{verb}"]) == ""
 

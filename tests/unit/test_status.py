@@ -124,6 +124,7 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
             "type": "file",
             "size_bytes": 4092 << 10,
             "used_bytes": 0,
+            "room_bytes": 4092 << 10,
             "priority": -2,
         },
         {
@@ -131,6 +132,7 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
             "type": "partition",
             "size_bytes": 2097148 << 10,
             "used_bytes": 0,
+            "room_bytes": 2097148 << 10,
             "priority": -2,
         },
         {
@@ -138,13 +140,15 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
             "type": "file",
             "size_bytes": 20000000 << 10,
             "used_bytes": 512 << 10,
+            "room_bytes": 19999488 << 10,
             "priority": 5,
         },
         {
             "path": "/" + "x" * 50,
             "type": "file",
-            "size_bytes": 1024,
+            "size_bytes": 90000000 << 10,
             "used_bytes": 10000000 << 10,
+            "room_bytes": 1024,  # its disk is full
             "priority": 0,
         },
     ]
@@ -153,5 +157,5 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
         "/tmp/pyw/sw\\040file                     file\t\t4092\t\t0\t\t-2",
         "/dev/vdb                                partition\t2097148\t\t0\t\t-2",
         "/swap\\040file                           file\t\t20000000\t512\t\t5",
-        "/" + "x" * 50 + " file\t\t1\t\t10000000\t0",
+        "/" + "x" * 50 + " file\t\t10000001\t10000000\t0",
     ]

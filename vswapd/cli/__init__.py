@@ -12,7 +12,7 @@ import argparse
 import importlib
 import sys
 
-from vswapd import __version__
+from vswapd import __version__, config
 from vswapd.failure import STATUS_USAGE, Failure
 from vswapd.sizes import parse_size
 
@@ -176,6 +176,50 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
 
 
+def _priority(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 1 << 20
+    if not -config.PRIORITY_MAX - 1 <= value <= config.PRIORITY_MAX:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from -32768 to 32767")
+    return value
+
+
+def _add_swapon(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", type=_size, default=0, metavar="SIZE", help="use so much of it (default: as fits)"
+    )
+    parser.add_argument(
+        "--priority",
+        type=_priority,
+        metavar="N",
+        help="higher is written to first, equal ones in turn (default: below all others)",
+    )
+    parser.add_argument(
+        "--discard", action="store_true", help="discard freed segments of a device (files are always punched)"
+    )
+    parser.add_argument("path", metavar="PATH", help="a file, made if absent, or a block device")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="progress and result as JSON, one object a line")
+
+
+def _add_swapoff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-a", "--all", action="store_true", help="all spill files and devices")
+    parser.add_argument(
+        "--force", action="store_true", help="begin even if there is not room for all, and wait for room"
+    )
+    _add_json(parser)
+    parser.add_argument("path", nargs="?", metavar="PATH", help="a spill file or device in use")
+
+
+def _add_compact(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
+    parser.add_argument("path", metavar="PATH", help="a spill file or device in use")
+
+
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
@@ -183,6 +227,9 @@ _VERBS = {
     "swaps": (lambda _: None, "list spill files and devices like /proc/swaps", "vswapctl swaps"),
     "pageout": (_add_page, "swap out all of a process that can be", "vswapctl pageout 4711"),
     "pagein": (_add_page, "bring all of a process back", "vswapctl pagein 4711"),
+    "swapon": (_add_swapon, "add a spill file or device", "vswapctl swapon /mnt/fast/spill --size 64G"),
+    "swapoff": (_add_swapoff, "empty and remove a spill file or device", "vswapctl swapoff /mnt/fast/spill"),
+    "compact": (_add_compact, "give unused space of a spill file back", "vswapctl compact /mnt/fast/spill"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
     "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),

@@ -7,6 +7,7 @@ import json
 import sys
 
 from vswapd import connection
+from vswapd.cli import progress
 from vswapd.sizes import format_size
 
 TYPE_CHECKING = False
@@ -50,7 +51,9 @@ def _memory_table(status: dict[str, Any]) -> Table:
 
 
 def _group_table(status: dict[str, Any]) -> Table:
-    columns = ("limit", "usage", "peak", "resident", "unmanaged", "pool", "swapped", "faults", "clients")
+    columns = (
+        "limit", "usage", "peak", "resident", "unmanaged", "pool", "spill", "swapped", "faults", "clients"
+    )  # fmt: skip
     table = _table("Groups", ("name",), columns)
     for group in status["groups"]:
         sizes = (
@@ -62,6 +65,7 @@ def _group_table(status: dict[str, Any]) -> Table:
                 "resident_bytes",
                 "unmanaged_bytes",
                 "pool_bytes",
+                "spill_bytes",
                 "swapped_bytes",
             )
         )
@@ -87,13 +91,17 @@ def _client_table(status: dict[str, Any]) -> Table:
 
 
 def _backend_table(status: dict[str, Any]) -> Table:
-    table = _table("Spill", ("path", "state"), ("size", "used", "priority"))
+    table = _table("Spill", ("path", "state"), ("size", "used", "room", "live", "priority"))
     for backend in status["backends"]:
+        job = f"; {backend['job']}: {progress.format_job(backend)}" if backend["job"] else ""
+        used = backend["used_bytes"]
         table.add_row(
             backend["path"],
-            backend["state"],
+            backend["state"] + job,
             format_size(backend["size_bytes"]),
-            format_size(backend["used_bytes"]),
+            format_size(used),
+            format_size(backend["room_bytes"]),
+            f"{100 * backend['live_bytes'] // used} %" if used else "",
             str(backend["priority"]),
         )
     return table

@@ -27,7 +27,8 @@ def format_swaps(backends: list[dict[str, Any]]) -> str:
     lines = [_HEADER]
     for backend in backends:
         path = _escape(backend["path"])
-        size, used = backend["size_bytes"] // 1024, backend["used_bytes"] // 1024
+        used = backend["used_bytes"] // 1024
+        size = used + backend["room_bytes"] // 1024  # what its file system cannot hold is no capacity
         padding = " " * max(1, _PATH_WIDTH - len(path.encode("utf-8", "surrogateescape")))
         kind = "partition" if backend["type"] == "partition" else "file\t"
         columns = (f"{count}\t{'' if count >= _WIDE else chr(9)}" for count in (size, used))

@@ -48,7 +48,8 @@ class SpillState(NamedTuple):
 
     is_valid: bool
     statistics: dict[str, int]
-    emptiest: tuple[int, int]  # segment or -errno, its live bytes
+    sparse: tuple[int, int]  # segments, their live bytes
+    sparse_segments: list[int]
     live_segments: list[int]
     file_bytes: int  # blocks of the file
 
@@ -59,18 +60,32 @@ class Spill:
     def __init__(self, ffi: Any, functions: Any, segments: int, io_backend: int) -> None:
         self._ffi, self._c = ffi, functions
         self._file = tempfile.TemporaryFile(dir=os.environ.get("TMPDIR", "/var/tmp"))  # noqa: SIM115 - until finish
-        spill, queue = ffi.new("struct spill **"), ffi.new("struct io_queue **")
-        result = functions.spill_create(os.dup(self._file.fileno()), segments * SEGMENT_BYTES, spill)
-        assert result == 0, result
+        queue = ffi.new("struct io_queue **")
+        self._segments = segments
+        self._create()
         result = functions.io_queue_create(_READS_AT_ONCE, io_backend, queue)
         assert result == 0, result
-        self._spill, self._queue = spill[0], queue[0]
+        self._queue = queue[0]
         self._memory = mmap.mmap(-1, SEGMENT_BYTES)  # aligned for O_DIRECT
         self._buffer = ffi.from_buffer(self._memory)
         self._secret = ffi.new(f"uint8_t[{_SECRET_BYTES}]", bytes(range(_SECRET_BYTES)))
         self._packed: list[Packed] = []
         self._writers: dict[int, Any] = {}
         self._point_names: dict[str, Any] = {}  # the C side keeps the pointers
+
+    def _create(self) -> None:
+        spill = self._ffi.new("struct spill **")
+        result = self._c.spill_create(os.dup(self._file.fileno()), self._segments * SEGMENT_BYTES, spill)
+        assert result == 0, result
+        self._spill = spill[0]
+
+    def take_over(self, extents: Sequence[tuple[int, int]]) -> list[int]:
+        """A new daemon on the same file: its answers to the claims of (extent, units)."""
+        self._c.spill_destroy(self._spill)
+        self._create()
+        results = [int(self._c.spill_claim(self._spill, extent, units)) for extent, units in extents]
+        self._c.spill_claims_end(self._spill)
+        return results
 
     def finish(self) -> None:
         """The end of the backend and its file."""
@@ -247,6 +262,8 @@ class Spill:
         statistics, live_bytes = self._ffi.new("struct spill_statistics *"), self._ffi.new("uint64_t *")
         self._c.spill_statistics(self._spill, statistics)
         values = {name: int(getattr(statistics, name)) for name, _ in self._ffi.typeof(statistics[0]).fields}
-        emptiest = int(self._c.spill_emptiest_segment(self._spill, live_bytes)), int(live_bytes[0])
+        sparse = int(self._c.spill_sparse_segments(self._spill, live_bytes)), int(live_bytes[0])
+        live = self._live_segments()
+        sparse_segments = [number for number in live if self._c.spill_is_sparse(self._spill, number)]
         file_bytes = os.fstat(self._file.fileno()).st_blocks * 512
-        return SpillState(is_valid, values, emptiest, self._live_segments(), file_bytes)
+        return SpillState(is_valid, values, sparse, sparse_segments, live, file_bytes)

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * backend — the table of spill backends: who may use an entry, which is written to, what there is.
+ *
+ * A removal takes the pointer out of the table first and then waits until nobody has the entry pinned;
+ * a pin is counted first and then looks at the pointer. So either sees the other, and a number may be
+ * given to a new backend without anyone mistaking it for the old one: whoever comes late compares his
+ * slots, whole, before he believes what he read.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/statvfs.h>
+
+#include "base.h"
+#include "engine_internal.h"
+#include "sys.h"
+
+#define WRITE_ERRORS_MAX 8
+
+struct spill *backend_pin(struct engine *engine, unsigned number)
+{
+	struct backend *backend = &engine->backends[number];
+	struct spill *spill;
+
+	VS_CHECK(number < BACKENDS_MAX);
+	__atomic_fetch_add(&backend->pins, 1, __ATOMIC_SEQ_CST);
+	spill = __atomic_load_n(&backend->spill, __ATOMIC_SEQ_CST);
+	if (!spill)
+		backend_unpin(engine, number);
+	return spill;
+}
+
+void backend_unpin(struct engine *engine, unsigned number)
+{
+	uint32_t pins = __atomic_fetch_sub(&engine->backends[number].pins, 1, __ATOMIC_SEQ_CST);
+
+	VS_CHECK(pins > 0);
+}
+
+void backend_install(struct engine *engine, unsigned number, const struct backend *from)
+{
+	struct backend *backend = &engine->backends[number];
+
+	/* Field by field: somebody may just be pinning the entry, in vain. */
+	backend->priority = from->priority;
+	backend->is_device = from->is_device;
+	memcpy(backend->path, from->path, sizeof backend->path);
+	backend->errors = 0;
+	backend->job = ENGINE_JOB_NONE;
+	WRITE_ONCE(backend->state, BACKEND_ACTIVE);
+	__atomic_store_n(&backend->spill, from->spill, __ATOMIC_SEQ_CST);
+}
+
+void backend_remove(struct engine *engine, unsigned number)
+{
+	struct backend *backend = &engine->backends[number];
+	struct spill *spill;
+
+	pthread_mutex_lock(&engine->registry);
+	spill = backend->spill;
+	/* A successor does not look for it any more; it closes what no record names. */
+	__atomic_store_n(&engine->state->backends[number].used, 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&backend->spill, NULL, __ATOMIC_SEQ_CST);
+	backend->job = ENGINE_JOB_NONE;
+	pthread_mutex_unlock(&engine->registry);
+	while (__atomic_load_n(&backend->pins, __ATOMIC_SEQ_CST) > 0)
+		sys_sleep_ms(1);
+	(void)spill_erase(spill); /* what cannot be erased is overwritten by whoever uses it next */
+	spill_destroy(spill);
+}
+
+static bool may_be_written(const struct backend *backend, struct spill *spill)
+{
+	struct spill_statistics statistics;
+
+	/* After the pin: a drain sets the state first and then waits for pins. */
+	if (__atomic_load_n(&backend->state, __ATOMIC_SEQ_CST) != BACKEND_ACTIVE)
+		return false;
+	spill_statistics(spill, &statistics);
+	return statistics.used_bytes + SEGMENT_BYTES <= statistics.size_bytes;
+}
+
+int backend_pick(struct engine *engine)
+{
+	unsigned turn = READ_ONCE(engine->backend_turn);
+	int best = -ENOSPC;
+
+	/* From the one after the last on: of equal priorities the first one met is kept. */
+	for (unsigned i = 1; i <= BACKENDS_MAX; i++) {
+		unsigned number = (turn + i) % BACKENDS_MAX;
+		struct backend *backend = &engine->backends[number];
+		struct spill *spill = backend_pin(engine, number);
+
+		if (!spill)
+			continue;
+		if (may_be_written(backend, spill) &&
+		    (best < 0 || backend->priority > engine->backends[best].priority)) {
+			if (best >= 0)
+				backend_unpin(engine, (unsigned)best);
+			best = (int)number;
+		} else {
+			backend_unpin(engine, number);
+		}
+	}
+	return best;
+}
+
+void backend_write_failed(struct engine *engine, unsigned number, int result)
+{
+	struct backend *backend = &engine->backends[number];
+	struct engine_event event = { .kind = ENGINE_EVENT_BACKEND_ERROR, .group = -1, .a = number,
+				      .b = (uint64_t)(int64_t)result };
+
+	/* A full file system may have room later; a device that cannot write is left alone. */
+	if (result != -ENOSPC && result != -EDQUOT && result != -ENOMEM &&
+	    __atomic_add_fetch(&backend->errors, 1, __ATOMIC_RELAXED) >= WRITE_ERRORS_MAX) {
+		uint32_t active = BACKEND_ACTIVE;
+
+		(void)__atomic_compare_exchange_n(&backend->state, &active, BACKEND_FAILED, false,
+						  __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+	}
+	engine_event_push(engine, &event);
+}
+
+uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill)
+{
+	struct spill_statistics statistics;
+	struct statvfs disk;
+	uint64_t room;
+
+	spill_statistics(spill, &statistics);
+	room = statistics.size_bytes - statistics.used_bytes;
+	/* What is free but not trimmed yet has its blocks already. */
+	if (!backend->is_device && fstatvfs(spill_fd(spill), &disk) == 0)
+		room = min_of(room, disk.f_bavail * disk.f_frsize + statistics.untrimmed_bytes);
+	return room / SEGMENT_BYTES * SEGMENT_BYTES;
+}
+
+/* ---- what there is ---- */
+
+static void describe(const struct backend *backend, struct spill *spill, unsigned number,
+		     struct engine_backend_statistics *record)
+{
+	uint64_t sparse_live_bytes;
+	struct spill_statistics statistics;
+
+	spill_statistics(spill, &statistics);
+	*record = (struct engine_backend_statistics){
+		.backend = (int32_t)number,
+		.priority = backend->priority,
+		.state = READ_ONCE(backend->state),
+		.is_device = backend->is_device,
+		.size_bytes = statistics.size_bytes,
+		.used_bytes = statistics.used_bytes,
+		.room_bytes = backend_room_bytes(backend, spill),
+		.live_bytes = statistics.live_bytes,
+		.sparse_bytes = spill_sparse_segments(spill, &sparse_live_bytes) * SEGMENT_BYTES,
+		.extent_count = statistics.extent_count,
+		.written_bytes = statistics.written_bytes,
+		.read_bytes = statistics.read_bytes,
+		.trimmed_bytes = statistics.trimmed_bytes,
+		.errors = statistics.write_errors + statistics.read_errors,
+		.job = READ_ONCE(backend->job),
+	};
+	memcpy(record->path, backend->path, sizeof record->path);
+	if (record->job == JOB_COMPACT_BACKGROUND)
+		record->job = ENGINE_JOB_NONE;
+	if (record->job == ENGINE_JOB_NONE)
+		return;
+	record->job_waiting = READ_ONCE(backend->job_waiting);
+	record->job_ms = (sys_now_ns() - READ_ONCE(backend->job_since_ns)) / 1000000;
+	record->job_total_bytes = READ_ONCE(backend->job_total_bytes);
+	record->job_left_bytes = READ_ONCE(backend->job_left_bytes);
+}
+
+int engine_backend_list(struct engine *engine, struct engine_backend_statistics *records, int max)
+{
+	int count = 0;
+
+	for (unsigned i = 0; i < BACKENDS_MAX; i++) {
+		struct spill *spill = backend_pin(engine, i);
+
+		if (!spill)
+			continue;
+		if (count++ < max)
+			describe(&engine->backends[i], spill, i, &records[count - 1]);
+		backend_unpin(engine, i);
+	}
+	return count;
+}
