@@ -20,6 +20,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "order.h"
 #include "pool.h"
 
 struct group {
@@ -29,12 +30,14 @@ struct group {
 	uint64_t limit_bytes;
 	uint64_t pool_limit_bytes; /* 0: no limit of its own */
 	struct pool *pool;
+	struct ghosts ghosts;
 
 	int64_t resident_pages;    /* sum over clients */
 	uint64_t unmanaged_bytes;
 	uint64_t pool_bytes;       /* as of the last store or free */
 	uint32_t pool_percent;     /* mean size of its objects, percent of a page */
 	int64_t metadata_bytes;
+	uint64_t stored_pages;     /* in the pool or in a backend, as of the last look */
 	uint64_t usage_bytes_max;
 	uint64_t swapped_pages_max;
 	uint64_t faults;
@@ -65,7 +68,8 @@ uint64_t group_reserve_bytes(const struct group *group);
 
 /*
  * RAM that the pool may take: most of the limit for pages that compress well, little for pages that do
- * not, since a raw page in the pool takes as much as a resident one and costs a fault.
+ * not, since a raw page in the pool takes as much as a resident one and costs a fault. And nearly all of
+ * it while all there is would fit compressed: then nothing need go to a backend.
  */
 uint64_t group_pool_cap_bytes(const struct group *group);
 
@@ -79,7 +83,7 @@ bool group_is_streaming(const struct group *group);
  * what a copy leaves behind in its slab is not room below that. */
 bool group_gives_up_copies(const struct group *group);
 
-/* Keep the copy a page was filled from, or give its memory to residency? */
+/* Keep the copies of pages on probation, or is the pool at its cap? */
 bool group_keeps_copies(const struct group *group);
 /* One more fault, part of a stream or not. */
 void group_note_stream(struct group *group, bool streaming);
