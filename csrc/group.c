@@ -5,7 +5,6 @@
 
 #define MIB (1ULL << 20)
 #define STREAMING_PERCENT 40
-#define ALL_PERCENT 90 /* of the limit, for a pool that holds all there is */
 
 uint64_t group_usage_bytes(const struct group *group)
 {
@@ -73,17 +72,7 @@ uint64_t group_pool_cap_bytes(const struct group *group)
 {
 	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
 	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
-	uint64_t limit = READ_ONCE(group->limit_bytes);
-	uint64_t cap = limit / 100 * (80 - (mean - 60) * 2);
-	/* All there is, were it all compressed. */
-	uint64_t all = ((uint64_t)max_of(READ_ONCE(group->resident_pages), 0) +
-			READ_ONCE(group->stored_pages)) * PAGE_BYTES / 100 * READ_ONCE(group->pool_percent);
-	uint64_t most = limit / 100 * ALL_PERCENT;
-
-	if (all < most)
-		cap = max_of(cap, most);
-	else if (all - most < most / 2)
-		cap = max_of(cap, most - 2 * (all - most));
+	uint64_t cap = READ_ONCE(group->limit_bytes) / 100 * (80 - (mean - 60) * 2);
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
 }

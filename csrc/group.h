@@ -37,7 +37,6 @@ struct group {
 	uint64_t pool_bytes;       /* as of the last store or free */
 	uint32_t pool_percent;     /* mean size of its objects, percent of a page */
 	int64_t metadata_bytes;
-	uint64_t stored_pages;     /* in the pool or in a backend, as of the last look */
 	uint64_t usage_bytes_max;
 	uint64_t swapped_pages_max;
 	uint64_t faults;
@@ -68,8 +67,7 @@ uint64_t group_reserve_bytes(const struct group *group);
 
 /*
  * RAM that the pool may take: most of the limit for pages that compress well, little for pages that do
- * not, since a raw page in the pool takes as much as a resident one and costs a fault. And nearly all of
- * it while all there is would fit compressed: then nothing need go to a backend.
+ * not, since a raw page in the pool takes as much as a resident one and costs a fault.
  */
 uint64_t group_pool_cap_bytes(const struct group *group);
 

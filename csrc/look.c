@@ -239,21 +239,13 @@ static void note_maxima(struct engine *engine)
 	SCOPED_LOCK(&engine->registry);
 	for (unsigned g = 0; g < GROUPS_MAX; g++) {
 		struct group *group = engine->groups[g];
-		uint64_t swapped = 0, stored = 0;
+		uint64_t swapped = 0;
 
 		if (!group)
 			continue;
-		for (unsigned i = 0; i < engine->clients_end; i++) {
-			const struct client *client = engine->clients[i];
-
-			if (!client || client->group != group)
-				continue;
-			swapped += slot_map_swapped_pages(&client->record->map);
-			stored += slot_map_count(&client->record->map, SLOT_POOL) +
-				  slot_map_count(&client->record->map, SLOT_SPILL) +
-				  slot_map_count(&client->record->map, SLOT_INDIRECT);
-		}
-		WRITE_ONCE(group->stored_pages, stored);
+		for (unsigned i = 0; i < engine->clients_end; i++)
+			if (engine->clients[i] && engine->clients[i]->group == group)
+				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);
 		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped);
 		engine->state->groups[g].swapped_pages_max = group->swapped_pages_max;
 		engine->state->groups[g].usage_bytes_max = group->usage_bytes_max;

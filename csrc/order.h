@@ -13,7 +13,7 @@
  * Soon         fewer pages of the group were evicted since than its main part holds: with that much more
  *              memory the page would have been there.
  * Ghosts       when pages were evicted: 4 bytes for each page of the group's limit, direct mapped,
- *              by a hash of client and page. Forgetting, or a wrong guess once in 4,096 times,
+ *              by a hash of client and page. Forgetting, or a wrong guess once in 2,048 times,
  *              costs time, nothing else. Relaxed atomics, no lock.
  * Probation    runs of pages, a ring in the client, under its gate. Entries are hints: whoever takes a page looks
  *              at its slot and its region.
