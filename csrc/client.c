@@ -50,6 +50,7 @@ static void client_free(struct client *client)
 	range_set_clear(&client->regions);
 	range_set_clear(&client->quarantine);
 	range_set_clear(&client->armed);
+	probation_clear(&client->probation);
 	free(client->cold);
 	free(client->parked);
 	pthread_cond_destroy(&client->batches_changed);

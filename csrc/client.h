@@ -35,6 +35,7 @@
 #include "engine.h"
 #include "group.h"
 #include "io.h"
+#include "order.h"
 #include "range_set.h"
 #include "state.h"
 #include "sys.h"
@@ -122,9 +123,11 @@ struct client {
 	uint64_t discover_next_ns;   /* a mapping can be replaced by another of its size */
 	uint64_t hand;               /* reclaim: next address to look at */
 
+	struct probation probation;  /* reclaim: goes before what the hand finds */
+
 	struct stream streams[STREAMS_MAX];
 	uint64_t stream_clock;
-	struct { uint64_t page, count; } recent[RECENT_FILLS];
+	uint64_t recent[RECENT_FILLS]; /* pages that faulted last */
 	unsigned recent_next;
 
 	struct fault deferred[DEFERRED_MAX];

@@ -290,6 +290,7 @@ void engine_destroy(struct engine *engine)
 	for (unsigned i = 0; i < GROUPS_MAX; i++)
 		if (engine->groups[i]) {
 			pool_destroy(engine->groups[i]->pool);
+			ghosts_destroy(&engine->groups[i]->ghosts);
 			free(engine->groups[i]);
 		}
 	for (unsigned i = 0; i < BACKENDS_MAX; i++)
@@ -330,8 +331,11 @@ static int group_make(struct engine *engine, const struct group_record *record, 
 
 	if (!group)
 		return -ENOMEM;
-	result = pool_create(engine->pool_space, &group->pool);
+	result = ghosts_create(&group->ghosts, record->limit_bytes);
+	if (result == 0)
+		result = pool_create(engine->pool_space, &group->pool);
 	if (result < 0) {
+		ghosts_destroy(&group->ghosts);
 		free(group);
 		return result;
 	}
@@ -377,6 +381,7 @@ int engine_group_create(struct engine *engine, const char *name, uint64_t limit_
 		number++;
 	if (number == GROUPS_MAX) {
 		pool_destroy(group->pool);
+		ghosts_destroy(&group->ghosts);
 		free(group);
 		return -EMFILE;
 	}
@@ -440,6 +445,7 @@ int engine_group_destroy(struct engine *engine, int number)
 	__atomic_store_n(&engine->state->groups[number].used, 0, __ATOMIC_RELEASE);
 	pthread_mutex_unlock(&engine->registry);
 	pool_destroy(group->pool);
+	ghosts_destroy(&group->ghosts);
 	free(group);
 	return 0;
 }

@@ -2,7 +2,8 @@
 /*
  * evict — one batch: choose, MOVE to staging, read, store, settle, release.
  *
- *   gate     1 choose resident pages from the hand on (PAGEMAP_SCAN), skip what may not go
+ *   gate     1 choose resident pages on probation (order.h), else from the hand on (PAGEMAP_SCAN); skip
+ *              what may not go
  *            2 record the batch: INTENT, slots STAGED — before the MOVE is posted, so that whatever
  *              happens now, no fill mistakes these pages for untouched ones
  *            3 post MOVE, wait for the agent's answer
@@ -68,7 +69,7 @@ void evictor_destroy(struct evictor *evictor)
 static bool was_filled_just_now(const struct client *client, uint64_t page)
 {
 	for (unsigned i = 0; i < RECENT_FILLS; i++)
-		if (page - client->recent[i].page < client->recent[i].count)
+		if (client->recent[i] == page)
 			return true;
 	return false;
 }
@@ -174,8 +175,40 @@ static void add_to_runs(struct choice *choice, uint64_t page)
 	command->runs[command->run_count++] = (struct vswap_run){ .address = address_of(page), .pages = 1 };
 }
 
+/* Pages on probation, oldest first. */
+static void choose_on_probation(struct client *client, struct choice *choice)
+{
+	uint64_t now = sys_now_ns(), again[BATCH_PAGES_MAX];
+	unsigned left = BATCH_PAGES_MAX, again_count = 0;
+	struct probation_run run;
+
+	while (left > 0 && probation_peek(&client->probation, &run)) {
+		const struct range *region = range_set_at(&client->regions, address_of(run.page));
+		uint64_t pages;
+
+		if (!region || region->start > address_of(run.page)) { /* unmapped meanwhile */
+			probation_take(&client->probation, 1);
+			continue;
+		}
+		if (choice->page_count > 0 && region->value != choice->protection)
+			break;
+		choice->protection = (uint32_t)region->value;
+		pages = min_of(run.count, page_of(region->end) - run.page);
+		pages = min_of(pages, (uint64_t)left);
+		for (uint64_t page = run.page; page < run.page + pages; page++)
+			if (choose_page(client, choice, page, false, now))
+				add_to_runs(choice, page);
+			else if (was_filled_just_now(client, page))
+				again[again_count++] = page;
+		probation_take(&client->probation, pages);
+		left -= (unsigned)pages;
+	}
+	for (unsigned i = 0; i < again_count; i++)
+		probation_push(&client->probation, again[i], 1);
+}
+
 /* Look for resident pages from the hand on, within one region, at most SCAN_BYTES_MAX of it. */
-static void choose(struct client *client, struct choice *choice, bool desperate)
+static void choose_by_hand(struct client *client, struct choice *choice, bool desperate)
 {
 	struct page_range ranges[BATCH_PAGES_MAX];
 	const struct range *region = range_set_at(&client->regions, client->hand);
@@ -438,6 +471,7 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 
 			VS_CHECK(slot_set(client->engine->slots, &client->record->map, page,
 					  stored->slots[i]) == 0);
+			ghosts_note_evicted(&client->group->ghosts, client->index, page);
 			if (slot_is_kept(record->before[i].tag) && !(stored->reused >> i & 1))
 				client_free_copy(client, record->before[i]);
 			if (stored->created >> i & 1)
@@ -563,7 +597,11 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 	choice.window = (unsigned)window;
 	client->record->batches[window].page_count = 0;
 	__atomic_store_n(&client->record->batches[window].phase, BATCH_INTENT, __ATOMIC_RELEASE);
-	choose(client, &choice, desperate);
+	if (!desperate && !(client->group->flags & ENGINE_GROUP_TORTURE) &&
+	    probation_is_full(&client->probation, READ_ONCE(client->resident_pages)))
+		choose_on_probation(client, &choice);
+	else
+		choose_by_hand(client, &choice, desperate);
 	ret_result->wrapped = choice.wrapped;
 	if (choice.page_count > 0 && staged_mask(client, &choice, &moved) == 0 && moved) {
 		/* The program has had its whole address space populated (mlockall): what lies there now

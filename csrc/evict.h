@@ -26,8 +26,8 @@ struct evict_result {
 };
 
 /*
- * Evict up to BATCH_PAGES_MAX resident pages found from client->hand on. `desperate`: also pages that
- * were filled a moment ago. Returns 0 and what happened; -EAGAIN when an event is unread or no
+ * Evict up to BATCH_PAGES_MAX resident pages. `desperate`: from client->hand on, and also pages that were
+ * filled a moment ago. Returns 0 and what happened; -EAGAIN when an event is unread or no
  * window is free; -EPIPE when the agent is gone; -ESRCH when the client is.
  */
 int evict_batch(struct client *client, struct evictor *evictor, bool desperate,

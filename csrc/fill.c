@@ -32,6 +32,7 @@
 #define READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
 #define STREAM_GAP_PAGES 4
 #define READ_AROUND_PAGES 8
+#define STREAM_RUNS_LET_IN 4 /* one in so many */
 
 static const uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];
 
@@ -75,10 +76,10 @@ static unsigned stream_window(struct client *client, const struct fault *fault)
 	return 1;
 }
 
-static void note_recent(struct client *client, uint64_t page, uint64_t count)
+/* Its instruction may need several pages at once: none of the last few may go before it has run. */
+static void note_recent(struct client *client, uint64_t page)
 {
-	client->recent[client->recent_next].page = page;
-	client->recent[client->recent_next].count = count;
+	client->recent[client->recent_next] = page;
 	client->recent_next = (client->recent_next + 1) % RECENT_FILLS;
 }
 
@@ -89,7 +90,7 @@ static void filled(struct client *client, uint64_t page, uint64_t count)
 {
 	counter_add(client->engine, fill_calls, 1);
 	counter_add(client->engine, fill_pages, count);
-	note_recent(client, page, count);
+	note_recent(client, page);
 	if (client->quarantine.count)
 		(void)range_set_remove(&client->quarantine, address_of(page),
 				       address_of(page + count), QUARANTINE_MAX);
@@ -177,9 +178,10 @@ static void uncharge(struct client *client, uint64_t pages)
 /* Charge as many of `want` pages as there is room for, at least 1; 0 when there is none. */
 static unsigned charge_some(struct client *client, unsigned want)
 {
-	if (charge(client, want))
-		return want;
-	return want > 1 && charge(client, 1) ? 1 : 0;
+	for (; want > 0; want /= 2)
+		if (charge(client, want))
+			return want;
+	return 0;
 }
 
 /* ---- untouched and zero pages ---- */
@@ -341,7 +343,7 @@ static void settle(struct client *client, uint64_t page, struct slot word, bool 
 /* COPY `count` expanded pages at `page` and settle those that arrived; charged pages that did not
  * are given back. */
 static enum fill_result copy_run(struct client *client, const uint8_t *pages, uint64_t page,
-				 unsigned count, const struct slot *words, bool keep)
+				 unsigned count, const struct slot *words, bool on_probation, bool keep)
 {
 	enum fill_outcome outcome;
 	unsigned charged = count;
@@ -362,12 +364,32 @@ static enum fill_result copy_run(struct client *client, const uint8_t *pages, ui
 		crash_point(CRASH_FILL_SETTLED_ONE);
 	}
 	filled(client, page, done);
+	if (on_probation)
+		probation_push(&client->probation, page, done);
 	return FILL_ANSWERED;
+}
+
+/*
+ * Pages that come back go on probation, but those that were evicted too soon. A scan over a little more than
+ * fits would have all of its pages change places for nothing: of a stream's runs only some are let in, enough
+ * for the main part to become another one in time.
+ */
+static bool goes_on_probation(struct client *client, const struct fault *fault, unsigned window)
+{
+	struct group *group = client->group;
+
+	if (fault->synthetic)
+		return false;
+	if (window > 1 && client->stream_clock % STREAM_RUNS_LET_IN != 0)
+		return true;
+	return !ghosts_is_recent(&group->ghosts, client->index, fault->page,
+				 (uint64_t)max_of(READ_ONCE(group->resident_pages), 0) / 2);
 }
 
 static enum fill_result fill_expanded(struct client *client, struct fill_scratch *scratch,
 				      const struct fault *fault, struct slot first, unsigned window)
 {
+	bool on_probation = goes_on_probation(client, fault, window);
 	struct slot words[FILL_PAGES_MAX];
 	unsigned count = 0;
 	int result;
@@ -394,8 +416,8 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 			break;
 	}
 	uncharge(client, window - count);
-	return copy_run(client, scratch->pages, fault->page, count, words,
-			group_keeps_copies(client->group));
+	return copy_run(client, scratch->pages, fault->page, count, words, on_probation,
+			on_probation && group_keeps_copies(client->group));
 }
 
 /* ---- pages on a backend ---- */
@@ -559,7 +581,8 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 	if (count == 0)
 		return read_failed(client, read, result);
 	counter_add(client->engine, spill_read_pages, count);
-	return copy_run(client, scratch->pages, read->fault.page, count, read->words, keep);
+	return copy_run(client, scratch->pages, read->fault.page, count, read->words,
+			goes_on_probation(client, &read->fault, count), keep);
 }
 
 static void defer(struct client *client, const struct fault *fault)

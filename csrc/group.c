@@ -60,7 +60,7 @@ uint64_t group_reserve_bytes(const struct group *group)
 {
 	uint64_t limit = READ_ONCE(group->limit_bytes);
 
-	return min_of(max_of(limit / 64, 1 * MIB), 8 * MIB);
+	return min_of(max_of(limit / 256, MIB / 2), 8 * MIB);
 }
 
 bool group_is_streaming(const struct group *group)
@@ -104,7 +104,7 @@ bool group_keeps_copies(const struct group *group)
 {
 	uint64_t pool_bytes = READ_ONCE(group->pool_bytes);
 
-	return group_is_streaming(group) && pool_bytes < group_pool_cap_bytes(group);
+	return pool_bytes < group_pool_cap_bytes(group);
 }
 
 void group_note_stream(struct group *group, bool streaming)

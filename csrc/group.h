@@ -20,6 +20,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "order.h"
 #include "pool.h"
 
 struct group {
@@ -29,6 +30,7 @@ struct group {
 	uint64_t limit_bytes;
 	uint64_t pool_limit_bytes; /* 0: no limit of its own */
 	struct pool *pool;
+	struct ghosts ghosts;
 
 	int64_t resident_pages;    /* sum over clients */
 	uint64_t unmanaged_bytes;
@@ -82,7 +84,7 @@ bool group_is_streaming(const struct group *group);
  * what a copy leaves behind in its slab is not room below that. */
 bool group_gives_up_copies(const struct group *group);
 
-/* Keep the copy a page was filled from, or give its memory to residency? */
+/* Keep the copies of pages on probation, or is the pool at its cap? */
 bool group_keeps_copies(const struct group *group);
 /* One more fault, part of a stream or not. */
 void group_note_stream(struct group *group, bool streaming);

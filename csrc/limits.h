@@ -32,6 +32,8 @@
 #define QUARANTINE_MAX 1024  /* removed ranges not yet requalified, of one client */
 #define REMAPS_MAX 32         /* mremaps of one client that wait for an older event */
 #define STREAMS_MAX 8        /* fault streams watched in one client */
+#define PROBATION_RUNS_MAX 8192 /* runs of pages of one client that came back and may go first */
+#define PROBATION_PAGES_MAX 4096UL
 #define MESSAGES_MAX 64      /* userfaultfd messages read at once */
 #define DEFERRED_MAX 256     /* faults of one client waiting for room or for a device */
 #define FILL_PAGES_MAX 64    /* pages given back by one fault */

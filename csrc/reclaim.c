@@ -3,9 +3,9 @@
  * reclaim — make room: which group, which client, when to stop, when to give up.
  *
  * An evictor takes any group that is short (room below its reserve, or faults waiting) and evicts from
- * its clients, largest first, one batch at a time, until there is twice the reserve. Order within a
- * client is its hand's: once around the address space, which for memory that was filled or is scanned
- * in order is first in, first out.
+ * its clients, largest first, one batch at a time, until there is twice the reserve. Within a client
+ * what is on probation goes first (order.h), then what its hand finds: once around the address space,
+ * which for memory that was filled in order is first in, first out.
  *
  * When a pool is at its cap, room comes from the writer (writeback.c) if the group may spill, else
  * from kept copies. When nothing gives room for OUT_OF_MEMORY_NS while faults wait, the group is out
