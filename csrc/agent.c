@@ -370,6 +370,9 @@ static void ask_beacon(struct agent_state *state)
 	uint64_t token = *beacon;
 	enum join_outcome outcome;
 
+	/* Its parent is managed, and it is not: nobody watches the memory that was swapped out of it. */
+	if (token == 0 && state->parent_ready)
+		agent_kill_process(state, "the daemon and its supervisor died as it was forked");
 	if (token == 0) {
 		atomic_set(&state->beacon_armed, 0);
 		return;
@@ -501,6 +504,8 @@ void agent_forget_parent(struct agent_state *state)
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1);
 	state->tid = 0;
 	state->armed = 0;
+	state->parent_ready = state->ready;
+	state->ready = 0;
 	state->forked = 0;
 	state->token = 0;
 	state->said = 0;

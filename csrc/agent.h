@@ -89,6 +89,8 @@ struct agent_state {
 	uint32_t phase;        /* enum agent_phase */
 	uint32_t beacon_armed;
 	uint32_t armed;        /* descriptors valid, ring mapped */
+	uint32_t ready;        /* READY came: what it has is registered, beyond doubt */
+	uint32_t parent_ready; /* the same, of the process that this one was forked from */
 	uint32_t forked;       /* joined with the token of its beacon, and has no choice but to again */
 	uint32_t sandboxed;    /* left for good: seccomp. Forked children have no agent either */
 	uint32_t next_command; /* number of the next command of the ring */

@@ -356,8 +356,10 @@ static enum join_outcome arm(struct agent_state *state, struct join *join, bool 
 		result = receive(state, join->socket, &ready, sizeof ready, NULL, 0, &none);
 		if (result < 0)
 			return JOIN_DONE; /* memory may be registered: see the top of this file */
-		if (ready.magic == VSWAP_MAGIC && ready.status == VSWAP_OK)
+		if (ready.magic == VSWAP_MAGIC && ready.status == VSWAP_OK) {
+			state->ready = 1;
 			return JOIN_DONE;
+		}
 		join->why = status_text(ready.status);
 	}
 	if (!forked)

@@ -309,7 +309,7 @@ int engine_descriptor_list(struct engine *engine, struct engine_descriptor *reco
 enum engine_event_kind {
 	ENGINE_EVENT_NONE,
 	ENGINE_EVENT_OUT_OF_MEMORY, /* pid was killed; a = usage_bytes, b = limit_bytes, c = its resident bytes */
-	ENGINE_EVENT_POISONED,      /* a page of pid was poisoned; a = address, b = -errno of the cause */
+	ENGINE_EVENT_POISONED,      /* a page of pid was poisoned; a = address, b = -errno of the cause, c = tag of its slot */
 	ENGINE_EVENT_CLIENT_GONE,   /* pid ended, all it held is freed; a = token */
 	ENGINE_EVENT_CLIENT_ERROR,  /* pid: eviction stopped; a = -errno */
 	ENGINE_EVENT_BACKEND_ERROR, /* a = backend, b = -errno */

@@ -139,6 +139,7 @@ static enum fill_result poison(struct client *client, uint64_t page, struct slot
 		.group = client->group->number,
 		.a = address_of(page),
 		.b = (uint64_t)(int64_t)cause,
+		.c = slot.tag,
 	};
 
 	if (slot.tag != SLOT_POISONED) {
