@@ -660,6 +660,8 @@ static void test_flips(void)
 	codec_scratch_destroy(scratch);
 	free(buffer);
 	spill_destroy(spill);
+}
+
 /* ---- recovery, and the end ---- */
 
 static bool is_hole(int fd, uint64_t segment)
