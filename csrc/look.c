@@ -248,8 +248,8 @@ static void note_maxima(struct engine *engine)
 				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);
 		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped);
 		engine->state->groups[g].swapped_pages_max = group->swapped_pages_max;
-		engine->state->groups[g].usage_bytes_max = group->usage_bytes_max;
-		engine->state->groups[g].faults = group->faults;
+		engine->state->groups[g].usage_bytes_max = READ_ONCE(group->usage_bytes_max);
+		engine->state->groups[g].faults = READ_ONCE(group->faults);
 	}
 }
 
