@@ -215,9 +215,6 @@ static void apply_fork(struct client *parent, int child_fd)
 	struct client *child = NULL;
 	int result;
 
-	if (client_has_descriptor(parent->engine, child_fd)) /* made by the daemon before, in its last moment */
-		return;
-
 	counter_add(parent->engine, events_fork, 1);
 	parent->fork_pending = true;
 	while (slot_map_count(&parent->record->map, SLOT_STAGED) > 0 && !parent->evict_error)

@@ -313,6 +313,23 @@ static void forget_clients(struct engine *engine)
 	}
 }
 
+/*
+ * A fork whose event was read, and whose child is there already: not to be applied again. Now, for once the
+ * threads run the child may end, and its descriptor's number be another's when its parent's turn comes.
+ */
+static void settle_forks(struct engine *engine)
+{
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		struct client_record *record = engine->clients[i] ? engine->clients[i]->record : NULL;
+		uint32_t count = record ? fault_message_count(record) : 0;
+
+		for (uint32_t k = 0; k < count; k++)
+			if (record->messages[k].event == UFFD_EVENT_FORK &&
+			    client_has_descriptor(engine, (int)record->messages[k].arg.fork.ufd))
+				WRITE_ONCE(record->messages[k].event, UFFD_EVENT_PAGEFAULT);
+	}
+}
+
 static int claim_all(struct engine *engine)
 {
 	for (unsigned i = 0; i < engine->clients_end; i++) {
@@ -341,6 +358,7 @@ int recover_engine(struct engine *engine)
 	if (result == 0)
 		result = recover_clients(engine);
 	forget_clients(engine);
+	settle_forks(engine);
 	if (result == 0)
 		result = slot_space_open((char *)engine->state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS,
 					 &engine->slots);
