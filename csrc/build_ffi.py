@@ -22,6 +22,7 @@ from cffi import FFI
 _EXTRA_DECLARATIONS = """
 void hold_gil_ms(int milliseconds);
 int fork_sharing_descriptors(void);
+int supervise_take_descriptors(int pid, int below);
 """
 
 _SOURCE = """

@@ -89,8 +89,8 @@ int checkpoint_read(struct client *client, uint32_t *ret_applied)
 		result = take_ranges(&client->quarantine, ranges, checkpoint->quarantine_count);
 	client->remap_count = min_of(checkpoint->remap_count, (uint32_t)REMAPS_MAX);
 	memcpy(client->remaps, checkpoint->remaps, client->remap_count * sizeof *client->remaps);
-	client->registered = checkpoint->flags & CHECKPOINT_REGISTERED;
-	client->pss = checkpoint->flags & CHECKPOINT_PSS;
+	WRITE_ONCE(client->registered, checkpoint->flags & CHECKPOINT_REGISTERED);
+	WRITE_ONCE(client->pss, checkpoint->flags & CHECKPOINT_PSS);
 	if (checkpoint->flags & CHECKPOINT_TOO_MANY)
 		result = -ENOMEM;
 	client->checkpoint_changes = changes_of(client);

@@ -326,7 +326,7 @@ void client_bury(struct client *client)
 
 	pthread_mutex_lock(&client->gate);
 	/* A forked child is about to share these slots, and would find none: the look thread comes again. */
-	if (READ_ONCE(client->dead) || client->fork_pending) {
+	if (READ_ONCE(client->dead) || client->fork_pending || client->recovering) {
 		pthread_mutex_unlock(&client->gate);
 		return;
 	}

@@ -14,6 +14,7 @@
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysinfo.h>
 #include <time.h>
 #include <unistd.h>
@@ -254,6 +255,26 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 		recover_start(engine);
 	*ret_engine = engine;
 	return 0;
+}
+
+int engine_check_state(int32_t pid, int state_fd)
+{
+	int pidfd = sys_pidfd(pid);
+	int fd = pidfd < 0 ? pidfd : (int)syscall(SYS_pidfd_getfd, pidfd, state_fd, 0);
+	struct { uint64_t magic; uint32_t version; } head = { 0 };
+	int result = 0;
+
+	if (fd < 0)
+		result = pidfd < 0 ? pidfd : -errno;
+	else if (pread(fd, &head, sizeof head, 0) != (ssize_t)sizeof head)
+		result = -EIO;
+	else if (head.magic != STATE_MAGIC || head.version != STATE_VERSION)
+		result = -EPROTO;
+	if (fd >= 0)
+		close(fd);
+	if (pidfd >= 0)
+		close(pidfd);
+	return result;
 }
 
 int engine_is_successor(struct engine *engine) { return engine->is_successor; }

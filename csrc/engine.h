@@ -49,6 +49,10 @@ struct engine_config {
  */
 int engine_make_memfds(int *ret_state_fd, int *ret_pool_fd);
 
+/* Whether the state that the process `pid` has open as state_fd is one that this version goes on with: 0, -EPROTO,
+ * or another -errno. */
+int engine_check_state(int32_t pid, int state_fd);
+
 /* 1 when the engine went on from what another had left. */
 int engine_is_successor(struct engine *engine);
 

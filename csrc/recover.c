@@ -486,7 +486,7 @@ static void catch_up(struct recovery *recovery)
 
 	/* What cannot be read back is found again: registered mappings keep their slots (look.c). */
 	if (checkpoint_read(client, &applied) < 0)
-		client->registered = false;
+		WRITE_ONCE(client->registered, false);
 	if (client->pagemap_fd >= 0 && client->ring)
 		(void)evict_recover_batches(client, &recovery->windows);
 	fault_replay(client, applied, store_staged, recovery);
@@ -506,8 +506,10 @@ static void *recovery_main(void *argument)
 	VS_CHECK(evictor_create(&recovery.evictor) == 0);
 	if (client->ring) {
 		/* A POPULATE may be under way, and fault: no MOVE behind that. */
+		pthread_mutex_lock(&client->gate);
 		client->populate_number = last;
 		client->populating = true;
+		pthread_mutex_unlock(&client->gate);
 	}
 	if (!client->ring || !has_intent(client) || wait_for_agent(client, last)) {
 		pthread_mutex_lock(&client->gate);
@@ -565,8 +567,10 @@ void recover_start(struct engine *engine)
 		pthread_mutex_unlock(&client->gate);
 		if (!client->serving || pthread_create(&thread, &attributes, recovery_main, client) != 0) {
 			/* Its process has ended; or nothing can be started, then it waits for the next daemon. */
-			if (sys_userfaultfd_is_gone(client->events_fd))
+			if (sys_userfaultfd_is_gone(client->events_fd)) {
+				client->recovering = false;
 				client_bury(client);
+			}
 			client_put(client);
 		}
 	}

@@ -16,4 +16,8 @@
  */
 int supervise_fork(void);
 
+/* Open every descriptor above 2 and below `below` that the process `pid` has open here as well, under the same
+ * number, replacing what was there; from `below` on two numbers are needed. 0 or -errno. */
+int supervise_take_descriptors(int pid, int below);
+
 #endif

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vswapd import __version__, backends, config, events, machine, notify, paths, processes
+from vswapd import __version__, backends, config, events, machine, notify, paths, processes, takeover
 from vswapd.accept import Acceptor
 from vswapd.clients import ClientServer
 from vswapd.control import ControlServer
@@ -337,6 +337,7 @@ async def _serve_system(
     engine: Engine, inheritance: Inheritance, listener: socket.socket, log: Log, service: Service
 ) -> None:
     async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
+        daemon.control.operations.can_upgrade = True
         service.start(nursery, daemon, engine, log)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await signals.__anext__()
@@ -364,26 +365,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vswapd.service import Service  # late: an embedded daemon does without
 
     options = _parser().parse_args(arguments)
+    taken = takeover.asked()
     passed, stored = notify.take_inherited()
     memfds = _find_memfds(stored)
     try:
         service = Service(options)
         machine.check_all()
         log = make_daemon_log(service.settings.daemon.log_level)
+        _raise_descriptor_limit()
+        if taken:
+            taken.check()
+            gc.freeze()
+            taken.complete()
+            memfds, passed = (taken.state, taken.pool), socket.socket(fileno=taken.listener)
         listener = passed or listen(service.settings.daemon.socket, 0o666)
         try:
-            service.open(is_successor=memfds is not None)
-            _raise_descriptor_limit()
+            service.open(is_successor=memfds is not None, metrics_fd=taken.metrics if taken else -1)
             gc.freeze()
-            return supervise(lambda inheritance: _run_system(inheritance, listener, log, service), log, memfds)
+            return supervise(
+                lambda inheritance: _run_system(inheritance, listener, log, service),
+                log,
+                memfds,
+                {"listener": listener.fileno(), "metrics": service.metrics_fd},
+            )
         except OSError as error:
             raise Failure(error.strerror or str(error)) from None
         finally:
             service.close()
-            if not passed:
-                os.unlink(service.settings.daemon.socket)
+            if not passed or taken:
+                _remove_own_socket(service.settings.daemon.socket, listener)
     except Failure as error:
         return _refuse(error)
+
+
+def _remove_own_socket(path: str, listener: socket.socket) -> None:
+    """Unless this process has handed over: then it is another's, and closed here."""
+    if listener.fileno() >= 0 and _is_open(listener.fileno()):
+        os.unlink(path)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _find_memfds(stored: Sequence[int]) -> tuple[int, int] | None:

@@ -63,6 +63,16 @@ def fork_sharing_descriptors() -> int:
     return _check(lib.fork_sharing_descriptors(), "fork of the daemon")
 
 
+def check_state(pid: int, state_fd: int) -> None:
+    """Whether this version can go on with the state of another supervisor. OSError."""
+    _check(lib.engine_check_state(pid, state_fd), "state")
+
+
+def take_descriptors(pid: int, below: int) -> None:
+    """Have all that another process has open below that number, under the same numbers. OSError."""
+    _check(lib.supervise_take_descriptors(pid, below), "descriptors")
+
+
 class Engine:
     """One running data plane. Make it with Engine.create(), end it with destroy()."""
 

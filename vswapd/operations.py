@@ -19,6 +19,7 @@ from vswapd.document import build_status
 from vswapd.failure import Failure
 from vswapd.request import Reply, Request, RequestError, take_bool, take_int, take_text
 from vswapd.sizes import format_size
+from vswapd.supervisor import UPGRADE_SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,6 +76,7 @@ class Operations:
         # GIL and validity tests only where whoever started the daemon asked for them.
         self._test_operations = os.environ.get("VSWAPD_TEST_OPERATIONS") == "1"
         self.supervisor_pid = supervisor_pid
+        self.can_upgrade = False
         self.footprint_pids = [os.getpid(), *filter(None, [supervisor_pid])]  # their own memory: daemon_bytes
         # Never members of a group, nor what is below them.
         self.excluded_pids = frozenset({supervisor_pid or os.getpid()})
@@ -126,6 +128,15 @@ class Operations:
         return group
 
     # ---- operations ----
+
+    async def op_upgrade(self, request: Request, session: Caller) -> Reply:
+        """Have the version that is installed now take over (takeover.py)."""
+        if not self._is_admin(session.peer):
+            raise RequestError("denied", "only root may upgrade the daemon", "run vswapctl as root")
+        if not self.can_upgrade:
+            raise RequestError("refused", "a private daemon lives as long as its command", "end the command")
+        os.kill(self.supervisor_pid, UPGRADE_SIGNAL)
+        return {"supervisor": self.supervisor_pid}
 
     async def op_ping(self, request: Request, session: Caller) -> Reply:
         """Version and PID of the daemon."""

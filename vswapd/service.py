@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,6 @@ from vswapd.reload import Reloader
 
 if TYPE_CHECKING:
     import argparse
-    import socket
     from collections.abc import Iterator
 
     import trio
@@ -69,17 +69,25 @@ class Service:
 
     # ---- in the supervisor, for all daemons ----
 
-    def open(self, *, is_successor: bool = False) -> None:
+    @property
+    def metrics_fd(self) -> int:
+        """Where metrics are asked for; -1: nowhere."""
+        return self._metrics_listener.fileno() if self._metrics_listener is not None else -1
+
+    def open(self, *, is_successor: bool = False, metrics_fd: int = -1) -> None:
         """Backends, and what is listened on beside the daemon's socket. Failure.
 
-        `is_successor`: of a supervisor that died; its state names the backends in use, and they are open.
+        `is_successor`: of another supervisor; its state names the backends in use, and they are open.
+        `metrics_fd`: its listener for metrics.
         """
         if not is_successor:
             self._spills = [
                 backends.open_spill(backend.path, backend.size, 0, backend.priority)
                 for backend in self.settings.backends
             ]
-        if self.settings.daemon.metrics:
+        if metrics_fd >= 0:
+            self._metrics_listener = socket.socket(fileno=metrics_fd)
+        elif self.settings.daemon.metrics:
             from vswapd import metrics
 
             self._metrics_listener = metrics.open_listener(self.settings.daemon.metrics)
@@ -88,7 +96,10 @@ class Service:
         """Leave nothing behind. Again: no effect."""
         listener, self._metrics_listener = self._metrics_listener, None
         if listener is not None:
-            listener.close()
+            try:
+                listener.close()
+            except OSError:
+                return  # handed over: another's now
             if self.settings.daemon.metrics.startswith("/"):
                 os.unlink(self.settings.daemon.metrics)
 

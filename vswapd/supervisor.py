@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from vswapd.log import Log
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+UPGRADE_SIGNAL = signal.SIGUSR2
 _YOUNG_SECONDS = 1.0  # a daemon that lived no longer makes the next one wait
 _PAUSE_SECONDS_MIN = 0.01
 _PAUSE_SECONDS_MAX = 1.0
@@ -41,12 +42,20 @@ class Inheritance:
     deaths: int  # of daemons before it
 
 
+class _UpgradeAskedError(Exception):
+    """The supervisor got UPGRADE_SIGNAL."""
+
+
 def supervise(
-    serve: Callable[[Inheritance], int], log: Log, memfds: tuple[int, int] | None = None
+    serve: Callable[[Inheritance], int],
+    log: Log,
+    memfds: tuple[int, int] | None = None,
+    upgradable: Mapping[str, int] | None = None,
 ) -> int:
     """Run `serve` in one daemon after the other; returns the exit status of the last. OSError.
 
-    `memfds`: state and pool that another supervisor left. In a daemon this does not return: `serve`
+    `memfds`: state and pool that another supervisor left. `upgradable`: descriptors that a new version
+    has to know by name, when it may take over (takeover.py). In a daemon this does not return: `serve`
     says the exit status.
     """
     from vswapd import engine
@@ -59,7 +68,13 @@ def supervise(
         pid = engine.fork_sharing_descriptors()
         if pid == 0:
             _run_daemon(serve, inheritance)
-        status = _wait(pid)
+        status: int | None = None
+        while status is None:
+            try:
+                status = _wait(pid, upgradable is not None)
+            except _UpgradeAskedError:
+                named = {"state": state_fd, "pool": pool_fd, **(upgradable or {})}
+                status = _upgrade(pid, named, log)
         if os.WIFEXITED(status):
             return os.WEXITSTATUS(status)
         deaths += 1
@@ -78,7 +93,7 @@ def _run_daemon(serve: Callable[[Inheritance], int], inheritance: Inheritance) -
     try:
         # Out of the terminal's reach: what is typed there comes to the supervisor, which passes it on once.
         os.setpgid(0, 0)
-        for number in _FORWARDED:
+        for number in (*_FORWARDED, UPGRADE_SIGNAL):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         status = serve(inheritance)
@@ -87,8 +102,32 @@ def _run_daemon(serve: Callable[[Inheritance], int], inheritance: Inheritance) -
         os._exit(status)
 
 
-def _wait(pid: int) -> int:
-    """Wait status of the daemon; signals are passed on to it."""
+def _upgrade(daemon_pid: int, named: Mapping[str, int], log: Log) -> int | None:
+    """Hand over. Wait status of the new supervisor; when it failed, of the daemon, or None if that
+    lives on."""
+    from vswapd import takeover
+
+    statuses: list[int] = []
+
+    def kill_daemon() -> None:
+        os.kill(daemon_pid, signal.SIGKILL)
+        statuses.append(os.waitpid(daemon_pid, 0)[1])
+
+    signal.signal(UPGRADE_SIGNAL, signal.SIG_IGN)  # once is enough
+    pid = takeover.hand_over(named, kill_daemon, log)
+    if pid == 0:
+        return statuses[0] if statuses else None
+    takeover.let_go()
+    if os.environ.get("NOTIFY_SOCKET"):
+        os._exit(0)  # the manager knows its new main process
+    return _wait(pid, can_upgrade=False)
+
+
+def _wait(pid: int, can_upgrade: bool) -> int:
+    """Wait status of the daemon; signals are passed on to it. _UpgradeAskedError."""
+
+    def upgrade(_: int, __: object) -> None:
+        raise _UpgradeAskedError
 
     def forward(number: int, _: object) -> None:
         try:
@@ -99,6 +138,7 @@ def _wait(pid: int) -> int:
     for number in _FORWARDED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
+    signal.signal(UPGRADE_SIGNAL, upgrade if can_upgrade else forward)
     while True:
         ended, status = os.waitpid(pid, 0)
         if ended == pid:

@@ -39,7 +39,7 @@ class Killer:
         self._random = random.Random(seed)
         self.pauses: list[float] = []
 
-    def _answer(self) -> int:
+    def answering(self) -> int:
         """PID of the daemon that answers now."""
         deadline = time.monotonic() + _PAUSE_SECONDS_MAX
         while True:
@@ -52,11 +52,11 @@ class Killer:
     def kill(self, times: int) -> None:
         """Kill it `times` times, at random moments."""
         for _ in range(times):
-            pid = self._answer()
+            pid = self.answering()
             time.sleep(self._random.expovariate(1 / self._mean_seconds))  # a random moment is what is tested
             started = time.monotonic()
             os.kill(pid, signal.SIGKILL)
-            assert self._answer() != pid
+            assert self.answering() != pid
             self.pauses.append(time.monotonic() - started)
 
     def describe(self) -> str:
@@ -170,6 +170,53 @@ def test_stopped_client_keeps_only_itself_waiting(daemon: DaemonProcess, verify_
         finally:
             os.kill(pid, signal.SIGCONT)
         assert stopped.wait(_SECONDS_MAX * 3) == 0
+
+
+@pytest.mark.parametrize("upgrades", [3, pytest.param(50, marks=pytest.mark.full)])
+def test_upgrade_under_load(daemon: DaemonProcess, churn: str, upgrades: int) -> None:
+    """A supervisor of the installed version takes over; clients wait as for a daemon that died."""
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "48M", "--"]
+    command = subprocess.Popen(
+        [*argv, churn, "96", str(6 + upgrades * 3), "5", "2", "1"], stderr=subprocess.PIPE
+    )
+    _managed_pid(daemon)
+    supervisors = {daemon.process.pid}
+    for _ in range(upgrades):
+        subprocess.run(
+            [command_path("vswapctl"), "upgrade", "--socket", daemon.socket_path], check=True, timeout=120
+        )
+        with daemon.control() as control:
+            supervisors.add(int(control.request("ping")["supervisor"]))
+    _, errors = command.communicate(timeout=300)
+    assert command.returncode == 0, errors.decode()
+    assert len(supervisors) == upgrades + 1
+    assert daemon.process.poll() is None, "whoever started the daemon has nothing to wait for any more"
+    _assert_nothing_held(daemon.wait_no_clients())  # type: ignore[arg-type]
+
+
+def test_upgrade_that_fails_changes_nothing(tmp_path: Path, verify_memory: str) -> None:
+    """A new version that does not like its configuration ends, and the old one serves on."""
+    socket_path, configuration = str(tmp_path / "s"), tmp_path / "vswapd.conf"
+    configuration.write_text("")
+    log = tmp_path / "log"
+    command = [command_path("vswapd"), "--config", str(configuration), "--socket", socket_path]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            killer = Killer(socket_path, 0.0, seed=1)
+            pid = killer.answering()
+            configuration.write_text("nonsense = 1\n")
+            process.send_signal(signal.SIGUSR2)
+            deadline = time.monotonic() + _SECONDS_MAX
+            while "does not take over" not in log.read_text(errors="replace"):
+                assert time.monotonic() < deadline, log.read_text(errors="replace")
+                time.sleep(0.05)  # polling another process's state
+            assert killer.answering() == pid
+            argv = [command_path("vswapctl"), "run", "--socket", socket_path, "--limit", "24M", "--"]
+            argv += [verify_memory, "--mib", "32", "--kind", "third", "--passes", "1"]
+            assert subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+        finally:
+            process.terminate()
+            process.wait(_SECONDS_MAX)
 
 
 def test_failed_start_is_not_repeated(tmp_path: Path) -> None:

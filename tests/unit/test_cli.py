@@ -15,7 +15,7 @@ from vswapd.failure import Failure
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit"]
+VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit", "upgrade"]
 VERBS += ["doctor", "config", "top", "completion"]
 
 

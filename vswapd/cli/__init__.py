@@ -231,6 +231,7 @@ _VERBS = {
     "swapoff": (_add_swapoff, "empty and remove a spill file or device", "vswapctl swapoff /mnt/fast/spill"),
     "compact": (_add_compact, "give unused space of a spill file back", "vswapctl compact /mnt/fast/spill"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+    "upgrade": (lambda _: None, "have the installed version take over", "vswapctl upgrade"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
     "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),
     "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),
