@@ -96,6 +96,9 @@ struct client {
 	bool stopping;    /* workers end */
 	bool fork_pending; /* no new MOVE, no read, until nothing is staged */
 	bool recovering;   /* the gate stays shut */
+	bool resyncing;    /* pages that are present may have swapped slots (recover.c) */
+	bool resync_held;  /* ... but first what the dead daemon had staged is stored */
+	uint64_t resync_at; /* ... from this address on */
 	struct parked_batch *parked; /* a MOVE its agent has not answered yet: the gate stays shut */
 	bool wiped_unknown; /* a forked child: some of its slots may be of memory that was wiped */
 	bool populating;   /* a POPULATE is in the ring: it may fault, so no MOVE behind it */

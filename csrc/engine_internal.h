@@ -134,6 +134,8 @@ void fault_replay(struct client *client, uint32_t applied, fault_settle_fn settl
 int recover_descriptors(const struct engine_config *config);
 /* Groups, backends and clients from their records; before any thread runs. 0, or -errno: nothing can go on. */
 int recover_engine(struct engine *engine);
+/* Go on with resyncing a client, unless its mappings are changing. The gate is held. */
+void recover_resync(struct client *client);
 /* The threads that bring each client to where it was. */
 void recover_start(struct engine *engine);
 /* look.c */

@@ -703,22 +703,42 @@ static uint64_t slots_mask(struct client *client, unsigned window)
 	return mask;
 }
 
-/* Pages that are in the client: not moved, or back already. What they were they are again. */
-static uint64_t take_back_present(struct client *client, unsigned window, uint64_t mask)
+/* Pages that the last MOVE, if it was of this window, was answered for; all of them when its agent ended over
+ * it. The answer is the client's: a lie loses it pages of its own. */
+static uint64_t dealt_mask(const struct client *client, unsigned window)
+{
+	uint32_t last = client->posted - 1;
+	const struct vswap_command *command = &client->ring->commands[last % VSWAP_RING_COMMANDS];
+	uint32_t run_count = min_of(READ_ONCE(command->run_count), (uint32_t)VSWAP_RUNS_MAX);
+	uint64_t mask = 0;
+
+	if (READ_ONCE(command->operation) != VSWAP_MOVE_OUT || READ_ONCE(command->window) != window)
+		return 0; /* its MOVE was not posted */
+	if (!client_is_answered(client, last))
+		return ~0ULL;
+	for (uint32_t i = 0, first = 0; i < run_count && first < BATCH_PAGES_MAX; i++) {
+		uint32_t pages = min_of(READ_ONCE(command->runs[i].pages), BATCH_PAGES_MAX - first);
+		uint64_t dealt = (uint64_t)READ_ONCE(command->runs[i].moved) + READ_ONCE(command->runs[i].busy);
+
+		if (dealt > 0)
+			mask |= mask_of(first, (unsigned)min_of(dealt, (uint64_t)pages));
+		first += pages;
+	}
+	return mask;
+}
+
+/* What they were they are again: pages that are not in staging. */
+static void take_back_slots(struct client *client, unsigned window, uint64_t mask)
 {
 	struct batch_record *record = &client->record->batches[window];
 
 	for (unsigned i = 0; i < record->page_count; i++) {
-		uint64_t page = record->pages[i];
-
-		if (!(mask >> i & 1) || !sys_page_is_present(client->pagemap_fd, address_of(page)))
+		if (!(mask >> i & 1))
 			continue;
-		VS_CHECK(slot_set(client->engine->slots, &client->record->map, page,
+		VS_CHECK(slot_set(client->engine->slots, &client->record->map, record->pages[i],
 				  record->before[i]) == 0);
 		record->pages[i] = BATCH_PAGE_GONE;
-		mask &= ~(1ULL << i);
 	}
-	return mask;
 }
 
 static struct choice choice_of(const struct client *client, unsigned window)
@@ -746,16 +766,12 @@ int evict_recover_batches(struct client *client, unsigned *ret_windows)
 			continue;
 		if (staged_mask(client, &choice, &resident) < 0)
 			return -ESRCH;
-		mask = take_back_present(client, w, mask);
-		/* In INTENT a page that is in neither place was a mapped zero page, and is untouched now; in
-		 * STAGED it was verified to be in staging, and its window is not released. */
-		for (unsigned i = 0; record->phase == BATCH_INTENT && i < record->page_count; i++)
-			if ((mask & ~resident) >> i & 1) {
-				VS_CHECK(slot_set(client->engine->slots, &client->record->map,
-						  record->pages[i], record->before[i]) == 0);
-				record->pages[i] = BATCH_PAGE_GONE;
-			}
-		mask = record->phase == BATCH_INTENT ? mask & resident : mask;
+		/* Only staging is asked: what lies at the pages' own addresses may be another mapping by now, whose
+		 * event is unread. A page that is back already and was not settled is stored as it was;
+		 * resync finds it (recover.c). */
+		resident &= record->phase == BATCH_INTENT ? dealt_mask(client, w) : ~0ULL;
+		take_back_slots(client, w, mask & ~resident);
+		mask &= resident;
 		__atomic_store_n(&record->phase, BATCH_STAGED, __ATOMIC_RELEASE);
 		client->batches[w] = (struct batch){
 			.staged = mask, .resident_pages = (uint32_t)__builtin_popcountll(resident) };

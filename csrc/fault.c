@@ -228,6 +228,7 @@ static void apply_fork(struct client *parent, int child_fd)
 	inherit_ranges(parent, child);
 	WRITE_ONCE(parent->pss, true);
 	WRITE_ONCE(child->pss, true);
+	child->resyncing = parent->resyncing;
 	pthread_mutex_lock(&child->gate);
 	checkpoint_write(child, 0);
 	crash_point(CRASH_FORK_COMPLETE);
@@ -417,6 +418,8 @@ static void serve_all(struct client *client, struct fill_scratch *scratch)
 	if (client->wiped_unknown)
 		ask_child_for_wiped(client);
 	serve(client, scratch);
+	if (client->resyncing)
+		recover_resync(client);
 	answer_deferred(client, scratch);
 	set_waiting(client);
 	client_metadata_changed(client);

@@ -13,9 +13,10 @@
  *   5 tell its agent the new epoch. A batch in INTENT means that its MOVE may still be running: wait for
  *     the answer to what the dead daemon posted last, or for the agent's proven death
  *   6 find out where the pages of batches are; apply the events that were read and not applied
- *   7 resync: a page that is present is resident, whatever its slot says (its fill was not settled)
- *   8 wake all faults, for those that were read are not told again; open the gate
- *   9 store what is in staging, release the windows
+ *   7 wake all faults, for those that were read are not told again; open the gate
+ *   8 store what is in staging, release the windows
+ *   9 resync, as soon as no event is unread: a page that is present is resident, whatever its slot says (its
+ *     fill was not settled). Until then such a page is not evicted, and does not fault
  *
  * Nothing is guessed: a slot that names what cannot be (an object twice, an extent outside of a segment)
  * becomes POISONED. What makes the whole state impossible refuses to start.
@@ -38,6 +39,7 @@
 #include "sys.h"
 
 #define WAIT_MS 50
+#define RESYNC_RANGES 64
 #define ADDRESS_FIRST (1UL << 16) /* vm.mmap_min_addr: no page is below */
 #define ADDRESS_END ((1UL << 47) - PAGE_BYTES)
 
@@ -374,7 +376,7 @@ int recover_engine(struct engine *engine)
 	return result;
 }
 
-/* ---- 5 to 9: one client ---- */
+/* ---- 5 to 8: one client ---- */
 
 /* The ring of the dead daemon, with its numbers, and the agent's descriptors of /proc. */
 static int attach_ring(struct client *client)
@@ -425,7 +427,9 @@ static bool has_intent(const struct client *client)
 	return false;
 }
 
-/* 7: pages of swapped slots that are present were filled by the dead daemon in its last moment. */
+/* ---- 9 resync ---- */
+
+/* A page that is present is resident: its fill by a dead daemon was not settled. */
 static void resync_page(struct client *client, uint64_t page)
 {
 	struct slot_space *space = client->engine->slots;
@@ -441,25 +445,28 @@ static void resync_page(struct client *client, uint64_t page)
 		slot_shared_put(space, slot.location, client_free_copy, client);
 }
 
-static void resync(struct client *client)
+void recover_resync(struct client *client)
 {
-	struct page_range ranges[64];
+	struct page_range ranges[RESYNC_RANGES];
+	const struct range *armed;
 
-	for (size_t i = 0; i < client->armed.count; i++) {
-		uint64_t at = client->armed.ranges[i].start, end = client->armed.ranges[i].end;
+	if (client->pagemap_fd < 0 || client->resync_held)
+		return;
+	while ((armed = range_set_at(&client->armed, client->resync_at))) {
+		uint64_t start = max_of(client->resync_at, armed->start), walk_end = armed->end;
+		int count = sys_mapped_ranges(client->pagemap_fd, start, armed->end, ranges, RESYNC_RANGES, 0,
+					      &walk_end);
 
-		while (at < end) {
-			uint64_t walk_end = end;
-			int count = sys_mapped_ranges(client->pagemap_fd, at, end, ranges, 64, 0, &walk_end);
-
-			for (int k = 0; k < count; k++)
-				for (uint64_t p = ranges[k].start; p < ranges[k].end; p += PAGE_BYTES)
-					resync_page(client, page_of(p));
-			if (count < 0 || walk_end <= at)
-				break;
-			at = walk_end;
-		}
+		/* Mappings that changed since, or are about to: slots are where pages are not, until their
+		 * event is read. What was seen before any such change is true. */
+		if (count < 0 || sys_userfaultfd_is_changing(client->events_fd))
+			return;
+		for (int k = 0; k < count; k++)
+			for (uint64_t at = ranges[k].start; at < ranges[k].end; at += PAGE_BYTES)
+				resync_page(client, page_of(at));
+		client->resync_at = max_of(walk_end, start + PAGE_BYTES);
 	}
+	client->resyncing = false;
 }
 
 struct recovery {
@@ -478,7 +485,7 @@ static void store_staged(void *context)
 	pthread_mutex_lock(&recovery->client->gate);
 }
 
-/* 6 to 8; the gate is held. */
+/* 6 and 7; the gate is held. */
 static void catch_up(struct recovery *recovery)
 {
 	struct client *client = recovery->client;
@@ -490,8 +497,7 @@ static void catch_up(struct recovery *recovery)
 	if (client->pagemap_fd >= 0 && client->ring)
 		(void)evict_recover_batches(client, &recovery->windows);
 	fault_replay(client, applied, store_staged, recovery);
-	if (client->pagemap_fd >= 0)
-		resync(client);
+	client->resyncing = client->resync_held = true;
 	(void)sys_userfaultfd_wake(client->events_fd, ADDRESS_FIRST, ADDRESS_END - ADDRESS_FIRST);
 	client_metadata_changed(client);
 	client->recovering = false;
@@ -518,6 +524,10 @@ static void *recovery_main(void *argument)
 		pthread_mutex_unlock(&client->gate);
 		client_wake(client);
 		evict_recover_store(client, &recovery.evictor, &recovery.windows);
+		pthread_mutex_lock(&client->gate);
+		client->resync_held = false;
+		pthread_mutex_unlock(&client->gate);
+		client_wake(client);
 		if (client->ring && wait_for_agent(client, last))
 			evict_recover_release(client, recovery.windows);
 	}

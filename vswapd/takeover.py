@@ -78,7 +78,7 @@ def hand_over(descriptors: Mapping[str, int], kill_daemon: Callable[[], None], l
 def _start(theirs: socket.socket, named: dict[str, int]) -> int:
     """The new supervisor, with our arguments; what we have open it gets later."""
     environment = {**os.environ, _VARIABLE: json.dumps({**named, "channel": theirs.fileno()})}
-    argv = [sys.executable, "-m", "vswapd.daemon", *sys.argv[1:]]
+    argv = [sys.executable, *sys.orig_argv[1:]]  # as we were started: what is installed there now
     pid = os.fork()
     if pid == 0:
         try:
