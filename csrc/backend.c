@@ -13,6 +13,7 @@
 #include <sys/statvfs.h>
 
 #include "base.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
 
@@ -59,11 +60,13 @@ void backend_remove(struct engine *engine, unsigned number)
 
 	pthread_mutex_lock(&engine->registry);
 	spill = backend->spill;
+	crash_point(CRASH_DRAIN_EMPTY);
 	/* A successor does not look for it any more; it closes what no record names. */
 	__atomic_store_n(&engine->state->backends[number].used, 0, __ATOMIC_RELEASE);
 	__atomic_store_n(&backend->spill, NULL, __ATOMIC_SEQ_CST);
 	backend->job = ENGINE_JOB_NONE;
 	pthread_mutex_unlock(&engine->registry);
+	crash_point(CRASH_DRAIN_REMOVED);
 	while (__atomic_load_n(&backend->pins, __ATOMIC_SEQ_CST) > 0)
 		sys_sleep_ms(1);
 	(void)spill_erase(spill); /* what cannot be erased is overwritten by whoever uses it next */

@@ -34,6 +34,10 @@
 	POINT(WRITEBACK_COLLECTED, "objects are in a segment that is not written")          \
 	POINT(WRITEBACK_WRITTEN, "a segment is written, no slot says so")                   \
 	POINT(WRITEBACK_SETTLED_ONE, "one slot says that its object is on disk")            \
+	POINT(DRAIN_STORED, "objects have a new place, no slot says so")                    \
+	POINT(DRAIN_SETTLED_ONE, "one slot names the new place, the old extent is there")   \
+	POINT(DRAIN_EMPTY, "nothing is on a backend any more, it is in the table")          \
+	POINT(DRAIN_REMOVED, "a backend is in no record, and its file is not erased")       \
 	POINT(REGISTER_CLEARED, "slots of a mapping are cleared, it is not registered")     \
 	POINT(REGISTERED, "a mapping is registered, the checkpoint does not say so")        \
 	POINT(CLIENT_BEGUN, "a client said hello")                                          \

@@ -37,6 +37,7 @@
 
 #include "base.h"
 #include "codec.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "io.h"
 #include "sys.h"
@@ -149,6 +150,7 @@ static void settle_move(struct job *job, const struct move *move)
 		free_new(job, move);
 		return;
 	}
+	crash_point(CRASH_DRAIN_SETTLED_ONE);
 	if (move->to.tag == SLOT_POOL)
 		client_cold_push(client, move->page >> CLUSTER_SHIFT);
 	if (move->to.tag == SLOT_POOL || move->to.tag == SLOT_NONE)
@@ -366,6 +368,7 @@ static int move_turn(struct job *job, struct move *moves, unsigned count, const 
 		if (object && result == 0 && to == 0)
 			moves[done++] = *move;
 	}
+	crash_point(CRASH_DRAIN_STORED);
 	settle(job, moves, done);
 	if (result == -ENOSPC && job->force) {
 		job->lacks_room = true; /* those of other groups may still go */

@@ -218,7 +218,7 @@ def test_damaged_object_stays_where_it_is(daemon: DaemonProcess, tmp_path: Path)
     """Bytes that changed on the disk are never moved on; all others are."""
     program = """
 import mmap, os, sys
-memory = mmap.mmap(-1, 64 << 20)
+memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for at in range(0, len(memory), 4096):
     memory[at : at + 4096] = os.urandom(4096)
 print("filled", flush=True)
@@ -251,7 +251,7 @@ _SCATTERED = """
 import mmap, random, sys, threading
 PAGE, COUNT = 4096, int(sys.argv[1]) * 256
 generator = random.Random(1)
-memory = mmap.mmap(-1, COUNT * PAGE)
+memory = mmap.mmap(-1, COUNT * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 def content(page):
     return random.Random(page).randbytes(PAGE)
 for page in range(COUNT):
