@@ -265,6 +265,7 @@ int client_open_proc(struct client *client)
 	statm_fd = sys_open_proc(thread, "statm");
 	if (statm_fd < 0)
 		return statm_fd;
+	client->record->started = sys_process_start(client->pid);
 	/* Last: the look thread takes it as the sign that there is something to look at. */
 	__atomic_store_n(&client->statm_fd, statm_fd, __ATOMIC_RELEASE);
 	return 0;

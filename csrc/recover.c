@@ -222,6 +222,12 @@ static int claim_slot(void *context, uint64_t page, struct slot slot)
 	return claim_copy(client, batch->before[i]);
 }
 
+/* And not one that has got its number. */
+static bool is_same_process(const struct client_record *record)
+{
+	return record->started && sys_process_start(record->pid) == record->started;
+}
+
 /* The supervisor died, too, and what the manager kept is not all: this client's memory cannot be given back. Its
  * agent's own descriptor keeps it waiting rather than reading zeros; it is to end instead. */
 static void end_lost_client(struct engine *engine, struct client_record *record)
@@ -230,12 +236,19 @@ static void end_lost_client(struct engine *engine, struct client_record *record)
 				      .group = record->group, .a = (uint64_t)(int64_t)-EOWNERDEAD };
 	int pidfd = record->pid > 0 ? sys_pidfd(record->pid) : -1;
 
-	if (pidfd >= 0) {
+	if (pidfd >= 0 && is_same_process(record))
 		(void)syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
+	if (pidfd >= 0)
 		close(pidfd);
-	}
 	__atomic_store_n(&record->phase, CLIENT_DEAD, __ATOMIC_RELEASE);
 	engine_event_push(engine, &event);
+}
+
+/* Without these what is in its staging could be neither read nor freed. */
+static bool has_agent(const struct client_record *record)
+{
+	return descriptor_is(record->trash_fd, "anon_inode:[userfaultfd]") &&
+	       descriptor_is(record->ring_fd, "/memfd:vswap-ring (deleted)");
 }
 
 static int recover_clients(struct engine *engine)
@@ -248,13 +261,10 @@ static int recover_clients(struct engine *engine)
 		if (!client_is_kept(record))
 			continue;
 		if (!descriptor_is(record->events_fd, "anon_inode:[userfaultfd]") ||
-		    !engine->groups[record->group]) {
+		    !engine->groups[record->group] || (record->trash_fd >= 0 && !has_agent(record))) {
 			end_lost_client(engine, record);
 			continue;
 		}
-		if (!descriptor_is(record->trash_fd, "anon_inode:[userfaultfd]") ||
-		    !descriptor_is(record->ring_fd, "/memfd:vswap-ring (deleted)"))
-			record->trash_fd = record->ring_fd = -1; /* nothing more is evicted */
 		for (unsigned w = 0; w < VSWAP_WINDOWS; w++)
 			record->batches[w].page_count =
 				min_of(record->batches[w].page_count, (uint32_t)BATCH_PAGES_MAX);
@@ -399,7 +409,8 @@ static void reset_handshake(struct client *client)
 		return;
 	if (client->ring_fd >= 0) {
 		retire_ring(client->ring_fd);
-		close(client->ring_fd);
+		if (descriptor_is(client->ring_fd, "/memfd:vswap-ring (deleted)"))
+			close(client->ring_fd);
 		client->ring_fd = client->record->ring_fd = -1;
 	}
 	WRITE_ONCE(client->pid, 0);
@@ -545,7 +556,8 @@ static int begin_recovery(struct client *client)
 
 	reset_handshake(client);
 	/* Its process may have ended, and left us the event of a fork before: the child is to be served. */
-	if (client->pid > 0 && (sys_userfaultfd_is_gone(client->events_fd) || client_open_proc(client) < 0))
+	if (client->pid > 0 && (sys_userfaultfd_is_gone(client->events_fd) || !is_same_process(record) ||
+				client_open_proc(client) < 0))
 		WRITE_ONCE(client->agent_gone, true);
 	if (client->ring_fd >= 0)
 		result = attach_ring(client);

@@ -93,6 +93,7 @@ struct client_record {
 	int32_t events_fd, trash_fd, ring_fd;
 	int32_t socket_fd; /* the agent's connection, -1: not known */
 	uint32_t uid;
+	uint64_t started; /* sys_process_start: the number may be another's by now */
 	uint64_t checkpoint_version; /* the lowest bit says which of its two checkpoints counts */
 	uint64_t step;               /* version of the checkpoint << 16 | step of the message begun last */
 	struct slot_move move;

@@ -236,6 +236,24 @@ int sys_open_proc(pid_t pid, const char *file)
 	return fd < 0 ? -errno : fd;
 }
 
+uint64_t sys_process_start(pid_t pid)
+{
+	char text[512];
+	int fd = sys_open_proc(pid, "stat");
+	ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+	const char *at;
+
+	if (fd >= 0)
+		close(fd);
+	if (length <= 0)
+		return 0;
+	text[length] = '\0';
+	at = strrchr(text, ')'); /* the name may have blanks and brackets in it; field 3 comes after */
+	for (int field = 2; at && field < 22; field++)
+		at = strchr(at + 1, ' ');
+	return at ? strtoull(at, NULL, 10) : 0;
+}
+
 pid_t sys_live_thread(pid_t pid)
 {
 	char path[64];

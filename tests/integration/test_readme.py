@@ -42,6 +42,7 @@ _PROGRAMS = ("anything", "job.py", "program", "db", "test")
 _SYSTEM_SOCKET = "/run/vswapd/vswapd.sock"
 _DISK = "/dev/nvme1n1"
 _DISK_BYTES = 64 * MIB
+_MOUNTED = "/mnt/fast"  # a directory on a disk
 
 # A process for `PID`: it has memory to move, until it is ended.
 _RESIDENT = f"import signal; memory = b'x' * {48 * MIB}; signal.pause()"
@@ -107,6 +108,7 @@ class Reader:
     def _as_here(self, command: str) -> str:
         """With what the reader has for what the README names."""
         command = command.replace(os.path.dirname(_SYSTEM_SOCKET), str(self._directory)).replace(_DISK, self._disk)
+        command = command.replace(_MOUNTED, str(self._directory))
         return re.sub(r"\bPID\b", lambda _: str(self._managed_pid()), command)
 
     def _shell(self, command: str) -> subprocess.CompletedProcess[str]:
