@@ -171,6 +171,7 @@ static void set_up(void)
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	MUST(engine.state != MAP_FAILED && slot_space_create(space, bytes, &engine.slots) == 0);
 	MUST(pool_space_create(memfd, 64 << 20, &engine.pool_space) == 0);
+	MUST(ghosts_create(&group.ghosts, REGION_PAGES * PAGE_BYTES) == 0);
 	MUST(pool_create(engine.pool_space, &group.pool) == 0 && evictor_create(&evictor) == 0);
 	pthread_mutex_init(&engine.registry, NULL);
 	group.limit_bytes = 1 << 30;
@@ -197,6 +198,7 @@ static void reset(void)
 	client->cold_count = 0;
 	client->resident_pages = group.resident_pages = 0;
 	group.parked = 0;
+	probation_clear(&client->probation);
 	range_set_clear(&client->regions);
 	range_set_clear(&client->quarantine);
 	(void)range_set_add(&client->regions, REGION, REGION + REGION_PAGES * PAGE_BYTES, 0, REGIONS_MAX);
@@ -262,6 +264,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			(void)evict_drop_kept(client, 16, &cursor);
 			break;
 		case 3:
+			probation_push(&client->probation, page_of(REGION) + take() * 2, 1 + take() % 8);
 			client_writes();
 			client_reap_releases(client);
 			break;

@@ -5,7 +5,7 @@
  * Input: one byte that says which, then
  *   object    units, 8 bytes of check, the object: expanded as fill.c does it. What passes the check of a seed's page
  *             is that page. (libFuzzer learns the check of other pages from the comparison.)
- *   segment   header, table: laid into a segment. Mode 2 puts the checksum right first, so that what comes behind it
+ *   segment   header, table: laid into a segment (first byte from 128 on: one that a successor claimed). Mode 2 puts the checksum right first, so that what comes behind it
  *             is reached. What is accepted has all its objects inside the segment.
  */
 #include "spill.c"
@@ -64,7 +64,7 @@ static void test_object(const uint8_t *data, size_t size)
 	free(object);
 }
 
-static void test_segment(const uint8_t *data, size_t size, bool sealed)
+static void test_segment(const uint8_t *data, size_t size, bool sealed, bool claimed)
 {
 	static uint8_t *bytes;
 	struct spill spill = { .identity = 7, .segment_count = 4 };
@@ -83,7 +83,7 @@ static void test_segment(const uint8_t *data, size_t size, bool sealed)
 		header.checksum = segment_checksum(header, bytes + header.table_bytes_in,
 						   table_bytes(header.extent_count));
 	memcpy(bytes, &header, sizeof header);
-	count = segment_verify(&spill, 2, 5, bytes);
+	count = segment_verify(&spill, 2, claimed, 5, bytes);
 	for (int i = 0; i < count; i++) {
 		struct spill_entry entry = spill_table_entry(bytes, (unsigned)i);
 
@@ -103,7 +103,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (data[0] % 3 == MODE_OBJECT)
 		test_object(data + 1, size - 1);
 	else
-		test_segment(data + 1, size - 1, data[0] % 3 == MODE_SEALED);
+		test_segment(data + 1, size - 1, data[0] % 3 == MODE_SEALED, data[0] >= 128);
 	return 0;
 }
 
