@@ -782,12 +782,13 @@ int evict_recover_batches(struct client *client, unsigned *ret_windows)
 void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows)
 {
 	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
-		struct choice choice = choice_of(client, w);
-		uint64_t staged = 0;
+		struct choice choice;
+		uint64_t staged;
 
 		if (!(*windows >> w & 1))
 			continue;
 		pthread_mutex_lock(&client->gate);
+		choice = choice_of(client, w);
 		staged = client->batches[w].staged;
 		pthread_mutex_unlock(&client->gate);
 		if (staged == 0)
@@ -801,10 +802,11 @@ void evict_recover_release(struct client *client, unsigned windows)
 {
 	SCOPED_LOCK(&client->gate);
 	for (unsigned w = 0; w < VSWAP_WINDOWS && !client->dead; w++) {
-		struct choice choice = choice_of(client, w);
+		if (windows >> w & 1) {
+			struct choice choice = choice_of(client, w);
 
-		if (windows >> w & 1)
 			release(client, &choice);
+		}
 	}
 }
 
