@@ -71,6 +71,7 @@ bool sys_pidfd_is_dead(int fd) { return (void)fd, take() % 16 == 1; }
 bool sys_userfaultfd_is_gone(int fd) { return (void)fd, false; }
 int sys_pidfd(pid_t pid) { return (void)pid, -1; }
 pid_t sys_live_thread(pid_t pid) { return pid; }
+uint64_t sys_process_start(pid_t pid) { return (uint64_t)pid; }
 int sys_name_address_space(pid_t pid, struct address_space_name *name) { return (void)pid, (void)name, -ESRCH; }
 int sys_open_proc(pid_t pid, const char *file) { return (void)pid, (void)file, -1; }
 int sys_memfd(const char *name, uint64_t bytes, bool sealed) { return (void)name, (void)bytes, (void)sealed, -1; }
