@@ -289,7 +289,7 @@ int client_make_ring(struct client *client)
 	ring->version = VSWAP_WIRE_VERSION;
 	ring->epoch = client->engine->state->epoch;
 	client->ring_fd = client->record->ring_fd = fd;
-	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE); /* from here on it can be evicted from */
+	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE);
 	return 0;
 }
 

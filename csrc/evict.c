@@ -571,6 +571,11 @@ static int may_evict(struct client *client)
 		return -ESRCH;
 	if (READ_ONCE(client->agent_gone) || client->evict_error || !client->ring)
 		return -EPIPE;
+	/* A forked child is served from its fork on and has a ring from its HELLO on. Not before its ARM may
+	 * anything be in that: an agent whose daemon dies meanwhile takes itself for armed, and would move
+	 * pages to a staging that no record names. */
+	if (client->trash_fd < 0)
+		return -EPIPE;
 	if (client->populating && client_is_answered(client, client->populate_number))
 		client->populating = false;
 	if (client->fork_pending || client_is_shut(client) || client->populating || client->wiped_unknown)

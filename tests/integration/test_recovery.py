@@ -285,6 +285,14 @@ def test_every_crash_point(
     assert not never, f"never came to {never}"
 
 
+def test_death_within_handshakes(drive: str, churn: str, client_library: str, tmp_path: Path) -> None:
+    """A forked child is served before it is armed; what is done with it until then must not need an agent."""
+    for seed in range(4):
+        argv = [drive, "--lib", client_library, "--limit", str(24 * MIB), "--pool", str(4 * MIB)]
+        argv += ["--spill", f"{tmp_path}/spill:{1 << 30}", "--kill-every", "150", "--slow-arm", "40"]
+        assert _run_to_crash([*argv, "--", churn, "48", "4", str(seed), "3", "1"]) > 0
+
+
 def _run_to_crash(argv: list[str]) -> int:
     """Deaths of the daemon. AssertionError when the program did not come to its end unharmed."""
     result = subprocess.run(argv, capture_output=True, check=False, text=True, timeout=180)

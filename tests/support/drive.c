@@ -3,7 +3,7 @@
  * drive — the data plane without Python: run a command under a limit.
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
- *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL]
+ *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
  *         [--fail NAME:N:ERRNO[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
@@ -14,7 +14,7 @@
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
- * nobody served.
+ * nobody served. --slow-arm has every handshake rest for so long between WELCOME and ARM.
  *
  * SIGUSR1 has the command paged out, SIGUSR2 paged in. --fail makes the N-th call at a fault point fail (`all`: and
  * all later ones; ERRNO 0 only counts), and the calls are printed at the end: debug builds only.
@@ -161,7 +161,7 @@ static int arm(struct peer *peer)
 	return 0;
 }
 
-static void accept_peer(int listener)
+static void accept_peer(int listener, unsigned slow_arm_ms)
 {
 	struct ucred credentials;
 	socklen_t length = sizeof credentials;
@@ -172,7 +172,7 @@ static void accept_peer(int listener)
 	for (int i = 0; i < PEERS_MAX; i++)
 		if (peers[i].fd < 0) {
 			peers[i] = (struct peer){ fd, credentials.pid, 0, 0 };
-			if (hello(&peers[i]) < 0 || arm(&peers[i]) < 0) {
+			if (hello(&peers[i]) < 0 || usleep(slow_arm_ms * 1000) < 0 || arm(&peers[i]) < 0) {
 				if (peers[i].token)
 					engine_client_lost(engine, peers[i].token);
 				peers[i].fd = -1;
@@ -300,7 +300,7 @@ static void page_as_asked(pid_t command)
 }
 
 struct options {
-	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, drain_every_ms;
+	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, slow_arm_ms, drain_every_ms;
 	const char *library, *crash;
 	char *spill;
 	int torture, stats;
@@ -428,7 +428,7 @@ static int serve(const struct options *options, int listener, pid_t command)
 			fds[i + 1] = (struct pollfd){ peers[i].fd, POLLIN, 0 };
 		(void)poll(fds, PEERS_MAX + 1, 5);
 		if (fds[0].revents)
-			accept_peer(listener);
+			accept_peer(listener, (unsigned)options->slow_arm_ms);
 		for (int i = 0; i < PEERS_MAX; i++)
 			if (peers[i].fd >= 0 && fds[i + 1].fd == peers[i].fd && fds[i + 1].revents) {
 				int fd = peers[i].fd;
@@ -466,7 +466,7 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' },
-		{ "drain-every", 1, 0, 'd' }, { 0, 0, 0, 0 } };
+		{ "drain-every", 1, 0, 'd' }, { "slow-arm", 1, 0, 'a' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -484,6 +484,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'N': print_crash_points(); exit(0);
 		case 'F': set_fault_point(optarg); break;
 		case 'd': options->drain_every_ms = strtoull(optarg, NULL, 0); break;
+		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
 		}
 	options->command = argv + optind;
