@@ -265,13 +265,25 @@ static int staged_mask(struct client *client, const struct choice *choice, uint6
 	return 0;
 }
 
-/* Pages that were not moved are again what they were. */
-static void take_back(struct client *client, const struct choice *choice, uint64_t moved)
+/* As staged_mask, but waits out a shortage of memory: without it nobody knows where the pages are. */
+static int staged_mask_wait(struct client *client, const struct choice *choice, uint64_t *ret_mask)
 {
-	struct batch_record *record = &client->record->batches[choice->window];
+	int result = staged_mask(client, choice, ret_mask);
 
-	for (unsigned i = 0; i < choice->page_count; i++) {
-		if (moved >> i & 1)
+	for (unsigned tries = 1; result == -ENOMEM && tries < READ_TRIES; tries++) {
+		sys_sleep_ms(1);
+		result = staged_mask(client, choice, ret_mask);
+	}
+	return result;
+}
+
+/* Pages of a window that were not moved are again what they were. */
+static void take_back(struct client *client, unsigned window, uint64_t mask)
+{
+	struct batch_record *record = &client->record->batches[window];
+
+	for (unsigned i = 0; i < record->page_count; i++) {
+		if (!(mask >> i & 1))
 			continue;
 		VS_CHECK(slot_set(client->engine->slots, &client->record->map, record->pages[i],
 				  record->before[i]) == 0);
@@ -279,29 +291,33 @@ static void take_back(struct client *client, const struct choice *choice, uint64
 	}
 }
 
-/* Pages the agent says it has dealt with; beyond an error, what lies in staging is not the page. */
-static uint64_t answered_mask(const struct client *client, const struct choice *choice, uint32_t number)
+/* Pages of `asked` that the agent says it has dealt with; beyond an error, what lies in staging is not the page. The
+ * answer is the client's, and for a successor the question too: a lie loses it pages of its own. */
+static uint64_t answered_mask(const struct vswap_command *asked, const struct vswap_command *answer)
 {
-	const struct vswap_command *answer = &client->ring->commands[number % VSWAP_RING_COMMANDS];
+	uint32_t run_count = min_of(READ_ONCE(asked->run_count), (uint32_t)VSWAP_RUNS_MAX);
 	uint64_t mask = 0;
-	unsigned first = 0;
 
-	for (unsigned i = 0; i < choice->command.run_count; i++) {
-		uint32_t pages = choice->command.runs[i].pages;
-		uint32_t dealt = READ_ONCE(answer->runs[i].moved) +
-				 READ_ONCE(answer->runs[i].busy);
+	for (uint32_t i = 0, first = 0; i < run_count && first < BATCH_PAGES_MAX; i++) {
+		uint32_t pages = min_of(READ_ONCE(asked->runs[i].pages), BATCH_PAGES_MAX - first);
+		uint64_t dealt = (uint64_t)READ_ONCE(answer->runs[i].moved) + READ_ONCE(answer->runs[i].busy);
 
 		if (dealt > 0)
-			mask |= mask_of(first, min_of(dealt, pages));
+			mask |= mask_of(first, (unsigned)min_of(dealt, (uint64_t)pages));
 		first += pages;
 	}
 	return mask;
 }
 
+static const struct vswap_command *command_at(const struct client *client, uint32_t number)
+{
+	return &client->ring->commands[number % VSWAP_RING_COMMANDS];
+}
+
 static void note_answer(struct client *client, const struct choice *choice, uint32_t number,
 			struct evict_result *result)
 {
-	const struct vswap_command *answer = &client->ring->commands[number % VSWAP_RING_COMMANDS];
+	const struct vswap_command *answer = command_at(client, number);
 
 	for (unsigned i = 0; i < choice->command.run_count; i++) {
 		uint32_t busy = READ_ONCE(answer->runs[i].busy);
@@ -360,19 +376,14 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 {
 	struct batch_record *record = &client->record->batches[choice->window];
 	uint64_t moved = 0;
-	int result = staged_mask(client, choice, &moved);
 
-	for (unsigned tries = 1; result == -ENOMEM && tries < READ_TRIES; tries++) {
-		sys_sleep_ms(1);
-		result = staged_mask(client, choice, &moved);
-	}
-	if (result < 0) {
+	if (staged_mask_wait(client, choice, &moved) < 0) {
 		stop_eviction(client, ESRCH);
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
 	if (client_is_answered(client, number))
-		moved &= answered_mask(client, choice, number);
-	take_back(client, choice, moved);
+		moved &= answered_mask(&choice->command, command_at(client, number));
+	take_back(client, choice->window, ~moved);
 	for (unsigned i = 0; i < choice->page_count; i++)
 		choice->before[i] = record->before[i];
 	__atomic_store_n(&record->phase, BATCH_STAGED, __ATOMIC_RELEASE);
@@ -612,7 +623,7 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 		/* The program has had its whole address space populated (mlockall): what lies there now
 		 * would be taken for pages that are busy. */
 		moved = 0;
-		take_back(client, &choice, moved);
+		take_back(client, choice.window, ~moved);
 		release(client, &choice);
 		result = -EAGAIN;
 	} else if (choice.page_count > 0) {
@@ -708,42 +719,25 @@ static uint64_t slots_mask(struct client *client, unsigned window)
 	return mask;
 }
 
-/* Pages that the last MOVE, if it was of this window, was answered for; all of them when its agent ended over
- * it. The answer is the client's: a lie loses it pages of its own. */
+/*
+ * Pages that the MOVE of a batch in INTENT was answered for; all when its agent ended over it, none when it was not
+ * posted. It need not be the last command: while it was parked other windows may have been released.
+ */
 static uint64_t dealt_mask(const struct client *client, unsigned window)
 {
-	uint32_t last = client->posted - 1;
-	const struct vswap_command *command = &client->ring->commands[last % VSWAP_RING_COMMANDS];
-	uint32_t run_count = min_of(READ_ONCE(command->run_count), (uint32_t)VSWAP_RUNS_MAX);
-	uint64_t mask = 0;
+	for (uint32_t back = 1; back <= VSWAP_RING_COMMANDS; back++) {
+		uint32_t number = client->posted - back, operation;
+		const struct vswap_command *command = command_at(client, number);
 
-	if (READ_ONCE(command->operation) != VSWAP_MOVE_OUT || READ_ONCE(command->window) != window)
-		return 0; /* its MOVE was not posted */
-	if (!client_is_answered(client, last))
-		return ~0ULL;
-	for (uint32_t i = 0, first = 0; i < run_count && first < BATCH_PAGES_MAX; i++) {
-		uint32_t pages = min_of(READ_ONCE(command->runs[i].pages), BATCH_PAGES_MAX - first);
-		uint64_t dealt = (uint64_t)READ_ONCE(command->runs[i].moved) + READ_ONCE(command->runs[i].busy);
-
-		if (dealt > 0)
-			mask |= mask_of(first, (unsigned)min_of(dealt, (uint64_t)pages));
-		first += pages;
-	}
-	return mask;
-}
-
-/* What they were they are again: pages that are not in staging. */
-static void take_back_slots(struct client *client, unsigned window, uint64_t mask)
-{
-	struct batch_record *record = &client->record->batches[window];
-
-	for (unsigned i = 0; i < record->page_count; i++) {
-		if (!(mask >> i & 1))
+		operation = READ_ONCE(command->operation);
+		if (READ_ONCE(command->window) != window ||
+		    (operation != VSWAP_MOVE_OUT && operation != VSWAP_RELEASE))
 			continue;
-		VS_CHECK(slot_set(client->engine->slots, &client->record->map, record->pages[i],
-				  record->before[i]) == 0);
-		record->pages[i] = BATCH_PAGE_GONE;
+		if (operation == VSWAP_RELEASE) /* of the batch before */
+			return 0;
+		return client_is_answered(client, number) ? answered_mask(command, command) : ~0ULL;
 	}
+	return 0;
 }
 
 static struct choice choice_of(const struct client *client, unsigned window)
@@ -757,7 +751,7 @@ static struct choice choice_of(const struct client *client, unsigned window)
 	return choice;
 }
 
-int evict_recover_batches(struct client *client, unsigned *ret_windows)
+void evict_recover_batches(struct client *client, unsigned *ret_windows)
 {
 	*ret_windows = 0;
 	for (unsigned w = 0; w < VSWAP_WINDOWS; w++) {
@@ -769,19 +763,22 @@ int evict_recover_batches(struct client *client, unsigned *ret_windows)
 			*ret_windows |= 1u << w;
 		if (record->phase != BATCH_INTENT && record->phase != BATCH_STAGED)
 			continue;
-		if (staged_mask(client, &choice, &resident) < 0)
-			return -ESRCH;
+		if (staged_mask_wait(client, &choice, &resident) < 0) {
+			/* Nothing may be released of what may be the only copy. */
+			*ret_windows = 0;
+			stop_eviction(client, ESRCH);
+			return;
+		}
 		/* Only staging is asked: what lies at the pages' own addresses may be another mapping by now, whose
 		 * event is unread. A page that is back already and was not settled is stored as it was;
 		 * resync finds it (recover.c). */
 		resident &= record->phase == BATCH_INTENT ? dealt_mask(client, w) : ~0ULL;
-		take_back_slots(client, w, mask & ~resident);
+		take_back(client, w, mask & ~resident);
 		mask &= resident;
 		__atomic_store_n(&record->phase, BATCH_STAGED, __ATOMIC_RELEASE);
 		client->batches[w] = (struct batch){
 			.staged = mask, .resident_pages = (uint32_t)__builtin_popcountll(resident) };
 	}
-	return 0;
 }
 
 void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows)

@@ -42,11 +42,12 @@ void evict_abandon(struct client *client);
 
 /*
  * In a successor, for a client that is recovering. Batches: what is in which place; the gate is held, and
- * no MOVE is under way. 0 and the windows that are not free (a mask), which nobody else touches; or
- * -ESRCH. Store: those that have pages in staging, as evict_batch would have, and take them out of the mask;
- * the gate is not held. Release: all others, once the agent has answered whatever was posted before.
+ * no MOVE is under way. Gives the windows that are not free (a mask), which nobody else touches; none, and
+ * eviction has ended, when staging cannot be looked at. Store: those that have pages in staging, as
+ * evict_batch would have, and take them out of the mask; the gate is not held. Release: all others, once the
+ * agent has answered whatever was posted before.
  */
-int evict_recover_batches(struct client *client, unsigned *ret_windows);
+void evict_recover_batches(struct client *client, unsigned *ret_windows);
 void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows);
 void evict_recover_release(struct client *client, unsigned windows);
 

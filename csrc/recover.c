@@ -506,7 +506,7 @@ static void catch_up(struct recovery *recovery)
 	if (checkpoint_read(client, &applied) < 0)
 		WRITE_ONCE(client->registered, false);
 	if (client->pagemap_fd >= 0 && client->ring)
-		(void)evict_recover_batches(client, &recovery->windows);
+		evict_recover_batches(client, &recovery->windows);
 	fault_replay(client, applied, store_staged, recovery);
 	client->resyncing = client->resync_held = true;
 	(void)sys_userfaultfd_wake(client->events_fd, ADDRESS_FIRST, ADDRESS_END - ADDRESS_FIRST);

@@ -53,7 +53,8 @@ class Killer:
         """Kill it `times` times, at random moments."""
         for _ in range(times):
             pid = self.answering()
-            time.sleep(self._random.expovariate(1 / self._mean_seconds))  # a random moment is what is tested
+            if self._mean_seconds:
+                time.sleep(self._random.expovariate(1 / self._mean_seconds))  # a random moment is what is tested
             started = time.monotonic()
             os.kill(pid, signal.SIGKILL)
             assert self.answering() != pid
@@ -170,6 +171,24 @@ def test_stopped_client_keeps_only_itself_waiting(daemon: DaemonProcess, verify_
         finally:
             os.kill(pid, signal.SIGCONT)
         assert stopped.wait(_SECONDS_MAX * 3) == 0
+
+
+def test_death_while_moves_are_parked(daemon: DaemonProcess, verify_memory: str) -> None:
+    """An agent that is stopped has a MOVE before it, and RELEASEs of other windows behind that."""
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--torture", "--"]
+    argv += [verify_memory, "--mib", "64", "--seconds", "12", "--threads", "2"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as command:
+        pid = _managed_pid(daemon)
+        killer = Killer(daemon.socket_path, 0.0, seed=3)
+        for _ in range(10):
+            time.sleep(0.3)  # it swaps
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                time.sleep(0.25)  # longer than a batch is waited for
+                killer.kill(1)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+        assert command.wait(_SECONDS_MAX * 3) == 0
 
 
 @pytest.mark.parametrize("upgrades", [3, pytest.param(50, marks=pytest.mark.full)])
