@@ -345,7 +345,7 @@ void client_bury(struct client *client)
 	WRITE_ONCE(client->waiting, false);
 	if (client->parked)
 		__atomic_fetch_sub(&client->group->parked, 1, __ATOMIC_RELAXED);
-	client_set_resident(client, 0);
+	client_set_resident(client, 0, 0);
 	client_metadata_changed(client);
 	group_pool_changed(client->group);
 	pthread_cond_broadcast(&client->batches_changed);
@@ -363,11 +363,13 @@ void client_bury(struct client *client)
 	client_put(client); /* the registry's reference */
 }
 
-void client_set_resident(struct client *client, int64_t pages)
+void client_set_resident(struct client *client, int64_t pages, int64_t growth_pages)
 {
 	int64_t old = __atomic_exchange_n(&client->resident_pages, pages, __ATOMIC_SEQ_CST);
+	int64_t old_growth = __atomic_exchange_n(&client->growth_pages, growth_pages, __ATOMIC_SEQ_CST);
 
 	__atomic_fetch_add(&client->group->resident_pages, pages - old, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&client->group->growth_pages, growth_pages - old_growth, __ATOMIC_RELAXED);
 }
 
 void client_metadata_changed(struct client *client)

@@ -152,6 +152,8 @@ struct client {
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
 	bool pss;           /* has forked relatives: resident is Pss */
 	uint64_t pss_next_ns;
+	uint32_t pss_cost_factor; /* the next reading is so many times later than the last one took */
+	int64_t growth_pages;     /* between the last two readings, and no fault told of it */
 	uint64_t faults, evicted_pages;
 	int64_t metadata_seen;
 	int evict_error; /* errno that ended eviction of this client, 0: none */
@@ -190,8 +192,8 @@ void client_wake(struct client *client); /* its fault threads look at deferred f
 /* Its address space is gone: free all it held. Idempotent. */
 void client_bury(struct client *client);
 
-/* Its resident pages, for itself and for its group. Any thread. */
-void client_set_resident(struct client *client, int64_t pages);
+/* Its resident pages, for itself and for its group, and by how much they grow unseen. Any thread. */
+void client_set_resident(struct client *client, int64_t pages, int64_t growth_pages);
 
 /* Memory of the slot map changed: tell the group. Gate held. */
 void client_metadata_changed(struct client *client);

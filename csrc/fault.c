@@ -423,7 +423,7 @@ static void serve_all(struct client *client, struct fill_scratch *scratch)
 	answer_deferred(client, scratch);
 	set_waiting(client);
 	client_metadata_changed(client);
-	if (group_room_bytes(client->group) < (int64_t)group_reserve_bytes(client->group))
+	if (!group_has_room(client->group, 1))
 		engine_kick_evictors(client->engine);
 }
 

@@ -63,6 +63,15 @@ uint64_t group_reserve_bytes(const struct group *group)
 	return min_of(max_of(limit / 256, MIB / 2), 8 * MIB);
 }
 
+bool group_has_room(const struct group *group, unsigned reserves)
+{
+	uint64_t growth = (uint64_t)max_of(READ_ONCE(group->growth_pages), (int64_t)0) * PAGE_BYTES;
+	uint64_t wanted = reserves * group_reserve_bytes(group) +
+			  min_of(growth, READ_ONCE(group->limit_bytes) / 8);
+
+	return group_room_bytes(group) >= (int64_t)wanted;
+}
+
 bool group_is_streaming(const struct group *group)
 {
 	return READ_ONCE(group->stream_percent) >= STREAMING_PERCENT;

@@ -9,7 +9,8 @@
  *
  * Marks, distances below the limit:
  *   register_bytes   usage closer than this: regions are registered, first touches come to us
- *   reserve_bytes    usage closer than this: evictors run until there is twice as much room
+ *   reserve_bytes    usage closer than this: evictors run until there is twice as much room; more while
+ *                    clients grow by writing to what they share with forked relatives
  * A fill is refused (group_charge false) when it would pass the limit: the fault waits for room.
  *
  * Locking   counters are atomics; the list of clients is protected by the engine's registry lock.
@@ -33,6 +34,7 @@ struct group {
 	struct ghosts ghosts;
 
 	int64_t resident_pages;    /* sum over clients */
+	int64_t growth_pages;      /* what they are expected to grow by until the next look, unseen */
 	uint64_t unmanaged_bytes;
 	uint64_t pool_bytes;       /* as of the last store or free */
 	uint32_t pool_percent;     /* mean size of its objects, percent of a page */
@@ -65,6 +67,8 @@ void group_uncharge(struct group *group, uint64_t pages);
 
 uint64_t group_register_bytes(const struct group *group);
 uint64_t group_reserve_bytes(const struct group *group);
+/* Room for so many reserves, and for what its clients are expected to grow by unseen. */
+bool group_has_room(const struct group *group, unsigned reserves);
 
 /*
  * RAM that the pool may take: most of the limit for pages that compress well, little for pages that do

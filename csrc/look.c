@@ -32,8 +32,10 @@
 #define REGION_BYTES_MIN (256UL << 10)
 #define GUARD_BYTES_MAX (64UL << 10)
 #define THREAD_STACK_BYTES (8UL << 20)
-#define PSS_INTERVAL_NS 5000000ULL /* and PSS_PAGE_NS for each resident page, since that is what it costs */
-#define PSS_PAGE_NS 1000ULL
+#define PSS_INTERVAL_NS 5000000ULL
+#define PSS_COST_MIN 4 /* times what a reading took, while there is growth that no fault told of */
+#define PSS_COST_MAX 32 /* without */
+#define PSS_GROWTH_BYTES (256ULL << 10)
 #define DISCOVER_NS 20000000ULL
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
@@ -148,12 +150,12 @@ void look_discover(struct client *client)
 
 /* ---- sizes ---- */
 
-static void set_resident(struct client *client, int64_t pages)
+static void set_resident(struct client *client, int64_t pages, int64_t growth_pages)
 {
-	client_set_resident(client, pages);
+	client_set_resident(client, pages, growth_pages);
 	/* Buried since its size was read: what was just added would stay with the group for ever. */
 	if (__atomic_load_n(&client->dead, __ATOMIC_SEQ_CST))
-		client_set_resident(client, 0);
+		client_set_resident(client, 0, 0);
 }
 
 /* Its first thread has ended, or all of it. */
@@ -170,10 +172,33 @@ static bool look_through_another_thread(struct client *client)
 	return true;
 }
 
+/*
+ * Pages shared with forked relatives count once in all: what the kernel calls Pss. It grows unseen, since a write to
+ * a page that is shared and present is no fault of ours: a process that forks and goes on writing may so allocate
+ * as fast as memory can be copied. While it does, it is looked at as often as that can be afforded, and as much as it
+ * grew since the last look is expected until the next (group_reserve_bytes).
+ */
+static void look_at_pss(struct client *client, uint64_t now)
+{
+	int64_t before = READ_ONCE(client->resident_pages), growth;
+	uint64_t bytes, cost_ns;
+
+	if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &bytes) < 0) {
+		client->pss_next_ns = now + PSS_INTERVAL_NS;
+		return;
+	}
+	growth = max_of((int64_t)(bytes / PAGE_BYTES) - before, (int64_t)0);
+	set_resident(client, (int64_t)(bytes / PAGE_BYTES), growth);
+	cost_ns = sys_now_ns() - now;
+	client->pss_cost_factor = (uint64_t)growth * PAGE_BYTES >= PSS_GROWTH_BYTES
+		? PSS_COST_MIN : min_of(client->pss_cost_factor * 2, (uint32_t)PSS_COST_MAX);
+	client->pss_next_ns = now + PSS_INTERVAL_NS + cost_ns * client->pss_cost_factor;
+}
+
 /* One look at one client. Returns its VmSize in pages, 0 when it cannot be seen. */
 static uint64_t look_at_size(struct client *client, uint64_t now)
 {
-	uint64_t size = 0, resident, pss_bytes;
+	uint64_t size = 0, resident;
 	int statm_fd = __atomic_load_n(&client->statm_fd, __ATOMIC_ACQUIRE);
 
 	if (statm_fd < 0 || sys_statm(statm_fd, &size, &resident) < 0)
@@ -182,12 +207,9 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 	    sys_statm(client->statm_fd, &size, &resident) < 0)
 		return 0;
 	if (!READ_ONCE(client->pss)) {
-		set_resident(client, (int64_t)resident);
+		set_resident(client, (int64_t)resident, 0);
 	} else if (now >= client->pss_next_ns) {
-		/* Pages shared with forked relatives count once in all: what the kernel calls Pss. */
-		if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &pss_bytes) == 0)
-			set_resident(client, (int64_t)(pss_bytes / PAGE_BYTES));
-		client->pss_next_ns = now + PSS_INTERVAL_NS + resident * PSS_PAGE_NS;
+		look_at_pss(client, sys_now_ns());
 	}
 	return size;
 }
@@ -266,7 +288,7 @@ static uint64_t look_at_all(struct engine *engine)
 		if (READ_ONCE(client->parked))
 			engine_kick_evictors(engine);
 		next_ms = min_of(next_ms, interval_ms(client->group));
-		if (group_room_bytes(client->group) < (int64_t)group_reserve_bytes(client->group))
+		if (!group_has_room(client->group, 1))
 			engine_kick_evictors(engine);
 		client_put(client);
 	}

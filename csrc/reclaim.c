@@ -32,13 +32,7 @@
 
 static bool is_short(const struct group *group)
 {
-	return group_room_bytes(group) < (int64_t)group_reserve_bytes(group) ||
-	       READ_ONCE(group->waiting) > 0;
-}
-
-static bool has_room_again(const struct group *group)
-{
-	return group_room_bytes(group) >= (int64_t)(2 * group_reserve_bytes(group));
+	return !group_has_room(group, 1) || READ_ONCE(group->waiting) > 0;
 }
 
 /* A group with work to do, round robin, as one of its users; NULL when none. */
@@ -223,7 +217,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 			break;
 		pages += result.pages + result.untouched;
 		wraps += result.wrapped;
-		if (!torture && has_room_again(group))
+		if (!torture && group_has_room(group, 2))
 			break;
 	}
 	return pages;

@@ -226,6 +226,7 @@ def assert_honest(
     """
     samples = result.samples
     told = result.describe()
+    print(told)  # the figures, for whoever asks with -s
     assert samples.count >= 10, f"too few samples to judge: {told}"
     assert samples.status_count >= 1, f"the daemon never answered: {told}"
     bound = max(limit_bytes * 1.10, limit_bytes + 16 * MIB) + populate_bytes
