@@ -55,6 +55,7 @@ struct fault {
 	bool write;
 	bool synthetic; /* asked by pagein, nobody waits */
 	bool alone;     /* a read of it and others failed: read nothing but it */
+	bool is_protected; /* a write to a zero page (look.c), and nothing is missing */
 };
 
 struct stream {

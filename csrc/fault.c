@@ -300,6 +300,7 @@ static void answer_message(struct client *client, struct fill_scratch *scratch,
 		.since_ns = now,
 		.thread = message->arg.pagefault.feat.ptid,
 		.write = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE,
+		.is_protected = message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP,
 	};
 
 	client->faults++;

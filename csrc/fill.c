@@ -10,6 +10,8 @@
  *   expanded   SAME, POOL, STAGED, INDIRECT: expanded into the thread's buffer, one COPY
  *   read       SPILL: one asynchronous read that covers the run's extents, then COPY
  *
+ * and one fault for which nothing is missing: a write to a zero page from before the region was registered.
+ *
  * The order that makes a fill right, all of it under the gate: state check, expansion, COPY, slot. The
  * kernel refuses the COPY (EAGAIN) if an event is unread by then; what was expanded is thrown away
  * and the slot is looked up again after the event. A read from a device does not hold the gate: the
@@ -187,15 +189,21 @@ static unsigned charge_some(struct client *client, unsigned want)
 
 /* ---- untouched and zero pages ---- */
 
-static unsigned run_of_zeros(struct client *client, uint64_t page, unsigned window)
+/* Outside of what we know (grown by mremap, or discovered between two looks): one page. */
+static unsigned window_in_region(const struct client *client, uint64_t page, unsigned window)
 {
 	const struct range *region = range_set_at(&client->regions, address_of(page));
-	unsigned count = 1;
 
-	/* Outside of what we know (grown by mremap, or discovered between two looks): one page. */
 	if (!region || region->start > address_of(page))
 		return 1;
-	window = (unsigned)min_of((uint64_t)window, page_of(region->end) - page);
+	return (unsigned)min_of((uint64_t)window, page_of(region->end) - page);
+}
+
+static unsigned run_of_zeros(struct client *client, uint64_t page, unsigned window)
+{
+	unsigned count = 1;
+
+	window = window_in_region(client, page, window);
 	while (count < window) {
 		struct slot slot;
 
@@ -251,6 +259,30 @@ retry:
 	if (zero_page)
 		counter_add(client->engine, zeropage_pages, done);
 	return FILL_ANSWERED;
+}
+
+/* A zero page is written to. It was mapped before its region was registered, so the region is not in the map. */
+static enum fill_result fill_protected(struct client *client, const struct fault *fault)
+{
+	unsigned window = window_in_region(client, fault->page, stream_window(client, fault));
+	unsigned count = charge_some(client, window);
+	enum fill_outcome outcome;
+	uint64_t done;
+
+	if (count == 0)
+		return FILL_DEFER;
+	outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), count * PAGE_BYTES, &done);
+	if (outcome == FILL_MOVED && count > 1) { /* the run crosses a mapping's end */
+		uncharge(client, count - 1);
+		count = 1;
+		outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), PAGE_BYTES, &done);
+	}
+	if (outcome == FILL_DONE) {
+		note_recent(client, fault->page);
+		return FILL_ANSWERED;
+	}
+	uncharge(client, count);
+	return unfilled(client, outcome, fault->page);
 }
 
 /* ---- expanded pages ---- */
@@ -711,6 +743,8 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 		return fill_beacon(client, scratch);
 	if (client->remap_count > 0 && remap_is_waiting(client, fault->page))
 		return try_again(client);
+	if (fault->is_protected)
+		return fill_protected(client, fault);
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
 		return FILL_DEFER;
 	if (fault->synthetic && !slot_is_swapped(slot.tag))

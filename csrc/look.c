@@ -36,6 +36,8 @@
 #define PSS_COST_MIN 4 /* times what a reading took, while there is growth that no fault told of */
 #define PSS_COST_MAX 32 /* without */
 #define PSS_GROWTH_BYTES (256ULL << 10)
+#define ZERO_RANGES 64
+#define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
 #define DISCOVER_NS 20000000ULL
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
@@ -62,6 +64,24 @@ static uint64_t registrable_start(const struct mapping *before, const struct map
 }
 
 /*
+ * Zero pages that are mapped already (memory that was only read so far, MADV_POPULATE_READ) become memory when they
+ * are written to, and nothing is missing then: no fault would tell, for as much as the region is large. Protected,
+ * they fault. What cannot be protected, for an event is unread, is seen at the looks.
+ */
+static void protect_zero_pages(const struct client *client, uint64_t start, uint64_t end)
+{
+	struct page_range ranges[ZERO_RANGES];
+	int count = ZERO_RANGES;
+
+	for (unsigned calls = 0; calls < ZERO_CALLS_MAX && start < end && count > 0; calls++) {
+		count = sys_zero_ranges(client->pagemap_fd, start, end, ranges, ZERO_RANGES, &start);
+		for (int i = 0; i < count; i++)
+			(void)sys_userfaultfd_protect(client->events_fd, ranges[i].start,
+						      ranges[i].end - ranges[i].start);
+	}
+}
+
+/*
  * After REGISTER: what is there now? The mapping may have been replaced since it was read. Anonymous
  * pieces join the regions; a piece that is not (registration takes shared memory too) is let go. Never
  * more than such a piece: an UNREGISTER of anonymous memory would make swapped pages read as zeros.
@@ -82,6 +102,7 @@ static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end
 			(void)sys_userfaultfd_unregister(client->events_fd, first, last - first);
 		else {
 			remap_armed(client, first, last);
+			protect_zero_pages(client, first, last);
 			if (range_set_add(&client->regions, first, last, mapping.executable ? 1 : 0,
 					  REGIONS_MAX) == 0)
 				bytes += last - first;

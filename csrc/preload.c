@@ -17,12 +17,16 @@
  *                    the same holds for its forked children.
  *   mlockall         locks the staging of the agent as well, and pages move from locked memory to
  *                    locked memory: without a move meanwhile, staging is unlocked again.
+ *   mmap, madvise    what populates private memory does so piece by piece. In one go it keeps the lock of
+ *                    the address space, and all of it is there before it can be registered: beyond the
+ *                    limit, however large it is.
  *   syscall          dispatches unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
  *                    calls seccomp in no other way); anything else goes straight to the kernel.
  *
  * Threads    any.
  */
 #define _GNU_SOURCE
+#undef _FILE_OFFSET_BITS /* mmap and mmap64 are two names here, not one */
 #include <dlfcn.h>
 #include <errno.h>
 #include <grp.h>
@@ -33,6 +37,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/fsuid.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -47,6 +52,8 @@
 #define MINIMUM_BYTES_DEFAULT (16ULL << 20)
 #define LOOK_US_DEFAULT 10000
 #define LOOK_US_MAX 1000000
+#define POPULATE_BYTES (2UL << 20) /* a huge page; at most so much is populated before others get the lock */
+#define PAGE_BYTES 4096L
 #define SINGLE_TASK_FLAGS \
 	(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWTIME | CLONE_FS | CLONE_THREAD | CLONE_SIGHAND | \
 	 CLONE_VM)
@@ -111,6 +118,66 @@ static long mlockall_raw(int flags)
 }
 
 EXPORT int mlockall(int flags) { return result_of(mlockall_raw(flags)); }
+
+/* ---- wrappers: populating ---- */
+
+static bool is_populating(int advice)
+{
+	return advice == MADV_POPULATE_READ || advice == MADV_POPULATE_WRITE;
+}
+
+/* As the kernel does it in one go: up to the first error. The pause is for those who wait for the lock: without it
+ * each gets it some milliseconds later, and joining the daemon takes it a dozen times. */
+static long populate(long address, unsigned long length, int advice)
+{
+	const struct timespec pause = { .tv_nsec = 1000 };
+
+	for (unsigned long done = 0; done < length; done += POPULATE_BYTES) {
+		unsigned long piece = length - done < POPULATE_BYTES ? length - done : POPULATE_BYTES;
+		long result = RAW_3(__NR_madvise, address + (long)done, (long)piece, advice);
+
+		if (result < 0)
+			return result;
+		if (agent && agent->tgid)
+			(void)RAW_2(__NR_nanosleep, (long)&pause, 0);
+	}
+	return 0;
+}
+
+EXPORT int madvise(void *address, size_t length, int advice)
+{
+	if (!is_populating(advice) || length <= POPULATE_BYTES || ((uintptr_t)address & (PAGE_BYTES - 1)) != 0 ||
+	    (uintptr_t)address + length < (uintptr_t)address)
+		return result_of(RAW_3(__NR_madvise, (long)address, (long)length, advice));
+	return result_of(populate((long)address, length, advice));
+}
+
+static bool populates_private(size_t length, int flags)
+{
+	const int bits = MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE;
+
+	return length > POPULATE_BYTES && (flags & bits) == bits &&
+	       !(flags & (MAP_LOCKED | MAP_NONBLOCK | MAP_HUGETLB));
+}
+
+EXPORT void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+{
+	bool by_pieces = populates_private(length, flags);
+	long result = raw_call(__NR_mmap, (long)address, (long)length, protection,
+			       by_pieces ? flags & ~MAP_POPULATE : flags, fd, offset);
+
+	if (result < 0 && result > -PAGE_BYTES) {
+		errno = (int)-result;
+		return MAP_FAILED;
+	}
+	/* Like MAP_POPULATE it tells nobody what it could not do. */
+	if (by_pieces)
+		(void)populate(result, length, protection & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+	return (void *)result;
+}
+
+EXPORT void *mmap64(void *address, size_t length, int protection, int flags, int fd, off_t offset)
+	__attribute__((alias("mmap")));
 
 /* ---- wrappers: seccomp ---- */
 

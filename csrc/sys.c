@@ -78,7 +78,7 @@ static int register_mode(int fd, uint64_t address, uint64_t bytes, uint64_t mode
 
 int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes)
 {
-	return register_mode(fd, address, bytes, UFFDIO_REGISTER_MODE_MISSING);
+	return register_mode(fd, address, bytes, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
 }
 
 int sys_userfaultfd_register_quiet(int fd, uint64_t address, uint64_t bytes)
@@ -148,6 +148,25 @@ enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes,
 	struct uffdio_zeropage zero = { .range = { address, bytes } };
 	int result = ioctl_pointed("sys/zero", fd, UFFDIO_ZEROPAGE, &zero);
 	return fill_outcome_of(result, zero.zeropage, bytes, ret_bytes);
+}
+
+static int write_protect(const char *point, int fd, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+	struct uffdio_writeprotect range = { .range = { address, bytes }, .mode = mode };
+
+	return ioctl_pointed(point, fd, UFFDIO_WRITEPROTECT, &range);
+}
+
+int sys_userfaultfd_protect(int fd, uint64_t address, uint64_t bytes)
+{
+	return write_protect("sys/protect", fd, address, bytes, UFFDIO_WRITEPROTECT_MODE_WP) < 0 ? -errno : 0;
+}
+
+enum fill_outcome sys_userfaultfd_unprotect(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes)
+{
+	int result = write_protect("sys/unprotect", fd, address, bytes, 0);
+
+	return fill_outcome_of(result, result == 0 ? (int64_t)bytes : 0, bytes, ret_bytes);
 }
 
 bool sys_userfaultfd_is_gone(int fd)
@@ -344,9 +363,9 @@ int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context)
 	return result;
 }
 
-/* `inverted`: categories of the present pages that must not hold. */
+/* Of the present pages those of the categories `mask`, but for those of `inverted`, which is part of it. */
 static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
-			uint64_t max_pages, uint64_t inverted, uint64_t *ret_walk_end)
+			uint64_t max_pages, uint64_t mask, uint64_t inverted, uint64_t *ret_walk_end)
 {
 	struct ioctl_pagemap_scan scan = {
 		.size = sizeof scan,
@@ -356,7 +375,7 @@ static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct pag
 		.vec_len = max,
 		.max_pages = max_pages,
 		.category_inverted = inverted,
-		.category_mask = PAGE_IS_PRESENT | inverted,
+		.category_mask = PAGE_IS_PRESENT | mask,
 		.return_mask = PAGE_IS_PRESENT,
 	};
 	int count = ioctl_pointed("sys/scan", pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
@@ -370,13 +389,20 @@ static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct pag
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
-	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, PAGE_IS_ZERO_PAGE, ret_walk_end);
+	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, PAGE_IS_ZERO_PAGE, PAGE_IS_ZERO_PAGE,
+			    ret_walk_end);
 }
 
 int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
-	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, 0, ret_walk_end);
+	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, 0, 0, ret_walk_end);
+}
+
+int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+		    uint64_t *ret_walk_end)
+{
+	return scan_present(pagemap_fd, start, end, ranges, max, 0, PAGE_IS_ZERO_PAGE, 0, ret_walk_end);
 }
 
 bool sys_page_is_present(int pagemap_fd, uint64_t address)

@@ -30,7 +30,8 @@ enum fill_outcome {
 };
 
 int sys_userfaultfd_api(int fd, uint64_t features);
-int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes); /* missing pages fault */
+/* Missing pages fault, and protected ones when they are written to. */
+int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes);
 /* Registered only so that MOVE may go there: a missing page raises no fault (mlockall touches all). */
 int sys_userfaultfd_register_quiet(int fd, uint64_t address, uint64_t bytes);
 int sys_userfaultfd_unregister(int fd, uint64_t address, uint64_t bytes);
@@ -42,6 +43,10 @@ enum fill_outcome sys_userfaultfd_copy(int fd, uint64_t address, const void *sou
 				       uint64_t *ret_bytes);
 enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes,
 				       uint64_t *ret_bytes);
+
+/* Have writes to these pages fault, those that are mapped; and no more, which also wakes who waits. */
+int sys_userfaultfd_protect(int fd, uint64_t address, uint64_t bytes);
+enum fill_outcome sys_userfaultfd_unprotect(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes);
 
 /* True when the address space behind a userfaultfd is gone. */
 bool sys_userfaultfd_is_gone(int fd);
@@ -64,12 +69,14 @@ struct page_range {
 
 /*
  * Ranges of mapped pages in [start, end), at most `max` ranges and max_pages pages (0: no bound).
- * *ret_walk_end is where to go on. Resident: the shared zero page does not count.
+ * *ret_walk_end is where to go on. Resident: the shared zero page does not count. Zero: nothing else does.
  */
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
 int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
+int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+		    uint64_t *ret_walk_end);
 
 /* True when the page is mapped, the zero page included. */
 bool sys_page_is_present(int pagemap_fd, uint64_t address);

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import header
-from support.limited import MIB, LimitedProgram, LimitedResult, assert_honest, run_limited
+from support.limited import MIB, LimitedProgram, LimitedResult, assert_honest, python_argv, run_limited
 from support.sampler import ControlClient
 
 _INTERLEAVE = Path(__file__).parent.parent / "support" / "interleave.py"
@@ -129,8 +129,33 @@ def test_churn_under_torture(churn: str, seed: int) -> None:
 def test_churn_under_a_limit(churn: str) -> None:
     result = run_limited("48M", [churn, "128", "5", "3", "2", "1"])
     assert result.status == 0, result.describe()
-    # Three threads fill at once, while the first of them brings the process under management.
-    assert_honest(result, 48 * MIB, populate_bytes=24 * MIB)
+    assert_honest(result, 48 * MIB)
+
+
+_FIRST_TOUCH = """
+import mmap
+pages, how = {pages}, "{how}"
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (mmap.MAP_POPULATE if how == "flag" else 0)
+memory = mmap.mmap(-1, pages * 4096, flags=flags)
+if how in ("populate-read", "populate-write"):
+    memory.madvise(22 if how == "populate-read" else 23)
+seen = sum(memory[page * 4096] for page in range(pages)) if how == "read" else 0
+for turn in range(2):
+    for page in range(pages):
+        memory[page * 4096 : page * 4096 + 8] = (page * 0x9E3779B97F4A7C15 % 2**64).to_bytes(8, "little")
+    for page in range(pages):
+        assert int.from_bytes(memory[page * 4096 : page * 4096 + 8], "little") == page * 0x9E3779B97F4A7C15 % 2**64
+print(seen, "right")
+"""
+
+
+@pytest.mark.parametrize("how", ["write", "read", "flag", "populate-read", "populate-write"])
+def test_memory_that_comes_at_once(how: str) -> None:
+    """Zero pages that are written to after their registration, and what one system call brings, are within the limit."""
+    result = run_limited("32M", python_argv(_FIRST_TOUCH.format(pages=256 * MIB // 4096, how=how)))
+    assert result.status == 0, result.describe()
+    assert result.stdout == b"0 right\n", result.stdout
+    assert_honest(result, 32 * MIB, demand_bytes=256 * MIB)
 
 
 @pytest.mark.parametrize("attempt", range(3))

@@ -90,7 +90,7 @@ class LimitedResult:
             f"swapped max {self.swapped_bytes_max / MIB:.1f}, demand {samples.demand_bytes_max / MIB:.1f}, "
             f"pool max {samples.pool_bytes_max / MIB:.1f}, metadata max {samples.metadata_bytes_max / MIB:.2f}, "
             f"spill max {samples.spill_bytes_max / MIB:.1f}, daemon {samples.daemon_bytes_max / MIB:.1f}, "
-            f"faults {self.faults}, {samples.count} samples\n"
+            f"faults {self.faults}, {samples.count} samples, usage max {self.run.get('usage_bytes_max', 0) / MIB:.1f}\n"
             f"stderr: {self.stderr[-2000:].decode(errors='replace')}"
         )
 
@@ -213,9 +213,7 @@ def run_native(argv: Sequence[str], **options: Any) -> subprocess.CompletedProce
     return subprocess.run(list(argv), capture_output=True, check=False, **options)
 
 
-def assert_honest(
-    result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None, populate_bytes: int = 0
-) -> None:
+def assert_honest(result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None) -> None:
     """The limit was kept, and by swapping.
 
     peak <= limit + 10 %, or + 16 MiB for the small limits of CI: what a process can touch in a few looks on
@@ -229,7 +227,7 @@ def assert_honest(
     print(told)  # the figures, for whoever asks with -s
     assert samples.count >= 10, f"too few samples to judge: {told}"
     assert samples.status_count >= 1, f"the daemon never answered: {told}"
-    bound = max(limit_bytes * 1.10, limit_bytes + 16 * MIB) + populate_bytes
+    bound = max(limit_bytes * 1.10, limit_bytes + 16 * MIB)
     over = ", ".join(
         f"{start:.2f}-{end:.2f} s {highest / MIB:.1f} MiB" for start, end, highest in samples.excursions(bound)[:20]
     )
