@@ -17,6 +17,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base.h"
@@ -38,6 +40,7 @@
 #define PSS_GROWTH_BYTES (256ULL << 10)
 #define ZERO_RANGES 64
 #define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
+#define GATE_NS_MAX 2000000L
 #define DISCOVER_NS 20000000ULL
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
@@ -235,6 +238,18 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 	return size;
 }
 
+/* It may be held for long, while all copies of a large mapping are freed: others are to be looked at meanwhile. */
+static bool gate_lock_soon(struct client *client)
+{
+	struct timespec until;
+
+	(void)clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += GATE_NS_MAX;
+	until.tv_sec += until.tv_nsec / 1000000000;
+	until.tv_nsec %= 1000000000;
+	return pthread_mutex_timedlock(&client->gate, &until) == 0;
+}
+
 static void look_at_client(struct client *client, uint64_t now, bool near)
 {
 	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
@@ -251,12 +266,14 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 		return;
 	if (!READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
 	    now >= client->discover_next_ns) {
-		SCOPED_LOCK(&client->gate);
-		if (client->dead || client_is_shut(client))
-			return;
-		look_discover(client);
-		WRITE_ONCE(client->size_pages_seen, size);
-		client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
+		if (!gate_lock_soon(client))
+			return; /* at the next look */
+		if (!client->dead && !client_is_shut(client)) {
+			look_discover(client);
+			WRITE_ONCE(client->size_pages_seen, size);
+			client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
+		}
+		pthread_mutex_unlock(&client->gate);
 	}
 }
 
@@ -286,6 +303,7 @@ static void note_maxima(struct engine *engine)
 
 		if (!group)
 			continue;
+		group_pool_changed(group); /* what events and fills have freed */
 		for (unsigned i = 0; i < engine->clients_end; i++)
 			if (engine->clients[i] && engine->clients[i]->group == group)
 				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);
@@ -321,6 +339,9 @@ void *look_thread_main(void *argument)
 {
 	struct engine *engine = argument;
 	uint64_t seen = 0;
+
+	/* Programs that fill all CPUs must not make it late: so much more is beyond the limit then. A hint. */
+	(void)setpriority(PRIO_PROCESS, (id_t)gettid(), -20);
 
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
 		engine_wait_for_requests(engine, &engine->look_work, &engine->look_requests, &seen,
