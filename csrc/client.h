@@ -153,6 +153,7 @@ struct client {
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
 	bool pss;           /* has forked relatives: resident is Pss */
 	uint64_t pss_next_ns;
+	int64_t pss_above_resident; /* pages, at the last reading */
 	uint32_t pss_cost_factor; /* the next reading is so many times later than the last one took */
 	int64_t growth_pages;     /* between the last two readings, and no fault told of it */
 	uint64_t faults, evicted_pages;

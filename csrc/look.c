@@ -200,9 +200,10 @@ static bool look_through_another_thread(struct client *client)
  * Pages shared with forked relatives count once in all: what the kernel calls Pss. It grows unseen, since a write to
  * a page that is shared and present is no fault of ours: a process that forks and goes on writing may so allocate
  * as fast as memory can be copied. While it does, it is looked at as often as that can be afforded, and as much as it
- * grew since the last look is expected until the next (group_reserve_bytes).
+ * grew since the last look is expected until the next (group_has_room). What it touches first and what it frees
+ * changes its resident pages, too, which are read at every look.
  */
-static void look_at_pss(struct client *client, uint64_t now)
+static void look_at_pss(struct client *client, uint64_t resident, uint64_t now)
 {
 	int64_t before = READ_ONCE(client->resident_pages), growth;
 	uint64_t bytes, cost_ns;
@@ -212,6 +213,7 @@ static void look_at_pss(struct client *client, uint64_t now)
 		return;
 	}
 	growth = max_of((int64_t)(bytes / PAGE_BYTES) - before, (int64_t)0);
+	client->pss_above_resident = (int64_t)(bytes / PAGE_BYTES) - (int64_t)resident;
 	set_resident(client, (int64_t)(bytes / PAGE_BYTES), growth);
 	cost_ns = sys_now_ns() - now;
 	client->pss_cost_factor = (uint64_t)growth * PAGE_BYTES >= PSS_GROWTH_BYTES
@@ -233,7 +235,10 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 	if (!READ_ONCE(client->pss)) {
 		set_resident(client, (int64_t)resident, 0);
 	} else if (now >= client->pss_next_ns) {
-		look_at_pss(client, sys_now_ns());
+		look_at_pss(client, resident, sys_now_ns());
+	} else {
+		set_resident(client, max_of((int64_t)resident + client->pss_above_resident, (int64_t)0),
+			     READ_ONCE(client->growth_pages));
 	}
 	return size;
 }
