@@ -15,8 +15,8 @@
  * Threads      worker_count fault threads (fault.c); evictors and the writer come from outside.
  * Life         made by begin (or by a fork event), armed by arm, dead when its address
  *              space is gone; freed when dead and no thread holds a reference. Or made by a successor
- *              from the record it finds (recover.c): then `recovering`, and shut, until one of its fault
- *              threads has finished what the daemon before had begun.
+ *              from the record it finds (recover.c): then `recovering`, and shut, until a thread of its
+ *              own has finished what the daemon before had begun.
  * Quarantine   a range that madvise removed may not be evicted until its pages were populated again
  *              by a fill of ours, or until they are seen missing, or QUARANTINE_NS have passed:
  *              the event comes before the zap, and a MOVE in between would capture freed bytes.

@@ -79,6 +79,7 @@ static bool client_is_kept(const struct client_record *record)
 
 static int keep_client(struct descriptor_set *set, const struct client_record *record)
 {
+	uint32_t count = fault_message_count(record);
 	int result = descriptor_keep(set, record->events_fd);
 
 	if (result == 0)
@@ -87,7 +88,7 @@ static int keep_client(struct descriptor_set *set, const struct client_record *r
 		result = descriptor_keep(set, record->ring_fd);
 	if (result == 0)
 		result = descriptor_keep(set, record->socket_fd);
-	for (uint32_t i = 0; result == 0 && i < fault_message_count(record); i++)
+	for (uint32_t i = 0; result == 0 && i < count; i++)
 		if (record->messages[i].event == UFFD_EVENT_FORK)
 			result = descriptor_keep(set, (int)record->messages[i].arg.fork.ufd);
 	return result;
@@ -203,7 +204,7 @@ static int claim_copy(struct client *client, struct slot copy)
 	}
 }
 
-/* Every copy that a slot names, once; a slot_visit_fn. */
+/* Every copy that a slot names, once; a slot_claim_fn. */
 static int claim_slot(void *context, uint64_t page, struct slot slot)
 {
 	struct client *client = context;
@@ -326,8 +327,9 @@ static void forget_clients(struct engine *engine)
 }
 
 /*
- * A fork whose event was read, and whose child is there already: not to be applied again. Now, for once the
- * threads run the child may end, and its descriptor's number be another's when its parent's turn comes.
+ * Forks whose event was read and that are not to be applied: the child is there already, or its descriptor was lost
+ * with the supervisor and the number is nobody's, or another's. Now, for once the threads run a child may end, and
+ * its descriptor's number be another's when its parent's turn comes.
  */
 static void settle_forks(struct engine *engine)
 {
@@ -335,10 +337,14 @@ static void settle_forks(struct engine *engine)
 		struct client_record *record = engine->clients[i] ? engine->clients[i]->record : NULL;
 		uint32_t count = record ? fault_message_count(record) : 0;
 
-		for (uint32_t k = 0; k < count; k++)
+		for (uint32_t k = 0; k < count; k++) {
+			int child_fd = (int)record->messages[k].arg.fork.ufd;
+
 			if (record->messages[k].event == UFFD_EVENT_FORK &&
-			    client_has_descriptor(engine, (int)record->messages[k].arg.fork.ufd))
+			    (client_has_descriptor(engine, child_fd) ||
+			     !descriptor_is(child_fd, "anon_inode:[userfaultfd]")))
 				WRITE_ONCE(record->messages[k].event, UFFD_EVENT_PAGEFAULT);
+		}
 	}
 }
 
@@ -388,7 +394,7 @@ int recover_engine(struct engine *engine)
 
 /* ---- 5 to 8: one client ---- */
 
-/* The ring of the dead daemon, with its numbers, and the agent's descriptors of /proc. */
+/* The ring of the dead daemon: its numbers go on, in an epoch of their own. */
 static int attach_ring(struct client *client)
 {
 	struct vswap_ring *ring = mmap(NULL, VSWAP_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED,
