@@ -36,7 +36,7 @@ from vswapd.control import ControlServer
 from vswapd.failure import Failure
 from vswapd.groups import GroupRegistry
 from vswapd.log import LEVELS, PlainLog, make_daemon_log
-from vswapd.supervisor import supervise
+from vswapd.supervisor import let_signals_in, supervise
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -340,6 +340,7 @@ async def _serve_system(
         daemon.control.operations.can_upgrade = True
         service.start(nursery, daemon, engine, log)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            let_signals_in()
             await signals.__anext__()
             log.info("stopping")
             notify.notify("STOPPING=1")
@@ -379,6 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             taken.complete()
             memfds, passed = (taken.state, taken.pool), socket.socket(fileno=taken.listener)
         listener = passed or listen(service.settings.daemon.socket, 0o666)
+        path = listener.getsockname()
         try:
             service.open(is_successor=memfds is not None, metrics_fd=taken.metrics if taken else -1)
             gc.freeze()
@@ -393,23 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             service.close()
             if not passed or taken:
-                _remove_own_socket(service.settings.daemon.socket, listener)
+                os.unlink(path)
     except Failure as error:
         return _refuse(error)
-
-
-def _remove_own_socket(path: str, listener: socket.socket) -> None:
-    """Unless this process has handed over: then it is another's, and closed here."""
-    if listener.fileno() >= 0 and _is_open(listener.fileno()):
-        os.unlink(path)
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def _find_memfds(stored: Sequence[int]) -> tuple[int, int] | None:

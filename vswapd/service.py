@@ -96,10 +96,7 @@ class Service:
         """Leave nothing behind. Again: no effect."""
         listener, self._metrics_listener = self._metrics_listener, None
         if listener is not None:
-            try:
-                listener.close()
-            except OSError:
-                return  # handed over: another's now
+            listener.close()
             if self.settings.daemon.metrics.startswith("/"):
                 os.unlink(self.settings.daemon.metrics)
 

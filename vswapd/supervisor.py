@@ -9,6 +9,10 @@ milliseconds, and an upgrade of the package on disk does not change what it runs
 
 A daemon that *ends*, by itself, is not succeeded: its exit status is the supervisor's. One that keeps
 dying young is started again all the same, ever more slowly: its clients wait for it.
+
+Signals are blocked, and taken one at a time where nothing is under way: no handler runs between a daemon's end
+and the look at its status. A daemon starts with them blocked, too (let_signals_in): one that is told to stop
+before it can deal with that stops later, rather than die of it and be succeeded.
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from vswapd.log import Log
 
@@ -30,6 +35,7 @@ _YOUNG_SECONDS = 1.0  # a daemon that lived no longer makes the next one wait
 _PAUSE_SECONDS_MIN = 0.01
 _PAUSE_SECONDS_MAX = 1.0
 _PAUSE_FROM = 5  # young deaths in a row
+_STATUS_OF_SIGNAL = 128  # as a shell says it
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,6 @@ class Inheritance:
     deaths: int  # of daemons before it
 
 
-class _UpgradeAskedError(Exception):
-    """The supervisor got UPGRADE_SIGNAL."""
-
-
 def supervise(
     serve: Callable[[Inheritance], int],
     log: Log,
@@ -55,26 +57,23 @@ def supervise(
     """Run `serve` in one daemon after the other; returns the exit status of the last. OSError.
 
     `memfds`: state and pool that another supervisor left. `upgradable`: descriptors that a new version
-    has to know by name, when it may take over (takeover.py). In a daemon this does not return: `serve`
-    says the exit status.
+    has to know by name, when it may take over (takeover.py); once it has, this does not return. Nor does it in
+    a daemon: `serve` says the exit status.
     """
     from vswapd import engine
 
     state_fd, pool_fd = memfds or engine.make_memfds()
     deaths, young = int(memfds is not None), 0
+    signals = _block_signals()
     while True:
         inheritance = Inheritance(state_fd, pool_fd, os.getpid(), deaths)
         started = time.monotonic()
         pid = engine.fork_sharing_descriptors()
         if pid == 0:
             _run_daemon(serve, inheritance)
-        status: int | None = None
-        while status is None:
-            try:
-                status = _wait(pid, upgradable is not None)
-            except _UpgradeAskedError:
-                named = {"state": state_fd, "pool": pool_fd, **(upgradable or {})}
-                status = _upgrade(pid, named, log)
+        named = {"state": state_fd, "pool": pool_fd, **(upgradable or {})}
+        upgrade = partial(_upgrade, pid, signals, named, log) if upgradable is not None else None
+        status = _wait(pid, signals, upgrade)
         if os.WIFEXITED(status):
             return os.WEXITSTATUS(status)
         deaths += 1
@@ -88,23 +87,51 @@ def supervise(
             time.sleep(min(_PAUSE_SECONDS_MIN * 2 ** (young - _PAUSE_FROM), _PAUSE_SECONDS_MAX))
 
 
+def let_signals_in() -> None:
+    """In a daemon that can deal with them: what came since its start comes now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, UPGRADE_SIGNAL, *_FORWARDED})
+
+
+def _block_signals() -> Collection[int]:
+    """Those to be waited for. What whoever started us had ignored stays ignored."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the wait statuses with it
+    asked = {UPGRADE_SIGNAL, *_FORWARDED}
+    signals = {signal.SIGCHLD, *(number for number in asked if signal.getsignal(number) is not signal.SIG_IGN)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    return signals
+
+
 def _run_daemon(serve: Callable[[Inheritance], int], inheritance: Inheritance) -> None:
     status = 1
     try:
         # Out of the terminal's reach: what is typed there comes to the supervisor, which passes it on once.
         os.setpgid(0, 0)
-        for number in (*_FORWARDED, UPGRADE_SIGNAL):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
         status = serve(inheritance)
     finally:
         # Not sys.exit: what the supervisor has prepared to do at its end is not the daemon's to do.
         os._exit(status)
 
 
-def _upgrade(daemon_pid: int, named: Mapping[str, int], log: Log) -> int | None:
-    """Hand over. Wait status of the new supervisor; when it failed, of the daemon, or None if that
-    lives on."""
+def _wait(pid: int, signals: Collection[int], upgrade: Callable[[], int | None] | None = None) -> int:
+    """Wait status of a child, to which signals are passed on. `upgrade`: what UPGRADE_SIGNAL is for; the wait status
+    if that was its end.
+    """
+    while True:
+        number = signal.sigwait(signals)
+        if number == signal.SIGCHLD:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended == pid:
+                return status
+        elif number == UPGRADE_SIGNAL and upgrade is not None:
+            ended_status = upgrade()
+            if ended_status is not None:
+                return ended_status
+        else:
+            os.kill(pid, number)  # ended or not: until it is waited for the number is its own
+
+
+def _upgrade(daemon_pid: int, signals: Collection[int], named: Mapping[str, int], log: Log) -> int | None:
+    """Hand over. Returns when that failed: the wait status of the daemon, or None if it lives on."""
     from vswapd import takeover
 
     statuses: list[int] = []
@@ -112,34 +139,16 @@ def _upgrade(daemon_pid: int, named: Mapping[str, int], log: Log) -> int | None:
     def kill_daemon() -> None:
         os.kill(daemon_pid, signal.SIGKILL)
         statuses.append(os.waitpid(daemon_pid, 0)[1])
+        if os.WIFEXITED(statuses[0]):
+            raise OSError("the daemon has ended meanwhile")
 
-    signal.signal(UPGRADE_SIGNAL, signal.SIG_IGN)  # once is enough
     pid = takeover.hand_over(named, kill_daemon, log)
+    signal.sigtimedwait({UPGRADE_SIGNAL}, 0)  # once is enough
     if pid == 0:
         return statuses[0] if statuses else None
-    takeover.let_go()
     if os.environ.get("NOTIFY_SOCKET"):
         os._exit(0)  # the manager knows its new main process
-    return _wait(pid, can_upgrade=False)
-
-
-def _wait(pid: int, can_upgrade: bool) -> int:
-    """Wait status of the daemon; signals are passed on to it. _UpgradeAskedError."""
-
-    def upgrade(_: int, __: object) -> None:
-        raise _UpgradeAskedError
-
-    def forward(number: int, _: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass  # it has ended, and waitpid is about to say so
-
-    for number in _FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, forward)
-    signal.signal(UPGRADE_SIGNAL, upgrade if can_upgrade else forward)
-    while True:
-        ended, status = os.waitpid(pid, 0)
-        if ended == pid:
-            return status
+    takeover.let_go()
+    status = _wait(pid, signals)
+    # Nothing of what a supervisor does at its end: all that is another's now.
+    os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else _STATUS_OF_SIGNAL + os.WTERMSIG(status))

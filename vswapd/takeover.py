@@ -53,47 +53,55 @@ def _above_all() -> int:
 
 def hand_over(descriptors: Mapping[str, int], kill_daemon: Callable[[], None], log: Log) -> int:
     """Start a new supervisor and let it take over; its PID. 0: it did not, and the daemon is as before,
-    or dead. `descriptors`: those that it has to know by name.
+    or dead. `descriptors`: those that it has to know by name. `kill_daemon`: OSError when nothing is to be
+    handed over any more.
     """
-    ours, theirs = socket.socketpair()
-    with ours:
-        with theirs:
-            pid = _start(theirs, {"pid": os.getpid(), **descriptors})
-        ours.settimeout(_READY_SECONDS_MAX)
-        if not _receives(ours, _READY):
-            log.error("the new version does not take over; this one goes on")
+    pid = 0
+    try:
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                pid = _start(theirs, {"pid": os.getpid(), **descriptors})
+            _expect(ours, _READY, _READY_SECONDS_MAX, "the new version does not take over")
+            kill_daemon()
+            ours.sendall(_GO)
+            _expect(ours, _DONE, _DONE_SECONDS_MAX, "the new version failed as it took over")
+    except OSError as error:
+        log.error("not upgraded, this version goes on", error=str(error))  # noqa: TRY400 -- the text says it
+        if pid:
             _end(pid)
-            return 0
-        kill_daemon()
-        ours.settimeout(_DONE_SECONDS_MAX)
-        ours.sendall(_GO)
-        if not _receives(ours, _DONE):
-            log.error("the new version failed as it took over; this one goes on")
-            _end(pid)
-            return 0
+            notify.notify(f"MAINPID={os.getpid()}")  # it may have said that it was
+        return 0
     log.info("upgraded", supervisor=pid)
     return pid
 
 
 def _start(theirs: socket.socket, named: dict[str, int]) -> int:
-    """The new supervisor, with our arguments; what we have open it gets later."""
+    """The new supervisor, with our arguments; what we have open it gets later. Signals stay blocked in it until
+    it waits for them. Those of the terminal come to us, and are passed on once.
+    """
     environment = {**os.environ, _VARIABLE: json.dumps({**named, "channel": theirs.fileno()})}
     argv = [sys.executable, *sys.orig_argv[1:]]  # as we were started: what is installed there now
     pid = os.fork()
     if pid == 0:
         try:
+            os.setpgid(0, 0)
             theirs.set_inheritable(True)
-            os.execve(sys.executable, argv, environment)  # noqa: S606 -- no shell is the point
+            os.execve(sys.executable, argv, environment)
         finally:
             os._exit(127)
     return pid
 
 
-def _receives(sock: socket.socket, word: bytes) -> bool:
+def _expect(sock: socket.socket, word: bytes, seconds_max: float, otherwise: str) -> None:
+    """Wait for this word. OSError that says `otherwise`."""
+    sock.settimeout(seconds_max)
     try:
-        return sock.recv(1) == word
-    except OSError:
-        return False
+        received = sock.recv(1)
+    except OSError as error:
+        raise OSError(f"{otherwise}: {error}") from None
+    if received != word:
+        raise OSError(otherwise)
 
 
 def _end(pid: int) -> None:
@@ -137,16 +145,14 @@ class Takeover:
         channel = fcntl.fcntl(self.channel, fcntl.F_DUPFD_CLOEXEC, _above_all())
         os.closerange(3, _above_all())
         with socket.socket(fileno=channel) as sock:
-            sock.settimeout(_DONE_SECONDS_MAX)
-            sock.sendall(_READY)
-            if not _receives(sock, _GO):
-                raise Failure("the running daemon does not hand over")
             try:
+                sock.sendall(_READY)
+                _expect(sock, _GO, _DONE_SECONDS_MAX, "the running daemon does not hand over")
                 engine.take_descriptors(self.pid, _above_all())
+                notify.notify(f"MAINPID={os.getpid()}")
+                sock.sendall(_DONE)
             except OSError as error:
-                raise Failure(f"descriptors of the running daemon: {error.strerror}") from None
-            notify.notify(f"MAINPID={os.getpid()}")
-            sock.sendall(_DONE)
+                raise Failure(f"taking over: {error.strerror or error}") from None
 
 
 def asked() -> Takeover | None:

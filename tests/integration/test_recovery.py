@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -62,10 +63,40 @@ class Killer:
 
     def describe(self) -> str:
         """The figures that are asked for."""
-        ordered = sorted(self.pauses)
-        p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
-        middle = ordered[len(ordered) // 2]
-        return f"{len(ordered)} deaths, pause p50 {middle * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms"
+        return _describe("deaths", self.pauses)
+
+
+def _describe(what: str, pauses: list[float]) -> str:
+    ordered = sorted(pauses)
+    p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    middle = ordered[len(ordered) // 2]
+    return f"{len(ordered)} {what}, pause p50 {middle * 1e3:.0f} ms, p99 {p99 * 1e3:.0f} ms"
+
+
+class UpgradeWatch:
+    """Asks all the time which daemon answers. `pauses`: from the last answer of one to the first of the next, s."""
+
+    def __init__(self, socket_path: str) -> None:
+        self._killer = Killer(socket_path, 0.0, seed=0)
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.pauses: list[float] = []
+
+    def _watch(self) -> None:
+        pid, answered = self._killer.answering(), time.monotonic()
+        while not self._ends.wait(0.002):
+            before, since = pid, answered
+            pid, answered = self._killer.answering(), time.monotonic()
+            if pid != before:
+                self.pauses.append(answered - since)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
 
 
 def _assert_nothing_held(status: dict[str, int]) -> None:
@@ -200,15 +231,18 @@ def test_upgrade_under_load(daemon: DaemonProcess, churn: str, upgrades: int) ->
     )
     _managed_pid(daemon)
     supervisors = {daemon.process.pid}
-    for _ in range(upgrades):
-        subprocess.run(
-            [command_path("vswapctl"), "upgrade", "--socket", daemon.socket_path], check=True, timeout=120
-        )
-        with daemon.control() as control:
-            supervisors.add(int(control.request("ping")["supervisor"]))
+    with UpgradeWatch(daemon.socket_path) as watch:
+        for _ in range(upgrades):
+            subprocess.run(
+                [command_path("vswapctl"), "upgrade", "--socket", daemon.socket_path], check=True, timeout=120
+            )
+            with daemon.control() as control:
+                supervisors.add(int(control.request("ping")["supervisor"]))
+    print(_describe("upgrades", watch.pauses))
     _, errors = command.communicate(timeout=300)
     assert command.returncode == 0, errors.decode()
     assert len(supervisors) == upgrades + 1
+    assert len(watch.pauses) == upgrades
     assert daemon.process.poll() is None, "whoever started the daemon has nothing to wait for any more"
     _assert_nothing_held(daemon.wait_no_clients())  # type: ignore[arg-type]
 
@@ -229,6 +263,15 @@ def test_upgrade_that_fails_changes_nothing(tmp_path: Path, verify_memory: str) 
             while "does not take over" not in log.read_text(errors="replace"):
                 assert time.monotonic() < deadline, log.read_text(errors="replace")
                 time.sleep(0.05)  # polling another process's state
+            # Nor does one that finds no descriptor for the hand-over itself: the lowest free one is beyond the limit.
+            configuration.write_text("")
+            limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+            process.send_signal(signal.SIGUSR2)
+            while "Too many open files" not in log.read_text(errors="replace"):
+                assert time.monotonic() < deadline, log.read_text(errors="replace")
+                time.sleep(0.05)  # polling another process's state
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
             assert killer.answering() == pid
             argv = [command_path("vswapctl"), "run", "--socket", socket_path, "--limit", "24M", "--"]
             argv += [verify_memory, "--mib", "32", "--kind", "third", "--passes", "1"]

@@ -24,21 +24,25 @@ def _unit(directory: Path, state: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("daemons", "supervisors"), [(6, 2), pytest.param(50, 10, marks=pytest.mark.full)])
-def test_daemon_and_supervisor_die(verify_memory: str, tmp_path: Path, daemons: int, supervisors: int) -> None:
-    """Four clients verify what they have, through all of it."""
+@pytest.mark.parametrize(
+    ("daemons", "supervisors", "upgrades"), [(6, 2, 2), pytest.param(50, 10, 10, marks=pytest.mark.full)]
+)
+def test_daemon_and_supervisor_die(
+    verify_memory: str, tmp_path: Path, daemons: int, supervisors: int, upgrades: int
+) -> None:
+    """Four clients verify what they have, through all of it. After an upgrade the manager has a new main process."""
     units, state = tmp_path / "units", tmp_path / "state"
     units.mkdir()
     state.mkdir()
     _unit(units, state)
     program = shutil.copy(verify_memory, state)  # the sandbox has a /tmp of its own
-    seconds = 8 + (daemons + supervisors) * 3 // 2
+    seconds = 8 + (daemons + supervisors + upgrades) * 3 // 2
     result = subprocess.run(
         [
             str(_SUPPORT / "systemd-sandbox"),
             *("--units", str(units), "--state", str(state), "--timeout", str(seconds * 4 + 60), "--"),
             *(sys.executable, str(_SUPPORT / "service_deaths.py"), str(state), command_path("vswapctl")),
-            *(program, str(daemons), str(supervisors), str(seconds)),
+            *(program, str(daemons), str(supervisors), str(upgrades), str(seconds)),
         ],
         capture_output=True,
         check=False,
@@ -47,10 +51,10 @@ def test_daemon_and_supervisor_die(verify_memory: str, tmp_path: Path, daemons: 
     told = "".join(path.read_text(errors="replace") for path in sorted(state.glob("err.*")))
     log = (state / "systemd.log").read_text(errors="replace")[-4000:]
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{told}\n{log}"
-    pauses = {kind: _pauses(result.stdout, kind) for kind in ("daemon", "supervisor")}
-    assert (len(pauses["daemon"]), len(pauses["supervisor"])) == (daemons, supervisors)
+    pauses = {kind: _pauses(result.stdout, kind) for kind in ("daemon", "supervisor", "upgrade")}
+    assert tuple(map(len, pauses.values())) == (daemons, supervisors, upgrades)
     for kind, ms in pauses.items():
-        print(f"{kind}: {len(ms)} deaths, pause p50 {ms[len(ms) // 2]} ms, longest {ms[-1]} ms")
+        print(f"{kind}: {len(ms)}, p50 {ms[len(ms) // 2]} ms, longest {ms[-1]} ms")
 
 
 def _pauses(output: str, kind: str) -> list[int]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What test_systemd.py runs inside the sandbox: clients of the service, and deaths of it.
 
-    service_deaths.py STATE VSWAPCTL VERIFY_MEMORY DAEMONS SUPERVISORS SECONDS
+    service_deaths.py STATE VSWAPCTL VERIFY_MEMORY DAEMONS SUPERVISORS UPGRADES SECONDS
 
-One line for each death: who died, and how many milliseconds it took until a daemon answered again. Exit
-status 0 when every client verified all it had to its end, and the service stopped in order.
+One line for each death: who died, and how many milliseconds it took until a daemon answered again; of an upgrade,
+how long all of it took. Exit status 0 when every client verified all it had to its end, and the service stopped in
+order.
 """
 
 from __future__ import annotations
@@ -45,10 +46,29 @@ def _answering(socket_path: str, dead: int = 0) -> int:
         time.sleep(0.002)  # polling another process's state
 
 
+def _main_pid() -> int:
+    return int(_systemctl("show", "-P", "MainPID", "vswapd"))
+
+
+def _replace(kind: str, vswapctl: str, socket_path: str) -> None:
+    """Have a daemon, its supervisor or both replaced; until the next answers."""
+    pid = _answering(socket_path)
+    if kind == "upgrade":
+        before = _main_pid()
+        subprocess.run([vswapctl, "upgrade", "--socket", socket_path], check=True, stdout=subprocess.DEVNULL)
+        with ControlClient(socket_path, _SECONDS_MAX) as control:
+            supervisor = int(control.request("ping", _SECONDS_MAX)["supervisor"])
+        if supervisor == before or supervisor != _main_pid():
+            sys.exit(f"the manager's main process is {_main_pid()}, the supervisor {supervisor}, before {before}")
+        return
+    os.kill(pid if kind == "daemon" else _main_pid(), signal.SIGKILL)
+    _answering(socket_path, pid)
+
+
 def main() -> int:
     """Entry point."""
     state, vswapctl, verify_memory = sys.argv[1:4]
-    daemons, supervisors, seconds = map(int, sys.argv[4:7])
+    daemons, supervisors, upgrades, seconds = map(int, sys.argv[4:8])
     socket_path = f"{state}/vswapd.sock"
     generator = random.Random(daemons)
     _systemctl("start", "vswapd")
@@ -59,14 +79,12 @@ def main() -> int:
         with Path(f"{state}/err.{seed}").open("wb") as errors:
             clients.append(subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=errors))
     time.sleep(2)  # so that they swap
-    kinds = ["daemon"] * daemons + ["supervisor"] * supervisors
+    kinds = ["daemon"] * daemons + ["supervisor"] * supervisors + ["upgrade"] * upgrades
     generator.shuffle(kinds)
     for kind in kinds:
         time.sleep(generator.uniform(0.0, 0.6))  # a random moment is what is tested
-        pid = _answering(socket_path)
         started = time.monotonic()
-        os.kill(pid if kind == "daemon" else int(_systemctl("show", "-P", "MainPID", "vswapd")), signal.SIGKILL)
-        _answering(socket_path, pid)
+        _replace(kind, vswapctl, socket_path)
         print(kind, int((time.monotonic() - started) * 1000), flush=True)
     statuses = [client.wait() for client in clients]
     _systemctl("stop", "vswapd")
