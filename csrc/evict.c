@@ -30,6 +30,7 @@
 #include "base.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "fault_point.h"
 #include "sys.h"
 
 #define ANSWER_MS 100 /* an agent that takes longer has its batch parked */
@@ -339,6 +340,7 @@ static uint32_t post_move(struct client *client, struct choice *choice)
 	choice->command.operation = VSWAP_MOVE_OUT;
 	choice->command.window = choice->window;
 	choice->command.protection = choice->protection;
+	(void)fault_point("evict/post");
 	return client_post(client, &choice->command);
 }
 

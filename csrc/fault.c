@@ -344,6 +344,7 @@ static void apply_events(struct client *client, uint32_t first, uint32_t count)
 	for (uint32_t i = first; i < count; i++) {
 		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
 			continue;
+		crash_point(CRASH_EVENT_BEGUN);
 		apply_event(client, &messages[i]);
 		crash_point(CRASH_EVENT_APPLIED);
 		checkpoint_write(client, i + 1);

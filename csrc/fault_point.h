@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * fault_point — make the n-th call of a named operation fail, for tests.
+ * fault_point — make the n-th call of a named operation fail, or come late, for tests.
  *
  * fault_point("io/read") stands beside a system call that can fail and gives 0, or the errno to be
- * simulated in its stead. Without -DVSWAP_FAULT_POINTS it is the constant 0 and leaves no code.
+ * simulated in its stead. Without -DVSWAP_FAULT_POINTS it is the constant 0 and leaves no code. A call that is
+ * late has made its decision: what it was decided by may change meanwhile, where nothing forbids it.
  *
  * Names       io/submit, io/read, io/write: io.c, io_threads.c
+ *             evict/post: evict.c, before a MOVE is posted; only to be late
  *             spill/allocate, spill/punch: spill.c
  *             pool/grow: pool.c; client/create: client.c; fault/read: fault.c
  *             sys/...: one for each kind of call in sys.c
@@ -28,6 +30,9 @@ int fault_point(const char *name);
  * ones too. Replaces what was set for `name`, which must be a literal. errno_value 0 only counts.
  */
 void fault_point_set(const char *name, uint64_t at_call_n, int errno_value, bool persistent);
+
+/* Have that call, or all from it on, be late by so much; beside what fault_point_set says. */
+void fault_point_delay(const char *name, uint64_t at_call_n, unsigned delay_ms, bool persistent);
 
 /* Calls since fault_point_set; how many of them were made to fail. */
 uint64_t fault_point_calls(const char *name);

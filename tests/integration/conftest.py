@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.driving import build_drive
 from support.limited import command_path
 from support.sampler import ControlClient
 from vswapd import paths
@@ -69,7 +70,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the C programs of tests/support that are clients."""
     directory = tmp_path_factory.mktemp("programs")
-    for name in ("verify_memory", "churn", "fork_early"):
+    for name in ("verify_memory", "churn", "fork_early", "races"):
         command = [
             "cc",
             "-std=gnu11",
@@ -103,6 +104,12 @@ def fork_early(compiled: Path) -> str:
 
 
 @pytest.fixture(scope="session")
+def races(compiled: Path) -> str:
+    """tests/support/races.c, built."""
+    return str(compiled / "races")
+
+
+@pytest.fixture(scope="session")
 def empty_library(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A client library that does nothing."""
     directory = tmp_path_factory.mktemp("empty")
@@ -116,15 +123,7 @@ def empty_library(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def drive(tmp_path_factory: pytest.TempPathFactory) -> str:
     """tests/support/drive.c with fault and crash points: the data plane without Python."""
-    program = tmp_path_factory.mktemp("drive") / "drive"
-    source = _SUPPORT.parent.parent / "csrc"
-    client = {"agent.c", "agent_join.c", "agent_ring.c", "preload.c", "preload_replace.c"}
-    files = [str(path) for path in sorted(source.glob("*.c")) if path.name not in client]
-    flags = ["-std=gnu11", "-O2", "-g", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
-    libraries = ["-llz4", "-lzstd", "-luring", "-lm", "-pthread"]
-    command = ["cc", *flags, f"-I{source}", "-o", str(program), str(_SUPPORT / "drive.c"), *files, *libraries]
-    subprocess.run(command, check=True)
-    return str(program)
+    return build_drive(tmp_path_factory.mktemp("drive") / "drive")
 
 
 @pytest.fixture(scope="session")

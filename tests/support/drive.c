@@ -4,7 +4,7 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--fail NAME:N:ERRNO[:all]]... --lib libvswap.so -- COMMAND...
+ *         [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
@@ -17,7 +17,7 @@
  * nobody served. --slow-arm has every handshake rest for so long between WELCOME and ARM.
  *
  * SIGUSR1 has the command paged out, SIGUSR2 paged in. --fail makes the N-th call at a fault point fail (`all`: and
- * all later ones; ERRNO 0 only counts), and the calls are printed at the end: debug builds only.
+ * all later ones; ERRNO 0 only counts), --delay makes it late, and the calls are printed at the end: debug builds only.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -245,19 +245,22 @@ static void print_statistics(void)
 static char *point_names[FAULT_POINTS_MAX];
 static unsigned point_count;
 
-static void set_fault_point(char *text)
+static void set_fault_point(char *text, int is_delay)
 {
 	char *number = strchr(text, ':'), *rest;
 	uint64_t at_call_n;
-	long error;
+	long value;
 
 	if (!number || point_count == FAULT_POINTS_MAX)
 		exit(2);
 	*number++ = '\0';
 	at_call_n = strtoull(number, &rest, 10);
-	error = *rest == ':' ? strtol(rest + 1, &rest, 10) : EIO;
+	value = *rest == ':' ? strtol(rest + 1, &rest, 10) : EIO;
 	point_names[point_count++] = text;
-	fault_point_set(text, at_call_n, (int)error, strcmp(rest, ":all") == 0);
+	if (is_delay)
+		fault_point_delay(text, at_call_n, (unsigned)value, strcmp(rest, ":all") == 0);
+	else
+		fault_point_set(text, at_call_n, (int)value, strcmp(rest, ":all") == 0);
 }
 
 static void print_fault_points(void)
@@ -269,9 +272,9 @@ static void print_fault_points(void)
 
 #else
 
-static void set_fault_point(char *text)
+static void set_fault_point(char *text, int is_delay)
 {
-	fprintf(stderr, "drive: --fail %s: built without fault points\n", text);
+	fprintf(stderr, "drive: --%s %s: built without fault points\n", is_delay ? "delay" : "fail", text);
 	exit(2);
 }
 
@@ -465,7 +468,7 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "limit", 1, 0, 'l' }, { "pool", 1, 0, 'p' }, { "spill", 1, 0, 's' },
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
-		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' },
+		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
 		{ "drain-every", 1, 0, 'd' }, { "slow-arm", 1, 0, 'a' }, { 0, 0, 0, 0 } };
 	int option;
 
@@ -482,7 +485,8 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'k': options->kill_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'C': options->crash = optarg; break;
 		case 'N': print_crash_points(); exit(0);
-		case 'F': set_fault_point(optarg); break;
+		case 'F': set_fault_point(optarg, 0); break;
+		case 'D': set_fault_point(optarg, 1); break;
 		case 'd': options->drain_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);

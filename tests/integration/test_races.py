@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""Races of the kernel's interface (the gate and the quarantine in csrc/client.h, csrc/fault.c, csrc/evict.c).
+
+A client runs into one of them again and again (support/races.c), while the daemon is late at the moment that
+matters. Each is run a second time with its guard taken out of the source: then it must go wrong, or the first run
+shows nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.driving import SOURCES, build_drive
+from support.limited import MIB
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SECONDS_MAX = 120.0
+_TRIES = 5  # without a guard a round may come out right all the same
+_WRONG = (3, 99, -signal.SIGABRT, 128 + signal.SIGBUS)  # a wrong byte, a broken invariant, a page that is lost
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Lines of a file, and what stands there when they guard nothing."""
+
+    name: str
+    file: str
+    replaced: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Race:
+    """A scenario of races.c, how to run it, and what it is that keeps it from going wrong."""
+
+    scenario: str
+    rounds: int
+    options: tuple[tuple[str, ...], ...]  # of drive: a run each
+    guards: tuple[Guard, ...]
+
+    def __str__(self) -> str:
+        return self.scenario
+
+
+_UNLOCK = "\tpthread_mutex_unlock(&client->gate);\n"
+_LOCK = "\tpthread_mutex_lock(&client->gate);\n"
+_COPY = (
+    "\toutcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, count * PAGE_BYTES,\n"
+    "\t\t\t\t       &done);\n"
+)
+_COPY_AGAIN = f"\tdo {{\n{_COPY}{_UNLOCK}\tsys_sleep_ms(1);\n{_LOCK}\t}} while (outcome == FILL_AGAIN);\n"
+_ACROSS_MAPPINGS = "\tif (outcome == FILL_MOVED && count > 1) { /*"
+_POST = '\t(void)fault_point("evict/post");\n'
+_TORTURE = ("--torture", "--limit", str(64 * MIB))
+
+_RACES = [
+    # A MOVE after its pages were unmapped takes those of whatever was mapped there since.
+    Race(
+        "remap",
+        100,
+        ((*_TORTURE, "--delay", "evict/post:1:3:all"),),
+        (Guard("gate", "evict.c", ((_POST, _UNLOCK + _POST + _LOCK),)),),
+    ),
+    # A COPY of what REMOVE has freed since it was decided on. The kernel says EAGAIN while that is unread: then what
+    # was expanded is nothing any more.
+    Race(
+        "refill",
+        30,
+        (("--limit", str(4 * MIB), "--delay", "sys/copy:1:3:all"),),
+        (
+            Guard("gate", "fill.c", ((_COPY, _UNLOCK + _COPY + _LOCK),)),
+            Guard("looked-up-again", "fill.c", ((_COPY, _COPY_AGAIN),)),
+        ),
+    ),
+    # A MOVE between the event of a REMOVE and its zap captures what is freed.
+    Race(
+        "zap",
+        30,
+        (_TORTURE,),
+        (Guard("quarantine", "evict.c", (("now - range->value < QUARANTINE_NS)", "now < range->value)"),)),),
+    ),
+    # ZEROPAGE of a run over a page that is moved out meanwhile.
+    Race(
+        "sparse",
+        8,
+        (("--torture", "--limit", str(1024 * MIB), "--delay", "sys/zero:1:2:all"),),
+        (
+            Guard(
+                "gate",
+                "fill.c",
+                (
+                    ("\tif (!zero_page)\n", _UNLOCK + "\tif (!zero_page)\n"),
+                    (_ACROSS_MAPPINGS, _LOCK + _ACROSS_MAPPINGS),
+                ),
+            ),
+        ),
+    ),
+    # Events that a daemon had read when it died are told to nobody again.
+    Race(
+        "freed",
+        20,
+        tuple((*_TORTURE, "--crash", f"EVENT_BEGUN:{call}") for call in (20, 100, 200, 300)),
+        (Guard("replay", "fault.c", (("\t\tapply_events(client, i, i + 1);\n", ""),)),),
+    ),
+    # A store into a slot that a forked relative has, too.
+    Race(
+        "fork",
+        20,
+        (_TORTURE,),
+        (Guard("count", "slot_table.c", (("\tif (old->share == 1)\n", "\tif (old->share >= 1)\n"),)),),
+    ),
+]
+
+
+def _run(drive: str, races: str, client_library: str, race: Race, options: tuple[str, ...]) -> tuple[int, str]:
+    """(exit status, what was said)."""
+    result = subprocess.run(
+        [drive, "--lib", client_library, *options, "--", races, race.scenario, str(race.rounds)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=_SECONDS_MAX,
+    )
+    return result.returncode, f"{' '.join(result.args)}: status {result.returncode}\n{result.stderr[-2000:]}"
+
+
+def _text_without(guard: Guard) -> str:
+    """Its file without it."""
+    text = (SOURCES / guard.file).read_text(encoding="utf-8")
+    for lines, instead in guard.replaced:
+        assert text.count(lines) == 1, f"{guard.file} has changed: {lines!r}"
+        text = text.replace(lines, instead)
+    return text
+
+
+@pytest.mark.parametrize("race", _RACES, ids=str)
+def test_race(drive: str, races: str, client_library: str, race: Race) -> None:
+    """It comes about, and every byte is right."""
+    for guard in race.guards:
+        _text_without(guard)
+    for options in race.options:
+        status, told = _run(drive, races, client_library, race, options)
+        assert status == 0, told
+        if "--crash" in options:
+            assert "drive: 1 deaths" in told
+        assert "hits 0" not in told
+
+
+_GUARDS = [
+    pytest.param(race, guard, id=f"{race}-{guard.name}", marks=pytest.mark.full)
+    for race in _RACES
+    for guard in race.guards
+]
+
+
+@pytest.mark.parametrize(("race", "guard"), _GUARDS)
+def test_race_without_its_guard(races: str, client_library: str, tmp_path: Path, race: Race, guard: Guard) -> None:
+    """It goes wrong: a wrong byte, or bytes that are gone."""
+    sources = tmp_path / "csrc"
+    shutil.copytree(SOURCES, sources)
+    (sources / guard.file).write_text(_text_without(guard), encoding="utf-8")
+    drive = build_drive(tmp_path / "drive", sources)
+    for _ in range(_TRIES):
+        for options in race.options:
+            status, told = _run(drive, races, client_library, race, options)
+            print(told)
+            if status in _WRONG:
+                return
+    pytest.fail(f"without {guard.name} in {guard.file} nothing goes wrong")

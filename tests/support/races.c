@@ -1,0 +1,290 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * races — a client that runs again and again into one race of the kernel's interface.
+ *
+ *   races SCENARIO ROUNDS
+ *
+ * The daemon (`drive`) is made late at the moment that matters, by --delay; without its guard against the race some
+ * round reads a wrong byte. Exit status 3 then, 0 when every round read what it must, 5 when a round could not be
+ * brought about at all.
+ *
+ *   remap   unmap memory and map other memory there, while some of it is about to be moved out
+ *   refill  give a page up that another thread has just touched, while it is being filled
+ *   zap     give up much memory at once, while it is being evicted
+ *   sparse  touch memory for the first time between pages that are being moved out
+ *   freed   give pages up that are out, again and again; for daemons that die
+ *   fork    parent and child write to pages that were out when they parted, and have them evicted again
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define PAGE 4096UL
+#define WAIT_MS_MAX 2000
+
+static const char *scenario;
+
+static _Noreturn void wrong(size_t page, uint64_t found, uint64_t expected)
+{
+	fprintf(stderr, "races %s: WRONG BYTE, page %zu: %lx instead of %lx\n", scenario, page, found, expected);
+	_exit(3);
+}
+
+static uint8_t *map(void *at, size_t pages)
+{
+	uint8_t *area = mmap(at, pages * PAGE, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | (at ? MAP_FIXED : 0), -1, 0);
+
+	if (area == MAP_FAILED)
+		_exit(6);
+	(void)madvise(area, pages * PAGE, MADV_NOHUGEPAGE);
+	return area;
+}
+
+/* Half of a page by its number and version, so that it is not the same word all over. */
+static uint64_t word_of(size_t page, uint64_t version) { return (version << 32 | page) + 1; }
+
+static void write_page(uint8_t *area, size_t page, uint64_t version)
+{
+	uint64_t *words = (uint64_t *)(area + page * PAGE);
+
+	for (size_t i = 0; i < PAGE / 16; i++)
+		words[i] = word_of(page, version) + i;
+}
+
+static void check_page(const uint8_t *area, size_t page, uint64_t version)
+{
+	const volatile uint64_t *words = (const uint64_t *)(area + page * PAGE);
+
+	for (size_t i = 0; i < PAGE / 16; i++)
+		if (words[i] != word_of(page, version) + i)
+			wrong(page, words[i], word_of(page, version) + i);
+}
+
+static void check_zero(const uint8_t *area, size_t page)
+{
+	const volatile uint64_t *words = (const uint64_t *)(area + page * PAGE);
+
+	for (size_t i = 0; i < PAGE / 8; i++)
+		if (words[i] != 0)
+			wrong(page, words[i], 0);
+}
+
+/* Pages of [first, first + count) that are in memory. */
+static size_t count_resident(const uint8_t *area, size_t first, size_t count)
+{
+	static int fd = -1;
+	size_t resident = 0;
+	uint64_t entry;
+
+	if (fd < 0)
+		fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	for (size_t i = first; i < first + count; i++)
+		if (pread(fd, &entry, sizeof entry, (off_t)((uintptr_t)area / PAGE + i) * 8) == 8)
+			resident += entry >> 63;
+	return resident;
+}
+
+/* Until no more than that many pages are in memory. */
+static bool wait_until_out(const uint8_t *area, size_t pages, size_t left)
+{
+	for (unsigned ms = 0; ms < WAIT_MS_MAX; ms++) {
+		if (count_resident(area, 0, pages) <= left)
+			return true;
+		usleep(1000);
+	}
+	return false;
+}
+
+/* Have `drive` page everything out; it is our parent. */
+static bool page_out(const uint8_t *area, size_t pages)
+{
+	kill(getppid(), SIGUSR1);
+	return wait_until_out(area, pages, 0);
+}
+
+static unsigned remap(unsigned round)
+{
+	enum { PAGES = 64 };
+	static uint8_t *area;
+
+	if (!area) {
+		area = map(NULL, PAGES);
+		for (size_t i = 0; i < PAGES; i++)
+			write_page(area, i, 0);
+	}
+	if (!wait_until_out(area, PAGES, PAGES - 1))
+		return 0;
+	for (size_t i = 0; i < PAGES; i++)
+		check_page(area, i, round);
+	usleep(round * 131 % 3000); /* so that a batch is chosen, at some time or other */
+	munmap(area, PAGES * PAGE);
+	map(area, PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		write_page(area, i, round + 1);
+	usleep(5000);
+	for (size_t i = 0; i < PAGES; i++)
+		check_page(area, i, round + 1);
+	return 1;
+}
+
+static uint8_t *refilled;
+
+static void *touch(void *argument)
+{
+	const volatile uint8_t *byte = refilled + (uintptr_t)argument * PAGE;
+
+	(void)*byte;
+	return NULL;
+}
+
+static unsigned refill(unsigned round)
+{
+	enum { PAGES = 64 };
+	pthread_t thread;
+
+	if (!refilled)
+		refilled = map(NULL, PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		write_page(refilled, i, round);
+	if (!page_out(refilled, PAGES))
+		return 0;
+	for (size_t i = 0; i < PAGES; i += 8) {
+		if (pthread_create(&thread, NULL, touch, (void *)i) != 0)
+			_exit(6);
+		usleep(1000);
+		madvise(refilled + i * PAGE, PAGE, MADV_DONTNEED);
+		pthread_join(thread, NULL);
+		check_zero(refilled, i);
+		check_page(refilled, i + 1, round);
+	}
+	return 1;
+}
+
+static unsigned zap(unsigned round)
+{
+	enum { PAGES = 16384 };
+	static uint8_t *area;
+
+	if (!area)
+		area = map(NULL, PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		*(uint64_t *)(area + i * PAGE) = word_of(i, round);
+	if (!wait_until_out(area, PAGES, PAGES - 1))
+		return 0;
+	madvise(area, PAGES * PAGE, MADV_DONTNEED);
+	usleep(3000);
+	for (size_t i = 0; i < PAGES; i++)
+		if (*(volatile uint64_t *)(area + i * PAGE) != 0)
+			wrong(i, *(uint64_t *)(area + i * PAGE), 0);
+	return 1;
+}
+
+/* Every other page holds one word all over: back in memory such a page has no copy that would end a run of pages that
+ * were never touched. */
+static void check_word(const uint8_t *area, size_t page, uint64_t version)
+{
+	const volatile uint64_t *words = (const uint64_t *)(area + page * PAGE);
+
+	for (size_t i = 0; i < PAGE / 8; i++)
+		if (words[i] != word_of(page, version))
+			wrong(page, words[i], word_of(page, version));
+}
+
+static unsigned sparse(unsigned round)
+{
+	enum { PAGES = 512 };
+	uint8_t *area = map(NULL, PAGES);
+
+	for (size_t i = 1; i < PAGES; i += 2)
+		for (size_t k = 0; k < PAGE / 8; k++)
+			((uint64_t *)(area + i * PAGE))[k] = word_of(i, round);
+	if (!wait_until_out(area + PAGE, 1, 0))
+		return 0;
+	for (size_t i = 1; i < PAGES; i += 2)
+		check_word(area, i, round);
+	for (size_t i = 0; i < PAGES; i += 2)
+		check_zero(area, i);
+	for (size_t i = 1; i < PAGES; i += 2)
+		check_word(area, i, round);
+	munmap(area, PAGES * PAGE);
+	return 1;
+}
+
+static unsigned freed(unsigned round)
+{
+	enum { PAGES = 256 };
+	static uint8_t *area;
+
+	if (!area)
+		area = map(NULL, PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		write_page(area, i, round);
+	if (!wait_until_out(area, PAGES, PAGES / 4)) /* those filled last stay for a while */
+		return 0;
+	for (size_t i = 0; i < PAGES; i += 2)
+		madvise(area + i * PAGE, PAGE, MADV_DONTNEED);
+	for (size_t i = 0; i < PAGES; i++)
+		if (i % 2)
+			check_page(area, i, round);
+		else
+			check_zero(area, i);
+	return 1;
+}
+
+static unsigned part(unsigned round)
+{
+	enum { PAGES = 64 };
+	static uint8_t *area;
+	int status = 0;
+	pid_t pid;
+
+	if (!area)
+		area = map(NULL, PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		write_page(area, i, 3 * round);
+	if (!page_out(area, PAGES))
+		return 0;
+	pid = fork();
+	for (size_t i = 0; i < PAGES; i++)
+		if (i % 2 == (pid == 0))
+			write_page(area, i, 3 * round + 1 + (pid == 0));
+	(void)wait_until_out(area, PAGES, PAGES - 1);
+	for (size_t i = 0; i < PAGES; i++)
+		check_page(area, i, i % 2 == (pid == 0) ? 3 * round + 1 + (pid == 0) : 3 * round);
+	if (pid == 0)
+		_exit(0);
+	if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
+		_exit(WIFEXITED(status) ? WEXITSTATUS(status) : 4);
+	return 1;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		unsigned (*run)(unsigned round); /* 0: it did not come about */
+	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "zap", zap },
+			  { "sparse", sparse }, { "freed", freed }, { "fork", part } };
+	unsigned rounds = argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 0, came = 0;
+
+	scenario = argc > 1 ? argv[1] : "";
+	memset(map(NULL, 512), 1, 512 * PAGE); /* large enough to be managed */
+	usleep(100000);
+	for (size_t s = 0; s < sizeof scenarios / sizeof *scenarios; s++)
+		if (strcmp(scenarios[s].name, scenario) == 0)
+			for (unsigned round = 0; round < rounds; round++)
+				came += scenarios[s].run(round);
+	fprintf(stderr, "races %s: %u of %u rounds\n", scenario, came, rounds);
+	return came > rounds / 2 ? 0 : 5;
+}
