@@ -25,6 +25,8 @@
 #include "engine_internal.h"
 #include "sys.h"
 
+#define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
+
 /* ---- small services for the other files ---- */
 
 double engine_latency_bucket_us(int bucket)
@@ -451,14 +453,15 @@ int engine_group_destroy(struct engine *engine, int number)
 
 	pthread_mutex_lock(&engine->registry);
 	group = group_at(engine, number);
-	while (group && !group->client_count && group->users) {
+	for (unsigned ms = 0; ms < GROUP_LEAVE_MS && group && !group->client_count && group->users; ms++) {
 		/* An evictor or the writer is just leaving a group without clients. */
 		pthread_mutex_unlock(&engine->registry);
 		sys_sleep_ms(1);
 		pthread_mutex_lock(&engine->registry);
 		group = group_at(engine, number);
 	}
-	if (!group || group->client_count) {
+	/* Or the writer waits for a device that hangs: nobody is to wait for that with it. */
+	if (!group || group->client_count || group->users) {
 		pthread_mutex_unlock(&engine->registry);
 		return group ? -EBUSY : -ENOENT;
 	}

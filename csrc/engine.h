@@ -83,7 +83,8 @@ int engine_group_create(struct engine *engine, const char *name, uint64_t limit_
 int engine_group_set_limit(struct engine *engine, int group, uint64_t limit_bytes,
 			   uint64_t pool_limit_bytes);
 int engine_group_find(struct engine *engine, const char *name); /* number or -ENOENT */
-int engine_group_destroy(struct engine *engine, int group);     /* -EBUSY while it has clients */
+/* -EBUSY while it has clients, or objects of it are being written by a device that takes its time. */
+int engine_group_destroy(struct engine *engine, int group);
 
 /* For the control plane of a successor: a text of its own (NUL-terminated), and the descriptor of the
  * connection that the group belongs to, -1 for none. */

@@ -166,10 +166,13 @@ class GroupRegistry:
 
     def note_change(self) -> None:
         """A client came or went: wake the waiting, destroy doomed groups that are empty."""
+        self._destroy_doomed()
+        self._changed.unpark_all()
+
+    def _destroy_doomed(self) -> None:
         for group in self:
             if group.doomed:
                 self._destroy_if_empty(group)
-        self._changed.unpark_all()
 
     def _destroy_if_empty(self, group: Group) -> None:
         try:
@@ -243,6 +246,7 @@ class GroupRegistry:
         """Scan for ever."""
         while True:
             seconds = self.scan()
+            self._destroy_doomed()  # something was still at work on one
             await self.wait_scan(seconds)
 
     async def wait_scan(self, seconds: float) -> None:
