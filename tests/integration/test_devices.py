@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A spill device that hangs, or goes away: a file system of the test's own (support/hanging_fs.py)."""
+"""A spill device that hangs: a file system of the test's own (support/hanging_fs.py)."""
 
 from __future__ import annotations
 
@@ -47,15 +47,11 @@ class Device:
         told = self._control.with_suffix(".waiting")
         return int(told.read_text() or 0) if told.exists() else 0
 
-    def vanish(self) -> None:
-        """For good: whatever it is asked fails."""
-        self._server.kill()
-        self._server.wait()
-
     def close(self) -> None:
         """Leave nothing behind."""
         self.answer()
-        self.vanish()
+        self._server.kill()
+        self._server.wait()
         subprocess.run(["umount", "--lazy", str(self.mountpoint)], check=True)
 
 
@@ -164,21 +160,3 @@ def test_hanging_write_stalls_no_command(device: Device, near_and_far: str, veri
         assert device.waiting()
         device.answer()
         wait_until("the groups are gone", lambda: not service.status()["groups"])
-
-
-def test_vanished_device_costs_its_pages_alone(
-    device: Device, near_and_far: str, verify_memory: str, tmp_path: Path
-) -> None:
-    """SIGBUS where a page was on it, a line that says why; everything else goes on, in RAM."""
-    with _serving(tmp_path, device) as service, _client(service, near_and_far) as client:
-        device.vanish()
-        client.ask("near")
-        assert client.answer() == "near 0 0"
-        client.ask("far")
-        name, wrong, lost = client.answer().split()
-        assert (name, wrong) == ("far", "0")
-        assert 0 < int(lost) < 64 * 256
-        client.ask("near")
-        assert client.answer() == "near 0 0"
-        assert _run_beside(service, verify_memory) == 0
-        assert "Transport endpoint is not connected" in service.log.read_text()

@@ -56,7 +56,7 @@ _COPY = (
     "\t\t\t\t       &done);\n"
 )
 _COPY_AGAIN = f"\tdo {{\n{_COPY}{_UNLOCK}\tsys_sleep_ms(1);\n{_LOCK}\t}} while (outcome == FILL_AGAIN);\n"
-_ACROSS_MAPPINGS = "\tif (outcome == FILL_MOVED && count > 1) { /*"
+_ZERO = "\t\toutcome = sys_userfaultfd_zero(client->events_fd, address_of(fault->page), bytes, &done);\n"
 _POST = '\t(void)fault_point("evict/post");\n'
 _TORTURE = ("--torture", "--limit", str(64 * MIB))
 
@@ -97,7 +97,7 @@ _RACES = [
                 "fill.c",
                 (
                     ("\tif (!zero_page)\n", _UNLOCK + "\tif (!zero_page)\n"),
-                    (_ACROSS_MAPPINGS, _LOCK + _ACROSS_MAPPINGS),
+                    (_ZERO, _ZERO + _LOCK),
                 ),
             ),
         ),
