@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Other people's tests, while random pages are evicted all the time: they must say what they say natively."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from xml.etree import ElementTree
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.limited import need_program, run_limited
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_PYTHON = "/usr/bin/python3"  # the distribution's: its tests are the package libpython3.N-testsuite
+_OPTIONS = ["--private", "--torture"]
+
+# ---- CPython's regression tests ----
+
+# Of the acceptance list test_sqlite3 is missing: Debian's package of tests does not have it.
+_CPYTHON = [
+    "test_mmap", "test_fork1", "test_subprocess", "test_threading", "test_multiprocessing_fork", "test_io",
+    "test_array", "test_bytes", "test_gc", "test_dict", "test_asyncio",
+]  # fmt: skip
+
+
+def _outcomes(path: Path) -> dict[str, str]:
+    """{test: passed, skipped, failure or error} of a JUnit file."""
+    outcomes = {}
+    for case in ElementTree.parse(path).iter("testcase"):  # noqa: S314 -- what we have just had written
+        name = f"{case.get('classname', '')}.{case.get('name')}"
+        outcomes[name] = next((child.tag for child in case if child.tag != "system-out"), "passed")
+    return outcomes
+
+
+def _regrtest(names: list[str], report: Path) -> list[str]:
+    return [_PYTHON, "-m", "test", "-u", "none", "--timeout", "600", "--junit-xml", str(report), *names]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", _CPYTHON)
+def test_cpython(name: str, tmp_path: Path) -> None:
+    reports = {mode: tmp_path / f"{mode}.xml" for mode in ("native", "limited")}
+    native = subprocess.run(
+        _regrtest([name], reports["native"]), cwd=tmp_path, capture_output=True, check=False, timeout=900
+    )
+    argv = _regrtest([name], reports["limited"])
+    limited = run_limited("64M", argv, options=_OPTIONS, cwd=tmp_path, seconds_max=900)
+    wanted, found = (_outcomes(report) for report in reports.values())
+    assert len(wanted) > 0, native.stderr
+    differing = {
+        test: (wanted.get(test), found.get(test))
+        for test in {*wanted, *found}
+        if wanted.get(test) != found.get(test)
+    }
+    assert not differing, f"{differing}\n{limited.describe()}"
+    assert limited.status == native.returncode, limited.describe()
+    evicted = int(limited.stats["counters"]["evicted_pages"])
+    print(f"{name}: {len(found)} tests as natively, {limited.seconds:.0f} s, {evicted} pages evicted")
+
+
+# ---- stress-ng ----
+
+_BAD_LINE = re.compile(r"stress-ng: (fail|error):|unsuccessful|terminated on signal|aborted", re.IGNORECASE)
+# What a program has registered with a userfaultfd of its own cannot be managed: 512 MiB that count, and do not fit.
+_OWN_USERFAULTFD = pytest.mark.xfail(run=False, reason="its memory is beyond the limit and cannot be evicted")
+_CLASSES = [
+    "vm", "mmap", "mremap", "fork", "madvise", "brk", "mprotect", "vforkmany",
+    pytest.param("userfaultfd", marks=_OWN_USERFAULTFD),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stressor", _CLASSES)
+def test_stress_ng(stressor: str, seconds: int, tmp_path: Path) -> None:
+    program = need_program("stress-ng")
+    argv = [program, f"--{stressor}", "2", "--verify", "-t", f"{seconds}s", "-v", "--temp-path", str(tmp_path)]
+    result = run_limited("64M", argv, options=_OPTIONS, seconds_max=seconds * 6 + 120)
+    text = (result.stdout + result.stderr).decode(errors="replace")
+    bad = [line for line in text.splitlines() if _BAD_LINE.search(line)]
+    assert result.status == 0, result.describe()
+    assert not bad, "\n".join(bad[:20])
+    assert "successful run" in text or "passed: 2" in text, text[-2000:]
