@@ -35,8 +35,8 @@
 #define GUARD_BYTES_MAX (64UL << 10)
 #define THREAD_STACK_BYTES (8UL << 20)
 #define PSS_INTERVAL_NS 5000000ULL
-#define PSS_COST_MIN 4 /* times what a reading took, while there is growth that no fault told of */
-#define PSS_COST_MAX 32 /* without */
+#define PSS_COST_MIN 4u /* times what a reading took, while there is growth that no fault told of */
+#define PSS_COST_MAX 16u /* without */
 #define PSS_GROWTH_BYTES (256ULL << 10)
 #define ZERO_RANGES 64
 #define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
@@ -216,8 +216,10 @@ static void look_at_pss(struct client *client, uint64_t resident, uint64_t now)
 	client->pss_above_resident = (int64_t)(bytes / PAGE_BYTES) - (int64_t)resident;
 	set_resident(client, (int64_t)(bytes / PAGE_BYTES), growth);
 	cost_ns = sys_now_ns() - now;
-	client->pss_cost_factor = (uint64_t)growth * PAGE_BYTES >= PSS_GROWTH_BYTES
-		? PSS_COST_MIN : min_of(client->pss_cost_factor * 2, (uint32_t)PSS_COST_MAX);
+	if ((uint64_t)growth * PAGE_BYTES >= PSS_GROWTH_BYTES)
+		client->pss_cost_factor = PSS_COST_MIN;
+	else
+		client->pss_cost_factor = min_of(max_of(client->pss_cost_factor * 2, PSS_COST_MIN), PSS_COST_MAX);
 	client->pss_next_ns = now + PSS_INTERVAL_NS + cost_ns * client->pss_cost_factor;
 }
 

@@ -37,7 +37,7 @@ def _outcomes(path: Path) -> dict[str, str]:
 
 
 def _regrtest(names: list[str], report: Path) -> list[str]:
-    return [_PYTHON, "-m", "test", "-u", "none", "--timeout", "600", "--junit-xml", str(report), *names]
+    return [_PYTHON, "-m", "test", "-u", "none", "--timeout", "1500", "--junit-xml", str(report), *names]
 
 
 @pytest.mark.full
@@ -48,7 +48,7 @@ def test_cpython(name: str, tmp_path: Path) -> None:
         _regrtest([name], reports["native"]), cwd=tmp_path, capture_output=True, check=False, timeout=900
     )
     argv = _regrtest([name], reports["limited"])
-    limited = run_limited("64M", argv, options=_OPTIONS, cwd=tmp_path, seconds_max=900)
+    limited = run_limited("64M", argv, options=_OPTIONS, cwd=tmp_path, seconds_max=1800)
     wanted, found = (_outcomes(report) for report in reports.values())
     assert len(wanted) > 0, native.stderr
     differing = {
