@@ -19,7 +19,8 @@
  *                    locked memory: without a move meanwhile, staging is unlocked again.
  *   mmap, madvise    what populates private memory does so piece by piece. In one go it keeps the lock of
  *                    the address space, and all of it is there before it can be registered: beyond the
- *                    limit, however large it is.
+ *                    limit, however large it is. Not behind a seccomp filter, for which the pieces are
+ *                    system calls that the program did not make.
  *   syscall          dispatches unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
  *                    calls seccomp in no other way); anything else goes straight to the kernel.
  *
@@ -53,7 +54,7 @@
 #define LOOK_US_DEFAULT 10000
 #define LOOK_US_MAX 1000000
 #define POPULATE_BYTES (2UL << 20) /* a huge page; at most so much is populated before others get the lock */
-#define PAGE_BYTES 4096L
+#define ERRNO_MAX 4095
 #define SINGLE_TASK_FLAGS \
 	(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWTIME | CLONE_FS | CLONE_THREAD | CLONE_SIGHAND | \
 	 CLONE_VM)
@@ -121,9 +122,9 @@ EXPORT int mlockall(int flags) { return result_of(mlockall_raw(flags)); }
 
 /* ---- wrappers: populating ---- */
 
-static bool is_populating(int advice)
+static bool populates_by_pieces(unsigned long length)
 {
-	return advice == MADV_POPULATE_READ || advice == MADV_POPULATE_WRITE;
+	return length > POPULATE_BYTES && agent && agent->tgid && !agent->sandboxed;
 }
 
 /* As the kernel does it in one go: up to the first error. The pause is for those who wait for the lock: without it
@@ -138,35 +139,35 @@ static long populate(long address, unsigned long length, int advice)
 
 		if (result < 0)
 			return result;
-		if (agent && agent->tgid)
-			(void)RAW_2(__NR_nanosleep, (long)&pause, 0);
+		(void)RAW_2(__NR_nanosleep, (long)&pause, 0);
 	}
 	return 0;
 }
 
 EXPORT int madvise(void *address, size_t length, int advice)
 {
-	if (!is_populating(advice) || length <= POPULATE_BYTES || ((uintptr_t)address & (PAGE_BYTES - 1)) != 0 ||
-	    (uintptr_t)address + length < (uintptr_t)address)
+	bool is_populating = advice == MADV_POPULATE_READ || advice == MADV_POPULATE_WRITE;
+	bool is_valid = (uintptr_t)address % AGENT_PAGE == 0 && (uintptr_t)address + length >= (uintptr_t)address;
+
+	if (!is_populating || !is_valid || !populates_by_pieces(length))
 		return result_of(RAW_3(__NR_madvise, (long)address, (long)length, advice));
 	return result_of(populate((long)address, length, advice));
 }
 
-static bool populates_private(size_t length, int flags)
+static bool is_private_populating(int flags)
 {
 	const int bits = MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE;
 
-	return length > POPULATE_BYTES && (flags & bits) == bits &&
-	       !(flags & (MAP_LOCKED | MAP_NONBLOCK | MAP_HUGETLB));
+	return (flags & bits) == bits && !(flags & (MAP_LOCKED | MAP_NONBLOCK | MAP_HUGETLB));
 }
 
 EXPORT void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
-	bool by_pieces = populates_private(length, flags);
+	bool by_pieces = is_private_populating(flags) && populates_by_pieces(length);
 	long result = raw_call(__NR_mmap, (long)address, (long)length, protection,
 			       by_pieces ? flags & ~MAP_POPULATE : flags, fd, offset);
 
-	if (result < 0 && result > -PAGE_BYTES) {
+	if (result < 0 && result >= -ERRNO_MAX) {
 		errno = (int)-result;
 		return MAP_FAILED;
 	}

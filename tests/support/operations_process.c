@@ -461,6 +461,30 @@ static void seccomp_tsync(void)
 	check_afterwards(&area);
 }
 
+/* One that kills for what the client library would populate with, when the program has asked mmap for that. */
+static struct sock_filter no_madvise_code[] = {
+	BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_madvise, 1, 0),
+	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_nanosleep, 0, 1),
+	BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+	BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+};
+static struct sock_fprog no_madvise = { sizeof no_madvise_code / sizeof *no_madvise_code, no_madvise_code };
+
+static void seccomp_populate(void)
+{
+	const size_t bytes = 4 << 20; /* more than one piece */
+	struct area area = area_make(AREA_PAGES);
+
+	page_out_prepare();
+	must_call(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "NO_NEW_PRIVS");
+	must_call(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &no_madvise, 0, 0) == 0, "seccomp");
+	must_call(mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0) !=
+			  MAP_FAILED,
+		  "mmap");
+	check_afterwards(&area);
+}
+
 static void dumpable_off(void)
 {
 	struct area area = area_make(AREA_PAGES);
@@ -546,6 +570,7 @@ const struct row process_rows[] = {
 	{ "setuid_drop", setuid_drop, ROW_OWN },
 	{ "seccomp_later", seccomp_later, ROW_OWN },
 	{ "seccomp_tsync", seccomp_tsync, ROW_OWN },
+	{ "seccomp_populate", seccomp_populate, ROW_OWN },
 	{ "dumpable_off", dumpable_off, ROW_OWN },
 	{ "unshare_later", unshare_later, ROW_OWN },
 	{ "unshare_user", unshare_user, ROW_OWN },
