@@ -267,15 +267,14 @@ static enum fill_result fill_protected(struct client *client, const struct fault
 	unsigned window = window_in_region(client, fault->page, stream_window(client, fault));
 	unsigned count = charge_some(client, window);
 	enum fill_outcome outcome;
-	uint64_t done;
 
 	if (count == 0)
 		return FILL_DEFER;
-	outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), count * PAGE_BYTES, &done);
+	outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), count * PAGE_BYTES);
 	if (outcome == FILL_MOVED && count > 1) { /* the run crosses a mapping's end */
 		uncharge(client, count - 1);
 		count = 1;
-		outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), PAGE_BYTES, &done);
+		outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), PAGE_BYTES);
 	}
 	if (outcome == FILL_DONE) {
 		note_recent(client, fault->page);
@@ -743,8 +742,12 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 		return fill_beacon(client, scratch);
 	if (client->remap_count > 0 && remap_is_waiting(client, fault->page))
 		return try_again(client);
-	if (fault->is_protected)
-		return fill_protected(client, fault);
+	if (fault->is_protected) {
+		result = fill_protected(client, fault);
+		if (result == FILL_ANSWERED)
+			note_answered(client, fault, SLOT_NONE);
+		return result;
+	}
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
 		return FILL_DEFER;
 	if (fault->synthetic && !slot_is_swapped(slot.tag))

@@ -162,11 +162,12 @@ int sys_userfaultfd_protect(int fd, uint64_t address, uint64_t bytes)
 	return write_protect("sys/protect", fd, address, bytes, UFFDIO_WRITEPROTECT_MODE_WP) < 0 ? -errno : 0;
 }
 
-enum fill_outcome sys_userfaultfd_unprotect(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes)
+enum fill_outcome sys_userfaultfd_unprotect(int fd, uint64_t address, uint64_t bytes)
 {
 	int result = write_protect("sys/unprotect", fd, address, bytes, 0);
+	uint64_t done;
 
-	return fill_outcome_of(result, result == 0 ? (int64_t)bytes : 0, bytes, ret_bytes);
+	return fill_outcome_of(result, result == 0 ? (int64_t)bytes : 0, bytes, &done);
 }
 
 bool sys_userfaultfd_is_gone(int fd)

@@ -46,7 +46,7 @@ enum fill_outcome sys_userfaultfd_zero(int fd, uint64_t address, uint64_t bytes,
 
 /* Have writes to these pages fault, those that are mapped; and no more, which also wakes who waits. */
 int sys_userfaultfd_protect(int fd, uint64_t address, uint64_t bytes);
-enum fill_outcome sys_userfaultfd_unprotect(int fd, uint64_t address, uint64_t bytes, uint64_t *ret_bytes);
+enum fill_outcome sys_userfaultfd_unprotect(int fd, uint64_t address, uint64_t bytes);
 
 /* True when the address space behind a userfaultfd is gone. */
 bool sys_userfaultfd_is_gone(int fd);
