@@ -298,15 +298,15 @@ static const uint8_t *object_get(struct job *job, const struct move *move, const
 /* Has the pool of the group room for a turn's objects, for as long as nobody else takes it? */
 static bool pool_takes(const struct group *group, bool others_take)
 {
-	uint64_t pool_bytes = READ_ONCE(group->pool_bytes) + TURN_BYTES;
+	uint64_t taken_bytes = pool_bytes(group->pool) + TURN_BYTES;
 	uint64_t cap = group_pool_cap_bytes(group);
 
 	if (group_room_bytes(group) < (int64_t)(2 * group_reserve_bytes(group) + TURN_BYTES))
 		return false;
-	if (group->pool_limit_bytes && pool_bytes > group->pool_limit_bytes)
+	if (group->pool_limit_bytes && taken_bytes > group->pool_limit_bytes)
 		return false;
 	/* Not up to the cap, from which on the writer would carry it to the others in small steps. */
-	return !others_take || pool_bytes + cap / 8 < cap;
+	return !others_take || taken_bytes + cap / 8 < cap;
 }
 
 /* Where the objects of this turn go: 0 pool, 1 a segment, -ENOSPC. */
@@ -739,7 +739,7 @@ static void add_room(struct engine *engine, uint32_t set, struct engine_room *ro
 		bytes = min_of(bytes, READ_ONCE(group->spill_bytes));
 		if (group->pool_limit_bytes)
 			bytes = min_of(bytes, (int64_t)group->pool_limit_bytes -
-						      (int64_t)READ_ONCE(group->pool_bytes));
+						      (int64_t)pool_bytes(group->pool));
 		room->pool_bytes += (uint64_t)max_of(bytes, 0);
 	}
 }

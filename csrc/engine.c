@@ -898,7 +898,7 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		record.usage_bytes_max = group->usage_bytes_max;
 		record.resident_bytes = (uint64_t)max_of(READ_ONCE(group->resident_pages), 0) * PAGE_BYTES;
 		record.unmanaged_bytes = group->unmanaged_bytes;
-		record.pool_bytes = READ_ONCE(group->pool_bytes);
+		record.pool_bytes = pool_bytes(group->pool);
 		record.metadata_bytes = (uint64_t)max_of(group->metadata_bytes, 0);
 		record.swapped_pages_max = group->swapped_pages_max;
 		record.spill_bytes = (uint64_t)max_of(READ_ONCE(group->spill_bytes), 0);

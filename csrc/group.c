@@ -13,7 +13,7 @@ uint64_t group_usage_bytes(const struct group *group)
 
 	return (uint64_t)max_of(resident, 0) * PAGE_BYTES + (uint64_t)max_of(metadata, 0) +
 	       READ_ONCE(group->unmanaged_bytes) +
-	       READ_ONCE(group->pool_bytes);
+	       pool_bytes(group->pool);
 }
 
 int64_t group_room_bytes(const struct group *group)
@@ -91,7 +91,6 @@ void group_pool_changed(struct group *group)
 	struct pool_statistics statistics;
 
 	pool_statistics(group->pool, &statistics);
-	WRITE_ONCE(group->pool_bytes, statistics.bytes);
 	if (statistics.object_count > 1024)
 		WRITE_ONCE(group->pool_percent,
 			   (uint32_t)(statistics.object_bytes * 100 / PAGE_BYTES /
@@ -111,9 +110,7 @@ bool group_gives_up_copies(const struct group *group)
 
 bool group_keeps_copies(const struct group *group)
 {
-	uint64_t pool_bytes = READ_ONCE(group->pool_bytes);
-
-	return pool_bytes < group_pool_cap_bytes(group);
+	return pool_bytes(group->pool) < group_pool_cap_bytes(group);
 }
 
 void group_note_stream(struct group *group, bool streaming)

@@ -36,7 +36,6 @@ struct group {
 	int64_t resident_pages;    /* sum over clients */
 	int64_t growth_pages;      /* what they are expected to grow by until the next look, unseen */
 	uint64_t unmanaged_bytes;
-	uint64_t pool_bytes;       /* as of the last store or free */
 	uint32_t pool_percent;     /* mean size of its objects, percent of a page */
 	int64_t metadata_bytes;
 	int64_t spill_bytes;       /* in live extents that its clients' slots name */
@@ -76,6 +75,7 @@ bool group_has_room(const struct group *group, unsigned reserves);
  */
 uint64_t group_pool_cap_bytes(const struct group *group);
 
+/* Objects came or went: note their mean size, and the most that was used. */
 void group_pool_changed(struct group *group);
 /* So many units more, or less, are its own in backends. */
 void group_spill_changed(struct group *group, int units);

@@ -310,7 +310,6 @@ static void note_maxima(struct engine *engine)
 
 		if (!group)
 			continue;
-		group_pool_changed(group); /* what events and fills have freed */
 		for (unsigned i = 0; i < engine->clients_end; i++)
 			if (engine->clients[i] && engine->clients[i]->group == group)
 				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);

@@ -94,7 +94,7 @@ struct pool {
 	uint16_t number;
 	uint32_t full_head;
 	uint32_t evacuating_head;
-	uint64_t slab_count;
+	uint64_t slab_count;             /* read without the lock */
 	uint64_t object_count;
 	uint64_t object_bytes;
 	struct pool_class classes[POOL_CLASSES];
@@ -457,7 +457,7 @@ static int slab_adopt(struct pool *pool, uint32_t number, unsigned class, unsign
 	if (slab->owner == 0) {
 		slab_set_owner(slab, pool->number);
 		slab->class = (uint8_t)class;
-		pool->slab_count++;
+		WRITE_ONCE(pool->slab_count, pool->slab_count + 1);
 		pool->classes[class].slab_count++;
 	}
 	if (slab->owner != pool->number || slab->class != class || *word & bit)
@@ -582,7 +582,7 @@ static void slab_forget(struct pool *pool, uint32_t number)
 		class->evacuating_count--;
 	class->slab_count--;
 	class->used -= slab->used;
-	pool->slab_count--;
+	WRITE_ONCE(pool->slab_count, pool->slab_count - 1);
 	pool->object_count -= slab->used;
 	pool->object_bytes -= slab->used * class_bytes(slab->class);
 	slab->used = 0;
@@ -661,7 +661,7 @@ static void slab_enlist(struct pool *pool, uint32_t number)
 	slab_set_state(slab, SLAB_PARTIAL);
 	list_push(pool->space, slab_list(pool, slab), number);
 	pool->classes[slab->class].slab_count++;
-	pool->slab_count++;
+	WRITE_ONCE(pool->slab_count, pool->slab_count + 1);
 }
 
 /* Take an object of a class from a new slab, or from one that became PARTIAL meanwhile. */
@@ -856,12 +856,17 @@ void pool_evacuate_end(struct pool *pool)
 
 /* ---- statistics and validation ---- */
 
+uint64_t pool_bytes(const struct pool *pool)
+{
+	return READ_ONCE(pool->slab_count) * POOL_SLAB_BYTES;
+}
+
 void pool_statistics(struct pool *pool, struct pool_statistics *ret_statistics)
 {
 	SCOPED_LOCK(&pool->lock);
 
 	*ret_statistics = (struct pool_statistics){
-		.bytes = pool->slab_count * POOL_SLAB_BYTES,
+		.bytes = pool_bytes(pool),
 		.object_bytes = pool->object_bytes,
 		.object_count = pool->object_count,
 		.slab_count = pool->slab_count,

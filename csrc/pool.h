@@ -105,6 +105,9 @@ int pool_adopt(struct pool *pool, uint64_t handle, unsigned units);
 /* All live objects are adopted: gives back the memory of all other slabs. May be called again. */
 void pool_space_adopt_end(struct pool_space *space);
 
+/* RAM that it takes now, whole slabs. No lock is taken. */
+uint64_t pool_bytes(const struct pool *pool);
+
 void pool_statistics(struct pool *pool, struct pool_statistics *ret_statistics);
 bool pool_is_valid(struct pool *pool);
 

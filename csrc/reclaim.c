@@ -159,7 +159,7 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 	static __thread uint64_t cursor;
 	uint64_t cap = group_pool_cap_bytes(group);
 
-	if (READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap)
+	if (pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap)
 		return true;
 	/* What is on the disk instead of a copy that saves nothing costs most. */
 	if (group_gives_up_copies(group)) {
@@ -174,13 +174,13 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 	if (writeback_is_possible(engine, group)) {
 		engine_kick_writer(engine);
 		sys_sleep_ms(1);
-		return READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap;
+		return pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
 	}
 	(void)evict_drop_kept(client, DROP_PAGES, &cursor);
 	group_pool_changed(group);
 	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */
-	return group->pool_limit_bytes == 0 || READ_ONCE(group->pool_bytes) + POOL_SLAB_BYTES <= cap;
+	return group->pool_limit_bytes == 0 || pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
 }
 
 static uint64_t torture_hand(const struct client *client)

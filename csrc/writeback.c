@@ -53,7 +53,7 @@ static bool needs_writeback(struct engine *engine, const struct group *group)
 	/* Under random access kept copies go first (reclaim.c). */
 	if (group_gives_up_copies(group) && !READ_ONCE(group->kept_exhausted))
 		return false;
-	return READ_ONCE(group->pool_bytes) + margin > cap && writeback_is_possible(engine, group);
+	return pool_bytes(group->pool) + margin > cap && writeback_is_possible(engine, group);
 }
 
 bool writeback_is_possible(struct engine *engine, const struct group *group)
