@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from support.limited import MIB, LimitedProgram, command_path, run_limited
-from support.sampler import ControlClient
+from support.sampler import ControlClient, answering_pid
 
 if TYPE_CHECKING:
     from integration.conftest import DaemonProcess
@@ -42,13 +42,7 @@ class Killer:
 
     def answering(self) -> int:
         """PID of the daemon that answers now."""
-        deadline = time.monotonic() + _PAUSE_SECONDS_MAX
-        while True:
-            try:
-                with ControlClient(self._socket_path, _PAUSE_SECONDS_MAX) as control:
-                    return int(control.request("ping", _PAUSE_SECONDS_MAX)["pid"])
-            except (OSError, EOFError):
-                assert time.monotonic() < deadline, "no daemon answers any more"
+        return answering_pid(self._socket_path, _PAUSE_SECONDS_MAX)
 
     def kill(self, times: int) -> None:
         """Kill it `times` times, at random moments."""
@@ -77,16 +71,16 @@ class UpgradeWatch:
     """Asks all the time which daemon answers. `pauses`: from the last answer of one to the first of the next, s."""
 
     def __init__(self, socket_path: str) -> None:
-        self._killer = Killer(socket_path, 0.0, seed=0)
+        self._socket_path = socket_path
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self.pauses: list[float] = []
 
     def _watch(self) -> None:
-        pid, answered = self._killer.answering(), time.monotonic()
+        pid, answered = answering_pid(self._socket_path, _PAUSE_SECONDS_MAX), time.monotonic()
         while not self._ends.wait(0.002):
             before, since = pid, answered
-            pid, answered = self._killer.answering(), time.monotonic()
+            pid, answered = answering_pid(self._socket_path, _PAUSE_SECONDS_MAX), time.monotonic()
             if pid != before:
                 self.pauses.append(answered - since)
 

@@ -166,6 +166,19 @@ class ControlClient:
         return document
 
 
+def answering_pid(socket_path: str, seconds_max: float, dead: int = 0) -> int:
+    """PID of the daemon that answers there, another than `dead`: waited for. TimeoutError."""
+    deadline = time.monotonic() + seconds_max
+    while True:
+        with contextlib.suppress(OSError, EOFError), ControlClient(socket_path, seconds_max) as control:
+            pid = int(control.request("ping", seconds_max)["pid"])
+            if pid != dead:
+                return pid
+        if time.monotonic() > deadline:
+            raise TimeoutError("no daemon answers")
+        time.sleep(0.001)  # polling another process's state
+
+
 @dataclass
 class Member:
     """A process of the tree, as it was seen."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.sampler import ControlClient
+from support.sampler import ControlClient, answering_pid
 
 _SECONDS_MAX = 20.0
 
@@ -30,29 +30,13 @@ def _systemctl(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def _answering(socket_path: str, dead: int = 0) -> int:
-    """PID of the daemon that answers, another than `dead`."""
-    deadline = time.monotonic() + _SECONDS_MAX
-    while True:
-        try:
-            with ControlClient(socket_path, _SECONDS_MAX) as control:
-                pid = int(control.request("ping", _SECONDS_MAX)["pid"])
-                if pid != dead:
-                    return pid
-        except (OSError, EOFError):
-            pass
-        if time.monotonic() > deadline:
-            sys.exit("no daemon answers")
-        time.sleep(0.002)  # polling another process's state
-
-
 def _main_pid() -> int:
     return int(_systemctl("show", "-P", "MainPID", "vswapd"))
 
 
 def _replace(kind: str, vswapctl: str, socket_path: str) -> None:
     """Have a daemon, its supervisor or both replaced; until the next answers."""
-    pid = _answering(socket_path)
+    pid = answering_pid(socket_path, _SECONDS_MAX)
     if kind == "upgrade":
         before = _main_pid()
         subprocess.run([vswapctl, "upgrade", "--socket", socket_path], check=True, stdout=subprocess.DEVNULL)
@@ -62,7 +46,7 @@ def _replace(kind: str, vswapctl: str, socket_path: str) -> None:
             sys.exit(f"the manager's main process is {_main_pid()}, the supervisor {supervisor}, before {before}")
         return
     os.kill(pid if kind == "daemon" else _main_pid(), signal.SIGKILL)
-    _answering(socket_path, pid)
+    answering_pid(socket_path, _SECONDS_MAX, dead=pid)
 
 
 def main() -> int:
