@@ -213,11 +213,14 @@ def run_native(argv: Sequence[str], **options: Any) -> subprocess.CompletedProce
     return subprocess.run(list(argv), capture_output=True, check=False, **options)
 
 
-def assert_honest(result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None) -> None:
+def assert_honest(
+    result: LimitedResult, limit_bytes: int, *, demand_bytes: int | None = None, moment_bytes: int = 32 * MIB
+) -> None:
     """The limit was kept, and by swapping.
 
     peak <= limit + 10 %, or + 16 MiB for the small limits of CI: what a process can touch in a few looks on
-    a busy machine does not shrink with the limit (README, Guarantees and limits). At least half of the
+    a busy machine does not shrink with the limit (README, Guarantees and limits). There, one sample in fifty may
+    be above by another `moment_bytes`: a look that is late by a scheduler's tick. At least half of the
     excess was swapped; faults were answered; every member of the tree above the minimum was managed.
     `demand_bytes`: what the program needs without a limit, when the test knows it; else the most that was
     seen resident and swapped together.
@@ -231,7 +234,10 @@ def assert_honest(result: LimitedResult, limit_bytes: int, *, demand_bytes: int 
     over = ", ".join(
         f"{start:.2f}-{end:.2f} s {highest / MIB:.1f} MiB" for start, end, highest in samples.excursions(bound)[:20]
     )
-    assert samples.peak_bytes <= bound, (
+    is_small = bound > limit_bytes * 1.10
+    assert samples.peak_bytes <= bound + (moment_bytes if is_small else 0) and (
+        samples.above(bound) <= (samples.count // 50 if is_small else 0)
+    ), (
         f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
     )
     excess = (demand_bytes if demand_bytes is not None else samples.demand_bytes_max) - limit_bytes

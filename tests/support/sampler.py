@@ -230,6 +230,10 @@ class Samples:
     daemon_pid: int = 0
     history: list[tuple[float, int, int]] = field(default_factory=list)  # (seconds, tree, pool + metadata)
 
+    def above(self, limit_bytes: float) -> int:
+        """How many samples had a cost above `limit_bytes`."""
+        return sum(resident + cost > limit_bytes for _, resident, cost in self.history)
+
     def excursions(self, limit_bytes: float) -> list[tuple[float, float, int]]:
         """When the cost was above `limit_bytes`: (from, to, highest), seconds since the start."""
         found: list[tuple[float, float, int]] = []
