@@ -315,12 +315,19 @@ static void wait_for(struct agent_state *state, uint64_t ns)
 	agent_rest(state);
 }
 
+/* Whoever waits in agent_hurry goes on. */
+static void hurry_end(struct agent_state *state)
+{
+	atomic_set(&state->hurry, AGENT_HURRY_OVER);
+	raw_futex_wake(&state->hurry, FUTEX_PRIVATE_FLAG);
+}
+
 static void wait_until_worth(struct agent_state *state)
 {
 	uint64_t interval = LOOK_NS_MIN, since_around = 0, before;
 	struct look look = { 0, 0 };
 
-	for (;;) {
+	while (atomic_get(&state->hurry) != AGENT_HURRIED) {
 		wait_for(state, interval);
 		before = look.bytes;
 		look_take(&state->config, &look);
@@ -351,6 +358,7 @@ static void come_under_management(struct agent_state *state)
 		case JOIN_ABSENT:
 			break;
 		}
+		hurry_end(state);
 		if (state->config.verbose && !(state->said & AGENT_SAID_ABSENT))
 			agent_say(state, "runs natively, no daemon at ", state->config.socket_path);
 		state->said |= AGENT_SAID_ABSENT;
@@ -449,6 +457,7 @@ static _Noreturn void agent_main(void *argument)
 		if (!state->armed)
 			come_under_management(state);
 		atomic_set(&state->phase, AGENT_SERVING);
+		hurry_end(state);
 		agent_serve(state);
 		/* The daemon died before it took our ARM: nothing is registered but what another did. */
 		agent_unjoin(state);
@@ -464,6 +473,7 @@ int agent_start(struct agent_state *state)
 
 	state->request = AGENT_GO_ON;
 	state->parked = state->settled = state->differed = 0;
+	state->hurry = state->armed ? AGENT_HURRY_OVER : AGENT_UNHURRIED;
 	state->phase = AGENT_STARTING;
 	state->tgid = (uint32_t)raw_getpid();
 	raw_signals_block(&signals);
@@ -473,6 +483,22 @@ int agent_start(struct agent_state *state)
 	if (tid < 0)
 		atomic_set(&state->tid, 0);
 	return tid < 0 ? (int)tid : 0;
+}
+
+void agent_hurry(struct agent_state *state)
+{
+	uint32_t expected = AGENT_UNHURRIED;
+
+	(void)__atomic_compare_exchange_n(&state->hurry, &expected, AGENT_HURRIED, false, __ATOMIC_SEQ_CST,
+					  __ATOMIC_SEQ_CST);
+	for (uint64_t waited = 0; waited < AGENT_HURRY_NS_MAX; waited += LOOK_NS_MIN) {
+		if (atomic_get(&state->hurry) != AGENT_HURRIED || !atomic_get(&state->tid))
+			return;
+		/* Again and again: a wake may come a moment before its wait. */
+		raw_futex_wake(&state->request, FUTEX_PRIVATE_FLAG);
+		(void)raw_futex_wait(&state->hurry, AGENT_HURRIED, LOOK_NS_MIN, FUTEX_PRIVATE_FLAG);
+	}
+	atomic_set(&state->hurry, AGENT_HURRY_OVER);
 }
 
 struct agent_state *agent_create(const struct agent_config *config)

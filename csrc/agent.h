@@ -54,6 +54,7 @@
 
 #define AGENT_PATH_BYTES 108 /* of a Unix socket's address */
 #define AGENT_SLOW_NS 1000000000ULL
+#define AGENT_HURRY_NS_MAX 1000000000ULL
 #define AGENT_SAY_BYTES 200
 
 enum agent_phase { AGENT_STARTING, AGENT_LOOKING, AGENT_JOINING, AGENT_SERVING };
@@ -64,6 +65,9 @@ enum agent_request {
 	AGENT_PARK = 1,  /* set `parked`, then wait for another request */
 	AGENT_LEAVE = 2, /* end the thread */
 };
+
+/* Whether a thread of the program waits until it is known if the process is managed: once in its life. */
+enum agent_hurry { AGENT_UNHURRIED, AGENT_HURRIED, AGENT_HURRY_OVER };
 
 /* The descriptors that an armed agent keeps. */
 enum agent_descriptor { AGENT_SOCKET, AGENT_EVENTS, AGENT_TRASH, AGENT_DESCRIPTORS };
@@ -94,6 +98,7 @@ struct agent_state {
 	uint32_t forked;       /* joined with the token of its beacon, and has no choice but to again */
 	uint32_t sandboxed;    /* left for good: seccomp. Forked children have no agent either */
 	uint32_t next_command; /* number of the next command of the ring */
+	uint32_t hurry;        /* futex; enum agent_hurry */
 	uint32_t differed;     /* looks in a row at which the program had other credentials */
 	uint32_t said;         /* bits AGENT_SAID_*: lines not to be repeated */
 	int32_t descriptors[AGENT_DESCRIPTORS];
@@ -126,6 +131,8 @@ static inline uint64_t agent_trash(const struct agent_state *state, uint32_t pro
 struct agent_state *agent_create(const struct agent_config *config);
 /* Start the thread; 0 or -errno. An armed state's descriptors are open in the caller's table. */
 int agent_start(struct agent_state *state);
+/* Have the agent join now, and wait until it has, or found nobody, or for AGENT_HURRY_NS_MAX. The first time only. */
+void agent_hurry(struct agent_state *state);
 /* In a forked child, before anything else runs there: forget the parent's agent. */
 void agent_forget_parent(struct agent_state *state);
 

@@ -694,6 +694,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 	if (result == 0) {
 		checkpoint_write(client, 0);
 		client_set_phase(client, CLIENT_LIVE);
+		look_at_new(client);
 	}
 	pthread_mutex_unlock(&client->gate);
 	/* Nothing of it is out yet, and nobody would read the events of what is registered. A forked child is

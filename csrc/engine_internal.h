@@ -142,6 +142,8 @@ void recover_start(struct engine *engine);
 void *look_thread_main(void *engine);
 /* Find and register regions of a client now. Gate held. */
 void look_discover(struct client *client);
+/* The same for a client that has just come, if its group is near its limit. The gate is held. */
+void look_at_new(struct client *client);
 /* reclaim.c */
 void *evictor_main(void *engine);
 /* Evict everything evictable of one client, once over its address space. Pages evicted. */

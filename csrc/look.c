@@ -172,6 +172,18 @@ void look_discover(struct client *client)
 	}
 }
 
+static bool is_near(const struct group *group)
+{
+	return group->flags & ENGINE_GROUP_TORTURE ||
+	       group_room_bytes(group) < (int64_t)group_register_bytes(group);
+}
+
+void look_at_new(struct client *client)
+{
+	if (is_near(client->group) && !client->dead && !client_is_shut(client))
+		look_discover(client);
+}
+
 /* ---- sizes ---- */
 
 static void set_resident(struct client *client, int64_t pages, int64_t growth_pages)
@@ -285,12 +297,6 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 }
 
 /* ---- the loop ---- */
-
-static bool is_near(const struct group *group)
-{
-	return group->flags & ENGINE_GROUP_TORTURE ||
-	       group_room_bytes(group) < (int64_t)group_register_bytes(group);
-}
 
 /* Milliseconds until this group must be looked at again. */
 static uint64_t interval_ms(const struct group *group)

@@ -19,8 +19,9 @@
  *                    locked memory: without a move meanwhile, staging is unlocked again.
  *   mmap, madvise    what populates private memory does so piece by piece. In one go it keeps the lock of
  *                    the address space, and all of it is there before it can be registered: beyond the
- *                    limit, however large it is. Not behind a seccomp filter, for which the pieces are
- *                    system calls that the program did not make.
+ *                    limit, however large it is. And the first mapping that is large in itself is not
+ *                    returned before the process is managed. Neither behind a seccomp filter, for which
+ *                    these are system calls that the program did not make.
  *   syscall          dispatches unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
  *                    calls seccomp in no other way); anything else goes straight to the kernel.
  *
@@ -161,6 +162,15 @@ static bool is_private_populating(int flags)
 	return (flags & bits) == bits && !(flags & (MAP_LOCKED | MAP_NONBLOCK | MAP_HUGETLB));
 }
 
+/* Of a size that makes the process worth managing: touched before it is, all of it would be beyond the limit. */
+static bool is_large_private(unsigned long length, int protection, int flags)
+{
+	const int bits = MAP_PRIVATE | MAP_ANONYMOUS;
+
+	return (flags & bits) == bits && !(flags & MAP_HUGETLB) && protection & PROT_WRITE && agent && agent->tgid &&
+	       length >= agent->config.minimum_bytes && !agent->sandboxed && agent->tgid == (uint32_t)raw_getpid();
+}
+
 EXPORT void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
 	bool by_pieces = is_private_populating(flags) && populates_by_pieces(length);
@@ -171,6 +181,8 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
 		errno = (int)-result;
 		return MAP_FAILED;
 	}
+	if (is_large_private(length, protection, flags))
+		agent_hurry(agent);
 	/* Like MAP_POPULATE it tells nobody what it could not do. */
 	if (by_pieces)
 		(void)populate(result, length, protection & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from support import header
-from support.limited import MIB, LimitedProgram, LimitedResult, assert_honest, python_argv, run_limited
+from support.limited import MIB, LimitedProgram, LimitedResult, assert_honest, python_argv, run_limited, run_native
 from support.sampler import ControlClient
+from vswapd import paths
 
 _INTERLEAVE = Path(__file__).parent.parent / "support" / "interleave.py"
 
@@ -157,6 +159,30 @@ def test_memory_that_comes_at_once(how: str) -> None:
     assert result.status == 0, result.describe()
     assert result.stdout == b"0 right\n", result.stdout
     assert_honest(result, 32 * MIB, demand_bytes=512 * MIB, moment_bytes=0)
+
+
+# What is large is not handed out before the process is managed: next to nothing is resident here.
+_LARGE_MAPPING = """
+import mmap
+def managed(): return "vswap-ring" in open("/proc/self/maps").read()
+before = managed()
+small = mmap.mmap(-1, 15 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+between = managed()
+large = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print(before, between, managed())
+"""
+
+
+def test_large_mapping_waits_until_it_is_managed() -> None:
+    result = run_limited("1G", python_argv(_LARGE_MAPPING))
+    assert result.status == 0, result.describe()
+    assert result.stdout == b"False False True\n", result.stdout
+
+
+def test_large_mapping_is_native_without_a_daemon(tmp_path: Path) -> None:
+    environment = {**os.environ, "LD_PRELOAD": paths.library(), "VSWAPD_SOCKET": str(tmp_path / "nobody")}
+    result = run_native(python_argv(_LARGE_MAPPING), env=environment, timeout=30)
+    assert result.stdout == b"False False False\n", result
 
 
 @pytest.mark.parametrize("attempt", range(3))
