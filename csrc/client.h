@@ -55,7 +55,7 @@ struct fault {
 	bool write;
 	bool synthetic; /* asked by pagein, nobody waits */
 	bool alone;     /* a read of it and others failed: read nothing but it */
-	bool is_protected; /* a write to a zero page (look.c), and nothing is missing */
+	bool is_protected; /* a write to a zero page (look.c) or a shared one (cow.c), and nothing is missing */
 };
 
 struct stream {
@@ -149,13 +149,19 @@ struct client {
 	uint64_t *cold;              /* clusters in the order they were stored, coldest first: a ring */
 	unsigned cold_capacity, cold_first, cold_count;
 
+	uint64_t relative; /* token of the client that it was forked from, or that it forked last; 0: unknown */
 	int64_t resident_pages;
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
+	int64_t growth_pages;        /* between the last two readings of Pss, and no fault told of it */
+	/* cow.c */
 	bool pss;           /* has forked relatives: resident is Pss */
+	bool is_alone;      /* at the last reading nothing was shared */
+	bool is_protecting; /* what was shared then is protected */
+	int64_t copied_pages; /* let through since then */
 	uint64_t pss_next_ns;
+	uint64_t pss_round; /* the group's, of the last reading */
 	int64_t pss_above_resident; /* pages, at the last reading */
 	uint32_t pss_cost_factor; /* the next reading is so many times later than the last one took */
-	int64_t growth_pages;     /* between the last two readings, and no fault told of it */
 	uint64_t faults, evicted_pages;
 	int64_t metadata_seen;
 	int evict_error; /* errno that ended eviction of this client, 0: none */

@@ -22,6 +22,7 @@
 	COUNTER(evicted_zero, "of these: all zero")                                                \
 	COUNTER(evicted_same, "of these: same-filled")                                             \
 	COUNTER(evicted_unchanged, "of these: equal to their kept copy, nothing stored")           \
+	COUNTER(evicted_shared, "of these: equal to what a forked relative has out, nothing stored") \
 	COUNTER(evicted_stored, "of these: compressed and stored")                                 \
 	COUNTER(evicted_raw, "of these: stored raw because incompressible")                        \
 	COUNTER(evict_busy, "pages that MOVE refused: pinned or shared after fork")                \

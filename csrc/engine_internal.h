@@ -144,6 +144,10 @@ void *look_thread_main(void *engine);
 void look_discover(struct client *client);
 /* The same for a client that has just come, if its group is near its limit. The gate is held. */
 void look_at_new(struct client *client);
+/* As adoption does it to a region. The gate is held. */
+void look_protect_zero_pages(const struct client *client, uint64_t start, uint64_t end);
+/* What was seen of it; a buried client has nothing. */
+void look_set_resident(struct client *client, int64_t pages, int64_t growth_pages);
 /* reclaim.c */
 void *evictor_main(void *engine);
 /* Evict everything evictable of one client, once over its address space. Pages evicted. */

@@ -28,6 +28,7 @@
 #include <sys/mman.h>
 
 #include "base.h"
+#include "cow.h"
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "fault_point.h"
@@ -417,6 +418,7 @@ struct stored {
 	struct slot slots[BATCH_PAGES_MAX];
 	uint64_t reused;  /* pages whose kept copy is used again */
 	uint64_t created; /* pages for which a pool object was stored */
+	uint64_t shared;  /* pages for which a reference was taken to a relative's copy */
 };
 
 /* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. When it lasts, the group
@@ -445,8 +447,50 @@ static struct slot store_object(struct client *client, struct evictor *evictor, 
 			      .check = check };
 }
 
-static void store_page(struct client *client, struct evictor *evictor, struct slot before, unsigned i,
-		       struct stored *stored)
+/*
+ * What forked relatives have in common is in memory once while it is resident. One of them has evicted this page
+ * already, and it was the same (as for kept copies, the check says so): one copy serves both.
+ */
+static bool share_with(struct client *relative, uint64_t page, uint64_t check, struct slot *ret_slot)
+{
+	struct slot_space *slots = relative->engine->slots;
+	struct slot_map *map = &relative->record->map;
+	struct slot slot;
+	uint64_t index;
+	bool shared = false;
+
+	if (pthread_mutex_trylock(&relative->gate) != 0)
+		return false; /* it is only worth a try */
+	if (!relative->dead && !client_is_shut(relative) && !relative->wiped_unknown &&
+	    slot_get(slots, map, page, &slot) == 0) {
+		struct slot copy = slot.tag == SLOT_INDIRECT ? slot_shared_get(slots, slot.location) : slot;
+
+		shared = (copy.tag == SLOT_POOL || copy.tag == SLOT_SPILL) && copy.check == check &&
+			 slot_share(slots, map, page, &index) == 0;
+		if (shared)
+			*ret_slot = (struct slot){ .tag = SLOT_INDIRECT, .location = index };
+	}
+	pthread_mutex_unlock(&relative->gate);
+	return shared;
+}
+
+/* With a reference; NULL when there is none that its copies could be shared with. */
+static struct client *relative_get(struct client *client)
+{
+	uint64_t token = READ_ONCE(client->relative);
+	struct client *relative = token ? client_get(client->engine, token) : NULL;
+
+	if (relative && (relative->group != client->group || READ_ONCE(relative->dead))) {
+		client_put(relative);
+		relative = NULL;
+	}
+	if (token && !relative)
+		WRITE_ONCE(client->relative, 0);
+	return relative;
+}
+
+static void store_page(struct client *client, struct client *relative, struct evictor *evictor, uint64_t page_number,
+		       struct slot before, unsigned i, struct stored *stored)
 {
 	const uint8_t *page = evictor->buffer + i * PAGE_BYTES;
 	uint64_t word, check;
@@ -460,6 +504,11 @@ static void store_page(struct client *client, struct evictor *evictor, struct sl
 		return;
 	}
 	check = codec_check(page, client->engine->state->secret);
+	if (relative && share_with(relative, page_number, check, &stored->slots[i])) {
+		stored->shared |= 1ULL << i;
+		counter_add(client->engine, evicted_shared, 1);
+		return;
+	}
 	if (slot_is_kept(before.tag) && before.check == check) {
 		stored->slots[i] = slot_unkept(before);
 		stored->reused |= 1ULL << i;
@@ -469,6 +518,21 @@ static void store_page(struct client *client, struct evictor *evictor, struct sl
 	stored->slots[i] = store_object(client, evictor, page, check);
 	if (stored->slots[i].tag == SLOT_POOL)
 		stored->created |= 1ULL << i;
+}
+
+static void store_pages(struct client *client, struct evictor *evictor, const struct choice *choice, uint64_t moved,
+			struct stored *stored)
+{
+	const struct batch_record *record = &client->record->batches[choice->window];
+	struct client *relative = relative_get(client);
+
+	for (unsigned i = 0; i < choice->page_count; i++)
+		if (moved >> i & 1)
+			/* mremap may change where it is: then nothing is found there, or the same after all. */
+			store_page(client, relative, evictor, READ_ONCE(record->pages[i]), choice->before[i], i,
+				   stored);
+	if (relative)
+		client_put(relative);
 }
 
 /* ---- 6 settle; the gate is held ---- */
@@ -492,6 +556,8 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 			crash_point(CRASH_EVICT_SETTLED_ONE);
 		} else if (stored->created >> i & 1) {
 			client_free_copy(client, stored->slots[i]);
+		} else if (stored->shared >> i & 1) {
+			slot_shared_put(client->engine->slots, stored->slots[i].location, client_free_copy, client);
 		}
 	}
 	batch->staged = 0;
@@ -522,6 +588,8 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 		return;
 	client->populated_address = client->hand = left.command.runs[0].address;
 	WRITE_ONCE(client->pss, true); /* a fork that we did not see, before we managed it */
+	for (unsigned r = 0; r < left.command.run_count; r++)
+		cow_let_through(client, page_of(left.command.runs[r].address), left.command.runs[r].pages);
 	client->populate_number = client_post(client, &left.command);
 	client->populating = true;
 	counter_add(client->engine, populated_pages, choice->page_count);
@@ -547,9 +615,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	if (result == 0) {
 		batch->buffer = evictor->buffer;
 		__atomic_store_n(&batch->copied, true, __ATOMIC_RELEASE);
-		for (unsigned i = 0; i < choice->page_count; i++)
-			if (moved >> i & 1)
-				store_page(client, evictor, choice->before[i], i, &stored);
+		store_pages(client, evictor, choice, moved, &stored);
 	}
 	crash_point(CRASH_EVICT_STORED);
 	pthread_mutex_lock(&client->gate);

@@ -32,6 +32,7 @@
 
 #include "base.h"
 #include "checkpoint.h"
+#include "cow.h"
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "evict.h"
@@ -226,8 +227,10 @@ static void apply_fork(struct client *parent, int child_fd)
 	if (result < 0)
 		return;
 	inherit_ranges(parent, child);
-	WRITE_ONCE(parent->pss, true);
-	WRITE_ONCE(child->pss, true);
+	cow_note_fork(parent);
+	cow_note_fork(child);
+	WRITE_ONCE(parent->relative, child->record->token);
+	WRITE_ONCE(child->relative, parent->record->token);
 	child->resyncing = parent->resyncing;
 	pthread_mutex_lock(&child->gate);
 	checkpoint_write(child, 0);

@@ -10,7 +10,8 @@
  *   expanded   SAME, POOL, STAGED, INDIRECT: expanded into the thread's buffer, one COPY
  *   read       SPILL: one asynchronous read that covers the run's extents, then COPY
  *
- * and one fault for which nothing is missing: a write to a zero page from before the region was registered.
+ * and faults for which nothing is missing: writes to zero pages from before the region was registered, and to what
+ * forked relatives share (cow.c).
  *
  * The order that makes a fill right, all of it under the gate: state check, expansion, COPY, slot. The
  * kernel refuses the COPY (EAGAIN) if an event is unread by then; what was expanded is thrown away
@@ -26,6 +27,7 @@
 
 #include "base.h"
 #include "codec.h"
+#include "cow.h"
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "remap.h"
@@ -261,7 +263,7 @@ retry:
 	return FILL_ANSWERED;
 }
 
-/* A zero page is written to. It was mapped before its region was registered, so the region is not in the map. */
+/* A page is written to that is there: a zero page, or one that the kernel will copy. The slot map knows nothing of it. */
 static enum fill_result fill_protected(struct client *client, const struct fault *fault)
 {
 	unsigned window = window_in_region(client, fault->page, stream_window(client, fault));
@@ -277,6 +279,7 @@ static enum fill_result fill_protected(struct client *client, const struct fault
 		outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), PAGE_BYTES);
 	}
 	if (outcome == FILL_DONE) {
+		cow_note_copied(client, count);
 		note_recent(client, fault->page);
 		return FILL_ANSWERED;
 	}

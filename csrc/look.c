@@ -23,6 +23,7 @@
 
 #include "base.h"
 #include "checkpoint.h"
+#include "cow.h"
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "remap.h"
@@ -34,10 +35,6 @@
 #define REGION_BYTES_MIN (256UL << 10)
 #define GUARD_BYTES_MAX (64UL << 10)
 #define THREAD_STACK_BYTES (8UL << 20)
-#define PSS_INTERVAL_NS 5000000ULL
-#define PSS_COST_MIN 4u /* times what a reading took, while there is growth that no fault told of */
-#define PSS_COST_MAX 16u /* without */
-#define PSS_GROWTH_BYTES (256ULL << 10)
 #define ZERO_RANGES 64
 #define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
 #define GATE_NS_MAX 2000000L
@@ -71,7 +68,7 @@ static uint64_t registrable_start(const struct mapping *before, const struct map
  * are written to, and nothing is missing then: no fault would tell, for as much as the region is large. Protected,
  * they fault. What cannot be protected, for an event is unread, is seen at the looks.
  */
-static void protect_zero_pages(const struct client *client, uint64_t start, uint64_t end)
+void look_protect_zero_pages(const struct client *client, uint64_t start, uint64_t end)
 {
 	struct page_range ranges[ZERO_RANGES];
 	int count = ZERO_RANGES;
@@ -105,7 +102,7 @@ static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end
 			(void)sys_userfaultfd_unregister(client->events_fd, first, last - first);
 		else {
 			remap_armed(client, first, last);
-			protect_zero_pages(client, first, last);
+			look_protect_zero_pages(client, first, last);
 			if (range_set_add(&client->regions, first, last, mapping.executable ? 1 : 0,
 					  REGIONS_MAX) == 0)
 				bytes += last - first;
@@ -186,7 +183,7 @@ void look_at_new(struct client *client)
 
 /* ---- sizes ---- */
 
-static void set_resident(struct client *client, int64_t pages, int64_t growth_pages)
+void look_set_resident(struct client *client, int64_t pages, int64_t growth_pages)
 {
 	client_set_resident(client, pages, growth_pages);
 	/* Buried since its size was read: what was just added would stay with the group for ever. */
@@ -208,35 +205,8 @@ static bool look_through_another_thread(struct client *client)
 	return true;
 }
 
-/*
- * Pages shared with forked relatives count once in all: what the kernel calls Pss. It grows unseen, since a write to
- * a page that is shared and present is no fault of ours: a process that forks and goes on writing may so allocate
- * as fast as memory can be copied. While it does, it is looked at as often as that can be afforded, and as much as it
- * grew since the last look is expected until the next (group_has_room). What it touches first and what it frees
- * changes its resident pages, too, which are read at every look.
- */
-static void look_at_pss(struct client *client, uint64_t resident, uint64_t now)
-{
-	int64_t before = READ_ONCE(client->resident_pages), growth;
-	uint64_t bytes, cost_ns;
-
-	if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &bytes) < 0) {
-		client->pss_next_ns = now + PSS_INTERVAL_NS;
-		return;
-	}
-	growth = max_of((int64_t)(bytes / PAGE_BYTES) - before, (int64_t)0);
-	client->pss_above_resident = (int64_t)(bytes / PAGE_BYTES) - (int64_t)resident;
-	set_resident(client, (int64_t)(bytes / PAGE_BYTES), growth);
-	cost_ns = sys_now_ns() - now;
-	if ((uint64_t)growth * PAGE_BYTES >= PSS_GROWTH_BYTES)
-		client->pss_cost_factor = PSS_COST_MIN;
-	else
-		client->pss_cost_factor = min_of(max_of(client->pss_cost_factor * 2, PSS_COST_MIN), PSS_COST_MAX);
-	client->pss_next_ns = now + PSS_INTERVAL_NS + cost_ns * client->pss_cost_factor;
-}
-
 /* One look at one client. Returns its VmSize in pages, 0 when it cannot be seen. */
-static uint64_t look_at_size(struct client *client, uint64_t now)
+static uint64_t look_at_size(struct client *client)
 {
 	uint64_t size = 0, resident;
 	int statm_fd = __atomic_load_n(&client->statm_fd, __ATOMIC_ACQUIRE);
@@ -246,14 +216,10 @@ static uint64_t look_at_size(struct client *client, uint64_t now)
 	if (size == 0 && look_through_another_thread(client) &&
 	    sys_statm(client->statm_fd, &size, &resident) < 0)
 		return 0;
-	if (!READ_ONCE(client->pss)) {
-		set_resident(client, (int64_t)resident, 0);
-	} else if (now >= client->pss_next_ns) {
-		look_at_pss(client, resident, sys_now_ns());
-	} else {
-		set_resident(client, max_of((int64_t)resident + client->pss_above_resident, (int64_t)0),
-			     READ_ONCE(client->growth_pages));
-	}
+	if (READ_ONCE(client->pss))
+		cow_look(client, resident);
+	else
+		look_set_resident(client, (int64_t)resident, 0);
 	return size;
 }
 
@@ -272,7 +238,8 @@ static bool gate_lock_soon(struct client *client)
 static void look_at_client(struct client *client, uint64_t now, bool near)
 {
 	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
-	uint64_t size = READ_ONCE(client->dead) ? 0 : look_at_size(client, now);
+	uint64_t size = READ_ONCE(client->dead) ? 0 : look_at_size(client);
+	bool discover;
 
 	/* Not to be seen, or nobody would tell us: is its address space still there? */
 	if ((size == 0 || READ_ONCE(client->agent_gone)) && serving && !READ_ONCE(client->dead) &&
@@ -281,19 +248,21 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 	if (size == 0 || READ_ONCE(client->dead) || !serving ||
 	    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 		return;
-	if (!READ_ONCE(client->registered) && !near)
+	if (!READ_ONCE(client->registered) && !near && !cow_is_due(client))
 		return;
-	if (!READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
-	    now >= client->discover_next_ns) {
-		if (!gate_lock_soon(client))
-			return; /* at the next look */
-		if (!client->dead && !client_is_shut(client)) {
+	discover = !READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
+		   now >= client->discover_next_ns;
+	if ((!discover && !cow_is_due(client)) || !gate_lock_soon(client))
+		return; /* at the next look */
+	if (!client->dead && !client_is_shut(client)) {
+		if (discover) {
 			look_discover(client);
 			WRITE_ONCE(client->size_pages_seen, size);
 			client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
 		}
-		pthread_mutex_unlock(&client->gate);
+		cow_adapt(client);
 	}
+	pthread_mutex_unlock(&client->gate);
 }
 
 /* ---- the loop ---- */

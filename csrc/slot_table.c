@@ -828,6 +828,52 @@ void slot_shared_put(struct slot_space *space, uint64_t index, slot_free_fn free
 		free_copy(context, slot);
 }
 
+/* A counted slot for what this one is, with the references of its page and of another. 0: no memory. */
+static uint64_t shared_create(struct slot_space *space, struct slot slot)
+{
+	uint64_t index = shared_alloc(space);
+	struct shared_slot *shared;
+
+	if (index == 0)
+		return 0;
+	SCOPED_LOCK(&space->share_lock);
+	shared = shared_at(space, index);
+	shared->count = 2;
+	shared->word = SLOT_NONE;
+	entry_store(&shared->word, &shared->check_middle, &shared->check_low, slot);
+	if (slot.tag == SLOT_SPILL)
+		__atomic_fetch_add(&space->shared_spill_pages, 1, __ATOMIC_RELAXED);
+	return index;
+}
+
+static int shared_get_another(struct slot_space *space, uint64_t index)
+{
+	SCOPED_LOCK(&space->share_lock);
+	if (shared_at(space, index)->count == SHARED_COUNT_MAX)
+		return -ENOMEM;
+	shared_at(space, index)->count++;
+	return 0;
+}
+
+int slot_share(struct slot_space *space, struct slot_map *map, uint64_t page, uint64_t *ret_index)
+{
+	struct slot slot;
+	int result = slot_get(space, map, page, &slot);
+
+	if (result < 0)
+		return result;
+	if (slot.tag == SLOT_INDIRECT) {
+		*ret_index = slot.location;
+		return shared_get_another(space, slot.location);
+	}
+	VS_CHECK(slot.tag == SLOT_POOL || slot.tag == SLOT_SPILL);
+	*ret_index = shared_create(space, slot);
+	if (*ret_index == 0)
+		return -ENOMEM;
+	VS_CHECK(slot_set(space, map, page, (struct slot){ .tag = SLOT_INDIRECT, .location = *ret_index }) == 0);
+	return 0;
+}
+
 bool slot_shared_migrate(struct slot_space *space, uint64_t index, struct slot from, struct slot to)
 {
 	SCOPED_LOCK(&space->share_lock);

@@ -21,10 +21,12 @@
  *
  * Transitions (each is one store of the 64-bit word, after everything it names is in place)
  *   NONE, KEPT_* -> STAGED            evict.c, after the MOVE was verified
- *   STAGED -> ZERO, SAME, POOL        evict.c, stored; -> POOL, SPILL when equal to the kept copy
+ *   STAGED -> ZERO, SAME, POOL        evict.c, stored; -> POOL, SPILL when equal to the kept copy,
+ *                                     -> INDIRECT when a forked relative has it already
  *   STAGED -> NONE, KEPT_*            fill.c, faulted meanwhile
  *   ZERO, SAME -> NONE                fill.c
  *   POOL, SPILL -> KEPT_*, NONE       fill.c; migration only within the same content:
+ *   POOL, SPILL -> INDIRECT           evict.c, a forked relative evicted the same page
  *   POOL -> SPILL                     writeback.c
  *   SPILL -> SPILL, POOL              drain.c; KEPT_SPILL -> KEPT_SPILL, NONE
  *   INDIRECT -> NONE                  fill.c, one reference less
@@ -217,6 +219,11 @@ struct slot slot_shared_peek(struct slot_space *space, uint64_t index);
 /* Drop one reference; frees the copy through `free_copy` when it was the last. */
 void slot_shared_put(struct slot_space *space, uint64_t index, slot_free_fn free_copy,
 		     void *context);
+/*
+ * A page of this map and one of another were found to be the same: the slot, POOL, SPILL or INDIRECT, becomes shared,
+ * with one reference more, for the caller. Returns 0 and the index, or -ENOMEM (nothing changed).
+ */
+int slot_share(struct slot_space *space, struct slot_map *map, uint64_t page, uint64_t *ret_index);
 /* Migration: replace `from` by `to` if the shared slot still is `from`. True when done. */
 bool slot_shared_migrate(struct slot_space *space, uint64_t index, struct slot from,
 			 struct slot to);

@@ -161,6 +161,38 @@ def test_memory_that_comes_at_once(how: str) -> None:
     assert_honest(result, 32 * MIB, demand_bytes=512 * MIB, moment_bytes=0)
 
 
+# A child that keeps everything as it was at the fork, and a parent that writes to all of it as fast as it can.
+_WRITES_AFTER_FORK = """
+import mmap, numpy, os
+pages = {pages}
+memory = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+words = numpy.frombuffer(memory, dtype=numpy.uint64).reshape(pages, 512)
+values = numpy.random.default_rng(1).integers(0, 2**64, (pages, 200), dtype=numpy.uint64)
+words[:, :200] = values
+go, went = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    os.read(go[0], 1)
+    os._exit(0 if all((words[i, :200] == values[i]).all() for i in range(0, pages, 16)) else 1)
+for turn in range(4):
+    words[:, 1] = turn
+os.write(go[1], b"x")
+assert os.waitpid(child, 0)[1] == 0
+assert (words[:, 1] == 3).all() and (words[:, 2:200] == values[:, 2:]).all()
+"""
+
+
+def test_writes_to_what_a_fork_shares_wait_for_room() -> None:
+    """Each copies a page, and nothing is missing then: without protection Pss shows it when it is too late."""
+    limit, demand = 400 * MIB, 574 * MIB
+    result = run_limited(limit, python_argv(_WRITES_AFTER_FORK.format(pages=240 * MIB // 4096)))
+    assert result.status == 0, result.describe()
+    # Half way at most: what is shared is not free before the last of them has let it go.
+    assert result.samples.peak_bytes < (limit + demand) / 2, result.describe()
+    # What the two have in common is out once.
+    assert result.stats["counters"]["evicted_shared"] > 0, result.stats["counters"]
+
+
 # What is large is not handed out before the process is managed: next to nothing is resident here.
 _LARGE_MAPPING = """
 import mmap

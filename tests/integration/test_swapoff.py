@@ -141,6 +141,7 @@ def test_swapoff_into_the_pool(daemon: DaemonProcess, verify_memory: str, tmp_pa
         assert _backend(daemon, tmp_path / "spill")["state"] == "active"
         group = _status(daemon)["groups"][0]
         assert group["spill_bytes"] == _backend(daemon, tmp_path / "spill")["live_bytes"] or process.poll() is None
+    _wait(lambda: not _status(daemon)["clients"], "rid of the first one")
     argv = [verify_memory, "--mib", "160", "--kind", "third", "--seconds", "8", "--order", "random"]
     with _running(daemon, 48, argv) as process:
         _wait_spilled(daemon, tmp_path / "spill", 4)

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * cow — memory that forked relatives share: counted once, and not copied beyond the limit.
+ *
+ * Counting    a page shared with relatives counts in parts, what the kernel calls Pss: the resident pages of a client
+ *             that has relatives are Pss, read now and then (it costs a walk over the page table), and as much more
+ *             as statm and the faults below have shown since.
+ * Copying     a write to a page that is shared and present allocates, and nothing is missing then: no fault of ours,
+ *             as fast as memory can be copied. So where there is no room for copies of all that is shared, what is
+ *             present is write-protected: each such write is a fault then (fill.c), charged and made to
+ *             wait like any other. A fork shares anew what was copied before: all is protected again.
+ * No more     once Pss says that nothing is shared any longer, all is unprotected at once.
+ * Locking     cow_look is the look thread's, without the gate; the others are called with the gate held.
+ */
+#ifndef VSWAP_COW_H
+#define VSWAP_COW_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct client;
+
+/* What the client's resident pages count, if its address space has `resident` of them (statm). The look thread. */
+void cow_look(struct client *client, uint64_t resident);
+/* Whether cow_adapt has something to do. */
+bool cow_is_due(const struct client *client);
+/* Protect, or end it. */
+void cow_adapt(struct client *client);
+
+/* It has forked, or was forked. */
+void cow_note_fork(struct client *client);
+/* Writes to `count` pages from `page` on are let through, and were charged. */
+void cow_note_copied(struct client *client, uint64_t count);
+/* They are to be copied anyway: without a fault. */
+void cow_let_through(struct client *client, uint64_t page, uint64_t count);
+
+#endif
