@@ -520,17 +520,19 @@ static void store_page(struct client *client, struct client *relative, struct ev
 		stored->created |= 1ULL << i;
 }
 
+/* By the addresses that they were moved from: mremap may have changed them, then a relative has nothing, or the same
+ * after all. */
 static void store_pages(struct client *client, struct evictor *evictor, const struct choice *choice, uint64_t moved,
 			struct stored *stored)
 {
-	const struct batch_record *record = &client->record->batches[choice->window];
 	struct client *relative = relative_get(client);
+	unsigned i = 0;
 
-	for (unsigned i = 0; i < choice->page_count; i++)
-		if (moved >> i & 1)
-			/* mremap may change where it is: then nothing is found there, or the same after all. */
-			store_page(client, relative, evictor, READ_ONCE(record->pages[i]), choice->before[i], i,
-				   stored);
+	for (unsigned r = 0; r < choice->command.run_count; r++)
+		for (unsigned k = 0; k < choice->command.runs[r].pages; k++, i++)
+			if (moved >> i & 1)
+				store_page(client, relative, evictor, page_of(choice->command.runs[r].address) + k,
+					   choice->before[i], i, stored);
 	if (relative)
 		client_put(relative);
 }
