@@ -52,7 +52,7 @@
 #define ROOM_MS 50
 #define TURN_BYTES (MOVES_A_TURN * PAGE_BYTES)
 #define BACKGROUND_SEGMENTS 4u  /* compacted at a time by the idle writer */
-#define BACKGROUND_PERCENT 50   /* live bytes of a backend from which on it is left alone */
+#define BACKGROUND_PERCENT 50   /* live bytes of a backend, and of a segment, from which on it is left alone */
 #define BACKGROUND_BYTES_MIN (64 * SEGMENT_BYTES)
 
 struct move {
@@ -68,6 +68,7 @@ struct job {
 	unsigned number;
 	struct spill *spill;
 	bool compacts, force;
+	bool is_background; /* only what frees more than it writes */
 
 	struct spill_segment *out; /* being filled with the objects of `moves`; NULL: none */
 	unsigned out_number;       /* its backend, pinned */
@@ -449,6 +450,8 @@ static int move_segment(struct job *job, uint64_t number, const uint8_t *bytes)
 
 static bool is_wanted(struct job *job, uint64_t segment)
 {
+	if (job->is_background)
+		return spill_live_bytes(job->spill, segment) < SEGMENT_BYTES / 100 * BACKGROUND_PERCENT;
 	return !job->compacts || spill_is_sparse(job->spill, segment);
 }
 
@@ -952,6 +955,7 @@ bool drain_in_background(struct engine *engine)
 	if (number < 0)
 		return false;
 	if (job_open(&job, engine, (unsigned)number, true, false) == 0) {
+		job.is_background = true;
 		(void)pass_by_segment(&job, &from, BACKGROUND_SEGMENTS);
 		job_close(&job);
 	}

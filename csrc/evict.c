@@ -119,8 +119,9 @@ struct choice {
 	uint32_t protection;
 	unsigned page_count;
 	bool wrapped;
+	uint64_t pages[BATCH_PAGES_MAX]; /* as they were chosen; mremap changes those of the record */
 	struct slot before[BATCH_PAGES_MAX];
-	struct vswap_command command;
+	struct vswap_command command; /* empty in a successor */
 };
 
 /* A batch whose MOVE is posted and not answered. The gate is shut while it exists. */
@@ -152,7 +153,7 @@ static bool choose_page(struct client *client, struct choice *choice, uint64_t p
 	if (slot_get(space, &client->record->map, page, &slot) < 0 ||
 	    (slot.tag != SLOT_NONE && !slot_is_kept(slot.tag)))
 		return false;
-	record->pages[i] = page;
+	record->pages[i] = choice->pages[i] = page;
 	record->before[i] = slot;
 	record->page_count = i + 1;
 	slot = (struct slot){ .tag = SLOT_STAGED, .location = choice->window * BATCH_PAGES_MAX + i };
@@ -526,13 +527,10 @@ static void store_pages(struct client *client, struct evictor *evictor, const st
 			struct stored *stored)
 {
 	struct client *relative = relative_get(client);
-	unsigned i = 0;
 
-	for (unsigned r = 0; r < choice->command.run_count; r++)
-		for (unsigned k = 0; k < choice->command.runs[r].pages; k++, i++)
-			if (moved >> i & 1)
-				store_page(client, relative, evictor, page_of(choice->command.runs[r].address) + k,
-					   choice->before[i], i, stored);
+	for (unsigned i = 0; i < choice->page_count; i++)
+		if (moved >> i & 1)
+			store_page(client, relative, evictor, choice->pages[i], choice->before[i], i, stored);
 	if (relative)
 		client_put(relative);
 }
@@ -816,8 +814,10 @@ static struct choice choice_of(const struct client *client, unsigned window)
 	struct choice choice = { .window = window, .protection = record->protection,
 				 .page_count = record->page_count };
 
-	for (unsigned i = 0; i < record->page_count; i++)
+	for (unsigned i = 0; i < record->page_count; i++) {
+		choice.pages[i] = record->pages[i];
 		choice.before[i] = record->before[i];
+	}
 	return choice;
 }
 

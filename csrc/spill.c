@@ -1198,6 +1198,13 @@ bool spill_is_sparse(struct spill *spill, uint64_t segment)
 	return spill->chunks[segment / CHUNK_SEGMENTS] && is_sparse(record_of(spill, segment));
 }
 
+uint64_t spill_live_bytes(struct spill *spill, uint64_t segment)
+{
+	SCOPED_LOCK(&spill->mutex);
+	return spill->chunks[segment / CHUNK_SEGMENTS] ?
+		       record_of(spill, segment)->live_units * (uint64_t)POOL_UNIT_BYTES : 0;
+}
+
 uint64_t spill_sparse_segments(struct spill *spill, uint64_t *ret_live_bytes)
 {
 	uint64_t count = 0, live_units = 0;
