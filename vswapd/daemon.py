@@ -368,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     taken = takeover.asked()
     passed, stored = notify.take_inherited()
+    activated = notify.CLIENTS in passed or (taken is not None and taken.activated == 1)
     memfds = _find_memfds(stored)
     try:
         service = Service(options)
@@ -378,23 +379,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             taken.check()
             gc.freeze()
             taken.complete()
-            memfds, passed = (taken.state, taken.pool), socket.socket(fileno=taken.listener)
-        listener = passed or listen(service.settings.daemon.socket, 0o666)
+            memfds, passed = (taken.state, taken.pool), taken.listeners()
+        listener = passed.get(notify.CLIENTS) or listen(service.settings.daemon.socket, 0o666)
         path = listener.getsockname()
         try:
-            service.open(is_successor=memfds is not None, metrics_fd=taken.metrics if taken else -1)
+            service.open(is_successor=memfds is not None, metrics_listener=passed.get(notify.METRICS))
             gc.freeze()
             return supervise(
                 lambda inheritance: _run_system(inheritance, listener, log, service),
                 log,
                 memfds,
-                {"listener": listener.fileno(), "metrics": service.metrics_fd},
+                {"listener": listener.fileno(), "metrics": service.metrics_fd, "activated": int(activated)},
             )
         except OSError as error:
             raise Failure(error.strerror or str(error)) from None
         finally:
             service.close()
-            if not passed or taken:
+            if not activated:
                 os.unlink(path)
     except Failure as error:
         return _refuse(error)

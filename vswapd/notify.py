@@ -15,6 +15,8 @@ import socket
 
 _FIRST_DESCRIPTOR = 3
 _STORED_PREFIX = "vswap"
+CLIENTS = "vswapd.socket"  # FileDescriptorName of the socket for clients: that of a unit that gives none
+METRICS = "metrics"  # ... of the one that Prometheus asks, which a service without a network cannot open
 
 
 def _connect() -> socket.socket | None:
@@ -70,30 +72,29 @@ class DescriptorStore:
         self._stored = wanted
 
 
-def take_inherited() -> tuple[socket.socket | None, list[int]]:
-    """The listening Unix stream socket the manager passed, or None; and descriptors that were stored, at
-    the numbers they had. To be called before anything is opened. The variables are consumed."""
+def take_inherited() -> tuple[dict[str, socket.socket], list[int]]:
+    """The listening sockets the manager passed, by name (CLIENTS, METRICS); and descriptors that were stored,
+    at the numbers they had. To be called before anything is opened. The variables are consumed."""
     count = os.environ.pop("LISTEN_FDS", "")
     pid = os.environ.pop("LISTEN_PID", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdigit():
-        return None, []
+        return {}, []
     passed = range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + int(count))
     stored: dict[int, int] = {}  # the number it had -> a duplicate above all of them
-    listener: socket.socket | None = None
-    numbers = [_stored_number(name) for name in names]
-    above = max([passed.stop, *(number + 1 for number in numbers)])
-    for descriptor, number in zip(passed, [*numbers, *[-1] * int(count)], strict=False):
+    listeners: dict[str, socket.socket] = {}
+    above = max([passed.stop, *(_stored_number(name) + 1 for name in names)])
+    for descriptor, name in zip(passed, [*names, *[""] * int(count)], strict=False):
         duplicate = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, above)
         os.close(descriptor)
-        if number >= 0:
+        if (number := _stored_number(name)) >= 0:
             stored[number] = duplicate
-        else:
-            listener = _as_listener(duplicate) or listener
+        elif listener := _as_listener(duplicate, name):
+            listeners[name] = listener
     for number, duplicate in stored.items():
         os.dup2(duplicate, number, inheritable=False)
         os.close(duplicate)
-    return listener, sorted(stored)
+    return listeners, sorted(stored)
 
 
 def _stored_number(name: str) -> int:
@@ -103,13 +104,15 @@ def _stored_number(name: str) -> int:
     return int(number) if prefix == _STORED_PREFIX and number.isdigit() else -1
 
 
-def _as_listener(descriptor: int) -> socket.socket | None:
+def _as_listener(descriptor: int, name: str) -> socket.socket | None:
+    """The stream socket of that name; what is none, or has another name, is closed."""
     try:
         sock = socket.socket(fileno=descriptor)
     except OSError:
         os.close(descriptor)
         return None
-    if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM:
+    is_known = name == METRICS or (name == CLIENTS and sock.family == socket.AF_UNIX)
+    if is_known and sock.type == socket.SOCK_STREAM:
         return sock
     sock.close()
     return None

@@ -74,19 +74,19 @@ class Service:
         """Where metrics are asked for; -1: nowhere."""
         return self._metrics_listener.fileno() if self._metrics_listener is not None else -1
 
-    def open(self, *, is_successor: bool = False, metrics_fd: int = -1) -> None:
+    def open(self, *, is_successor: bool = False, metrics_listener: socket.socket | None = None) -> None:
         """Backends, and what is listened on beside the daemon's socket. Failure.
 
         `is_successor`: of another supervisor; its state names the backends in use, and they are open.
-        `metrics_fd`: its listener for metrics.
+        `metrics_listener`: its own for metrics, or the manager's.
         """
         if not is_successor:
             self._spills = [
                 backends.open_spill(backend.path, backend.size, 0, backend.priority)
                 for backend in self.settings.backends
             ]
-        if metrics_fd >= 0:
-            self._metrics_listener = socket.socket(fileno=metrics_fd)
+        if metrics_listener is not None:
+            self._metrics_listener = metrics_listener
         elif self.settings.daemon.metrics:
             from vswapd import metrics
 
@@ -96,8 +96,9 @@ class Service:
         """Leave nothing behind. Again: no effect."""
         listener, self._metrics_listener = self._metrics_listener, None
         if listener is not None:
+            is_ours = listener.getsockname() == self.settings.daemon.metrics  # a path, and not the manager's
             listener.close()
-            if self.settings.daemon.metrics.startswith("/"):
+            if is_ours:
                 os.unlink(self.settings.daemon.metrics)
 
     # ---- in each daemon ----

@@ -128,6 +128,7 @@ class Takeover:
     metrics: int  # -1: none
     state: int
     pool: int
+    activated: int = 0  # 1: the manager opened the listener, and its path is not ours to remove
 
     def check(self) -> None:
         """That its state can be read. Failure: nothing has happened."""
@@ -137,6 +138,11 @@ class Takeover:
             engine.check_state(self.pid, self.state)
         except OSError as error:
             raise Failure(f"the running daemon's state cannot be taken over: {error.strerror}") from None
+
+    def listeners(self) -> dict[str, socket.socket]:
+        """What it listens on, by the names of notify.py."""
+        descriptors = {notify.CLIENTS: self.listener, notify.METRICS: self.metrics}
+        return {name: socket.socket(fileno=fd) for name, fd in descriptors.items() if fd >= 0}
 
     def complete(self) -> None:
         """Get all descriptors, under the numbers they have. Failure."""
@@ -161,4 +167,5 @@ def asked() -> Takeover | None:
     if not text:
         return None
     named = json.loads(text)
-    return Takeover(**{name: int(named[name]) for name in Takeover.__dataclass_fields__})
+    known = named.keys() & Takeover.__dataclass_fields__.keys()
+    return Takeover(**{name: int(named[name]) for name in known})

@@ -47,21 +47,27 @@ import os, sys
 sys.path.insert(0, {root!r})
 os.environ["LISTEN_PID"] = str(os.getpid() + {other})
 os.environ["LISTEN_FDS"] = "2"
+os.environ["LISTEN_FDNAMES"] = "metrics:{name}"
 os.dup2({null}, 3) ; os.dup2({listener}, 4)
 from vswapd.notify import take_inherited
-sock, stored = take_inherited()
-print(sock and sock.getsockname(), os.environ.get("LISTEN_FDS"), sock and sock.get_inheritable())
+listeners, stored = take_inherited()
+for name, sock in listeners.items():
+    print(name, sock.getsockname(), os.environ.get("LISTEN_FDS"), sock.get_inheritable())
 """
 
 
-@pytest.mark.parametrize(("other", "taken"), [(0, True), (1, False)])
-def test_passed_listener_is_taken(tmp_path: Path, other: int, taken: bool) -> None:
+@pytest.mark.parametrize(
+    ("other", "name", "taken"),
+    [(0, "vswapd.socket", True), (0, "metrics", True), (0, "another.socket", False), (1, "vswapd.socket", False)],
+)
+def test_passed_listener_is_taken(tmp_path: Path, other: int, name: str, taken: bool) -> None:
+    """By its name, and only when it was passed to us; what is no socket is not taken for one."""
     path = str(tmp_path / "listener")
     root = str(Path(__file__).resolve().parents[2])
     with socket.socket(socket.AF_UNIX) as listener, open("/dev/null", "rb") as null:
         listener.bind(path)
         listener.listen()
-        code = _TAKE.format(root=root, other=other, null=null.fileno(), listener=listener.fileno())
+        code = _TAKE.format(root=root, other=other, name=name, null=null.fileno(), listener=listener.fileno())
         result = subprocess.run(
             [sys.executable, "-c", code],
             pass_fds=(listener.fileno(), null.fileno()),
@@ -69,7 +75,7 @@ def test_passed_listener_is_taken(tmp_path: Path, other: int, taken: bool) -> No
             text=True,
             check=True,
         )
-    assert result.stdout == (f"{path} None False\n" if taken else "None None None\n")
+    assert result.stdout == (f"{name} {path} None False\n" if taken else "")
 
 
 _STORED = """
@@ -81,8 +87,8 @@ os.environ["LISTEN_FDNAMES"] = "vswap-4-17:other:vswap-3-0"
 for number, name in enumerate(("four", "other", "three")):
     os.dup2(os.memfd_create(name), number + 3)
 from vswapd.notify import take_inherited
-listener, stored = take_inherited()
-print(listener, stored, [os.readlink(f"/proc/self/fd/{{number}}") for number in stored])
+listeners, stored = take_inherited()
+print(listeners, stored, [os.readlink(f"/proc/self/fd/{{number}}") for number in stored])
 """
 
 
@@ -92,7 +98,7 @@ def test_stored_descriptors_get_their_numbers_back() -> None:
     result = subprocess.run(
         [sys.executable, "-c", _STORED.format(root=root)], capture_output=True, text=True, check=True
     )
-    assert result.stdout == "None [3, 4] ['/memfd:three (deleted)', '/memfd:four (deleted)']\n"
+    assert result.stdout == "{} [3, 4] ['/memfd:three (deleted)', '/memfd:four (deleted)']\n"
 
 
 def test_store_holds_what_is_wanted(manager: socket.socket) -> None:
