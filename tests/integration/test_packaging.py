@@ -49,7 +49,7 @@ def test_sdist_and_wheel_work_in_a_clean_environment(tmp_path: Path) -> None:
     assert {"meson.build", "csrc/engine.h", "man/vswapctl.1", "vswapd/py.typed"} <= names
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"vswapd/libvswap.so", "vswapd/py.typed", "vswapd/cli/run.py"} <= names
+    assert {"vswapd/libvswap.so", "vswapd/py.typed", "vswapd/cli/run.py", "vswapd/systemd/vswapd.service"} <= names
     assert not [name for name in names if name.endswith((".c", ".h", ".pyc"))]
 
     clean = tmp_path / "clean"

@@ -109,6 +109,7 @@ class Reader:
         """With what the reader has for what the README names."""
         command = command.replace(os.path.dirname(_SYSTEM_SOCKET), str(self._directory)).replace(_DISK, self._disk)
         command = command.replace(_MOUNTED, str(self._directory))
+        command = command.replace("install-service", f"install-service --root {self._directory}/root")
         return re.sub(r"\bPID\b", lambda _: str(self._managed_pid()), command)
 
     def _shell(self, command: str) -> subprocess.CompletedProcess[str]:

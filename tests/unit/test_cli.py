@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit", "upgrade"]
-VERBS += ["doctor", "config", "top", "completion"]
+VERBS += ["doctor", "config", "top", "completion", "install-service"]
 
 
 @pytest.fixture(autouse=True)

@@ -120,4 +120,4 @@ def test_zsh_script_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "zsh"]) == 0
     script = capsys.readouterr().out
     assert script.startswith("#compdef vswapctl\n")
-    assert all(f"_shtab_vswapctl_{verb}_options" in script for verb in cli._VERBS)
+    assert all(f"_shtab_vswapctl_{verb.replace('-', '_')}_options" in script for verb in cli._VERBS)

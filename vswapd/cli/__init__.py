@@ -176,6 +176,12 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
 
 
+def _add_install_service(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", default="/", metavar="DIR", help="install below this directory (default: /)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--uninstall", action="store_true", help="remove all that nobody has changed")
+
+
 def _priority(text: str) -> int:
     try:
         value = int(text)
@@ -234,6 +240,11 @@ _VERBS = {
     "upgrade": (lambda _: None, "have the installed version take over", "vswapctl upgrade"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
     "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),
+    "install-service": (
+        _add_install_service,
+        "install what systemd needs for the daemon",
+        "vswapctl install-service --dry-run",
+    ),
     "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),
 }
 
@@ -254,7 +265,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "run":  # argparse has no words for "the rest is the command's"
             verb.usage = "vswapctl run [OPTIONS] -- COMMAND [ARGUMENT...]"
         add_arguments(verb)
-        if name not in ("run", "config", "completion"):
+        if name not in ("run", "config", "completion", "install-service"):
             verb.add_argument(
                 "--socket",
                 metavar="PATH",
@@ -284,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`vswapctl`."""
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        verb = importlib.import_module(f"vswapd.cli.{options.verb}")
+        verb = importlib.import_module(f"vswapd.cli.{options.verb.replace('-', '_')}")
         return int(verb.main(options))
     except Failure as error:
         # One line, whatever names the user gave.
