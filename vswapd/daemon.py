@@ -105,14 +105,6 @@ class Daemon:
             await trio.sleep(config.STORE_SECONDS)
         await trio.sleep_forever()
 
-    async def _feed_watchdog(self) -> None:
-        """Tell the manager that this loop turns and the engine answers."""
-        while seconds := notify.watchdog_seconds():
-            self._engine.statistics()
-            notify.notify("WATCHDOG=1")
-            await trio.sleep(seconds)
-        await trio.sleep_forever()
-
     def resume(self, nursery: trio.Nursery) -> None:
         """Go on with the connections of the daemon before."""
         for record in self._engine.clients():
@@ -150,7 +142,6 @@ class Daemon:
             nursery.start_soon(self.keep_running, self.groups.watch_members)
             nursery.start_soon(self.keep_running, self.acceptor.run, listener)
             nursery.start_soon(self.keep_running, self._keep_stored)
-            nursery.start_soon(self.keep_running, self._feed_watchdog)
             if self._engine.is_successor:
                 self.resume(nursery)
             on_ready()
@@ -338,7 +329,7 @@ async def _serve_system(
 ) -> None:
     async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
         daemon.control.operations.can_upgrade = True
-        service.start(nursery, daemon, engine, log)
+        service.start(nursery, daemon, engine, listener.getsockname(), log)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             let_signals_in()
             await signals.__anext__()

@@ -17,6 +17,7 @@ from vswapd.daemon import make_engine
 from vswapd.failure import STATUS_USAGE, Failure
 from vswapd.log import make_daemon_log
 from vswapd.reload import Reloader
+from vswapd.self_test import SelfTest
 
 if TYPE_CHECKING:
     import argparse
@@ -133,10 +134,12 @@ class Service:
         finally:
             self._mount.close()
 
-    def start(self, nursery: trio.Nursery, daemon: Daemon, engine: Engine, log: Log) -> None:
+    def start(self, nursery: trio.Nursery, daemon: Daemon, engine: Engine, socket_path: str, log: Log) -> None:
         """Make the configured groups and start the tasks."""
         reloader = Reloader(self.settings, self._load, engine, daemon.groups, log, make_daemon_log)
         nursery.start_soon(daemon.keep_running, reloader.run)
+        self_test = SelfTest(engine, daemon.groups, daemon.clients, socket_path, log)
+        nursery.start_soon(daemon.keep_running, self_test.run)
         if self._metrics_listener is not None:
             from vswapd.metrics import MetricsServer
 
