@@ -61,14 +61,55 @@ def _pauses(output: str, kind: str) -> list[int]:
     return sorted(int(line.split()[1]) for line in output.splitlines() if line.startswith(f"{kind} "))
 
 
-def test_unit_is_sound(tmp_path: Path) -> None:
-    """As the manager reads it."""
-    unit = tmp_path / "vswapd.service"
-    text = _UNIT.read_text(encoding="utf-8")
-    # Before systemd 254 the descriptor store is preserved over restarts anyway.
-    text = text.replace("FileDescriptorStorePreserve=yes\n", "")
-    unit.write_text(text.replace("/usr/bin/vswapd", command_path("vswapd")), encoding="utf-8")
+_AS_TESTED = """\
+[Service]
+ExecStart=
+ExecStart={vswapd} --config {state}/vswapd.conf --spill {state}/spill:1G --fs /run/vswapd/fs
+ExecReload=
+ExecReload={vswapctl} config check {state}/vswapd.conf
+ExecReload=/bin/kill -HUP $MAINPID
+WatchdogSec=4s
+"""
+
+
+def _install(tmp_path: Path, state: Path) -> Path:
+    """The units, as install-service installs them, with a drop-in."""
+    subprocess.run([command_path("vswapctl"), "install-service", "--root", str(tmp_path)], check=True)
+    units = tmp_path / "usr/local/lib/systemd/system"
+    (units / "vswapd.service.d").mkdir()
+    text = _AS_TESTED.format(vswapd=command_path("vswapd"), vswapctl=command_path("vswapctl"), state=state)
+    (units / "vswapd.service.d/test.conf").write_text(text, encoding="utf-8")
+    (state / "vswapd.conf").touch()
+    return units
+
+
+def test_life_of_the_installed_service(tmp_path: Path) -> None:
+    """A client has its memory through socket activation, reload, upgrade, SIGKILL, a data plane that hangs, and stop."""
+    state = tmp_path / "state"
+    state.mkdir()
+    units = _install(tmp_path, state)
     result = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, check=False, text=True
+        [
+            *(str(_SUPPORT / "systemd-sandbox"), "--units", str(units), "--state", str(state), "--timeout", "200", "--"),
+            *(sys.executable, str(_SUPPORT / "service_life.py"), str(state), command_path("vswapctl")),
+        ],
+        capture_output=True,
+        check=False,
+        text=True,
     )
-    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+    told = "".join(path.read_text(errors="replace") for path in sorted(state.glob("err.*")))
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{told}"
+    assert result.stdout.split() == ["activation", "reload", "upgrade", "SIGKILL", "watchdog", "sandbox", "stop"]
+
+
+def test_units_are_sound(tmp_path: Path) -> None:
+    """As the manager reads them; and little is open to whoever breaks into the daemon."""
+    subprocess.run([command_path("vswapctl"), "install-service", "--root", str(tmp_path)], check=True)
+    units = sorted((tmp_path / "usr/local/lib/systemd/system").iterdir())
+    service = next(unit for unit in units if unit.name == "vswapd.service")
+    # Before systemd 254 the descriptor store is preserved over restarts anyway.
+    text = service.read_text(encoding="utf-8").replace("FileDescriptorStorePreserve=yes\n", "")
+    service.write_text(text, encoding="utf-8")
+    for command in (["verify", "--man=no", *map(str, units)], ["security", "--offline=yes", "--threshold=40", str(service)]):
+        result = subprocess.run(["systemd-analyze", *command], capture_output=True, check=False, text=True)
+        assert (result.returncode, result.stderr) == (0, ""), result.stdout
