@@ -119,14 +119,14 @@ class SelfTest:
     async def _wait_joined(self, pid: int) -> None:
         """OSError when it does not become a client."""
         with trio.move_on_after(_JOIN_SECONDS_MAX):
-            while not any(client.pid == pid for client in self._engine.clients()):
+            while not any(client.pid == pid for client in self._engine.clients()):  # noqa: ASYNC110 -- the engine tells nobody
                 await trio.sleep(_LOOK_SECONDS)
             return
         raise OSError("its program was not taken as a client")
 
     async def _wait_stopping(self, seconds_max: float) -> None:
         with trio.move_on_after(seconds_max):
-            while not self._clients.is_stopping:
+            while not self._clients.is_stopping:  # noqa: ASYNC110 -- a flag
                 await trio.sleep(_LOOK_SECONDS)
 
     async def _round(self, process: trio.Process, group: int) -> None:
@@ -135,7 +135,7 @@ class SelfTest:
         await self._ask(process, str(self._word))
         evicted = self._evicted_pages(process.pid)
         self._engine.group_set_limit(group, config.MIB)
-        while self._evicted_pages(process.pid) == evicted:
+        while self._evicted_pages(process.pid) == evicted:  # noqa: ASYNC110 -- evictors tell nobody
             await trio.sleep(_LOOK_SECONDS)
         self._engine.group_set_limit(group, config.LIMIT_BYTES_MIN)
         await trio.to_thread.run_sync(self._engine.pageout, process.pid, config.PAGE_TIMEOUT_MS)
@@ -152,8 +152,8 @@ class SelfTest:
 
     @staticmethod
     async def _ask(process: trio.Process, line: str) -> str:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        assert process.stdin  # noqa: S101 -- for types: both are pipes
+        assert process.stdout  # noqa: S101
         await process.stdin.send_all(f"{line}\n".encode())
         answer = b""
         while not answer.endswith(b"\n"):

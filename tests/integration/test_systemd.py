@@ -15,12 +15,24 @@ from support.limited import command_path
 _SUPPORT = Path(__file__).parent.parent / "support"
 _UNIT = Path(__file__).parent.parent.parent / "systemd" / "vswapd.service"
 
+
 def _unit(directory: Path, state: Path) -> None:
     text = _UNIT.read_text(encoding="utf-8")
     command = f"{command_path('vswapd')} --socket {state}/vswapd.sock --spill {state}/spill:1G"
     assert "ExecStart=/usr/bin/vswapd\n" in text
     (directory / "vswapd.service").write_text(
         text.replace("ExecStart=/usr/bin/vswapd\n", f"ExecStart={command}\n"), encoding="utf-8"
+    )
+
+
+def _in_sandbox(
+    units: Path, state: Path, seconds_max: int, script: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of support/ beside a manager; `state` and vswapctl are its first arguments."""
+    command = [str(_SUPPORT / "systemd-sandbox"), "--units", str(units), "--state", str(state)]
+    command += ["--timeout", str(seconds_max), "--", sys.executable, str(_SUPPORT / script), str(state)]
+    return subprocess.run(
+        [*command, command_path("vswapctl"), *arguments], capture_output=True, check=False, text=True
     )
 
 
@@ -35,19 +47,10 @@ def test_daemon_and_supervisor_die(
     units.mkdir()
     state.mkdir()
     _unit(units, state)
-    program = shutil.copy(verify_memory, state)  # the sandbox has a /tmp of its own
+    program = str(shutil.copy(verify_memory, state))  # the sandbox has a /tmp of its own
     seconds = 8 + (daemons + supervisors + upgrades) * 3 // 2
-    result = subprocess.run(
-        [
-            str(_SUPPORT / "systemd-sandbox"),
-            *("--units", str(units), "--state", str(state), "--timeout", str(seconds * 4 + 60), "--"),
-            *(sys.executable, str(_SUPPORT / "service_deaths.py"), str(state), command_path("vswapctl")),
-            *(program, str(daemons), str(supervisors), str(upgrades), str(seconds)),
-        ],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
+    arguments = (program, str(daemons), str(supervisors), str(upgrades), str(seconds))
+    result = _in_sandbox(units, state, seconds * 4 + 60, "service_deaths.py", *arguments)
     told = "".join(path.read_text(errors="replace") for path in sorted(state.glob("err.*")))
     log = (state / "systemd.log").read_text(errors="replace")[-4000:]
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{told}\n{log}"
@@ -68,7 +71,7 @@ ExecStart={vswapd} --config {state}/vswapd.conf --spill {state}/spill:1G --fs /r
 ExecReload=
 ExecReload={vswapctl} config check {state}/vswapd.conf
 ExecReload=/bin/kill -HUP $MAINPID
-WatchdogSec=4s
+WatchdogSec=6s
 """
 
 
@@ -84,19 +87,11 @@ def _install(tmp_path: Path, state: Path) -> Path:
 
 
 def test_life_of_the_installed_service(tmp_path: Path) -> None:
-    """A client has its memory through socket activation, reload, upgrade, SIGKILL, a data plane that hangs, and stop."""
+    """A client has its memory through socket activation, reload, upgrade, SIGKILL, a hanging data plane, and stop."""
     state = tmp_path / "state"
     state.mkdir()
     units = _install(tmp_path, state)
-    result = subprocess.run(
-        [
-            *(str(_SUPPORT / "systemd-sandbox"), "--units", str(units), "--state", str(state), "--timeout", "200", "--"),
-            *(sys.executable, str(_SUPPORT / "service_life.py"), str(state), command_path("vswapctl")),
-        ],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
+    result = _in_sandbox(units, state, 200, "service_life.py")
     told = "".join(path.read_text(errors="replace") for path in sorted(state.glob("err.*")))
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{told}"
     assert result.stdout.split() == ["activation", "reload", "upgrade", "SIGKILL", "watchdog", "sandbox", "stop"]
@@ -110,6 +105,9 @@ def test_units_are_sound(tmp_path: Path) -> None:
     # Before systemd 254 the descriptor store is preserved over restarts anyway.
     text = service.read_text(encoding="utf-8").replace("FileDescriptorStorePreserve=yes\n", "")
     service.write_text(text, encoding="utf-8")
-    for command in (["verify", "--man=no", *map(str, units)], ["security", "--offline=yes", "--threshold=40", str(service)]):
+    for command in (
+        ["verify", "--man=no", *map(str, units)],
+        ["security", "--offline=yes", "--threshold=40", str(service)],
+    ):
         result = subprocess.run(["systemd-analyze", *command], capture_output=True, check=False, text=True)
         assert (result.returncode, result.stderr) == (0, ""), result.stdout

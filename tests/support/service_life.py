@@ -3,8 +3,8 @@
 
     service_life.py STATE VSWAPCTL
 
-A client holds twice its limit, half of it on disk, through all of it, and verifies it again and again. One line for each thing that was
-seen to be so. Exit status 0 when all was.
+A client holds twice its limit, half of it on disk, through all of it, and verifies it again and again. One line for
+each thing that was seen to be so. Exit status 0 when all was.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _check_watchdog() -> None:
                 sys.exit(f"ptrace of {thread}: {os.strerror(ctypes.get_errno())}")
     with ControlClient(_SOCKET, _SECONDS_MAX) as control:
         control.request("ping")
-    _wait_until("the watchdog's kill", lambda: all([_is_dead(thread) for thread in threads]))
+    _wait_until("the watchdog's kill", lambda: sum(map(_is_dead, threads)) == len(threads))
     _wait_until("the manager started it anew", lambda: int(_shown("NRestarts")) > restarts)
     answering_pid(_SOCKET, _SECONDS_MAX, dead=pid)
     _say("watchdog")
@@ -150,7 +150,9 @@ def _check_stop(vswapctl: str, client: subprocess.Popen[bytes]) -> None:
     _systemctl("stop", "--no-block", "vswapd")
     _wait_until("it is stopping", lambda: _shown("ActiveState") == "deactivating")
     command = [vswapctl, "run", "--socket", _SOCKET, "--limit", "16M", "true"]
-    _wait_until("it takes nobody new", lambda: subprocess.run(command, check=False, capture_output=True).returncode == 1)
+    _wait_until(
+        "it takes nobody new", lambda: subprocess.run(command, check=False, capture_output=True).returncode == 1
+    )
     if client.poll() is not None:
         sys.exit("the client ended too early to see anything")
     assert client.stdin

@@ -29,7 +29,9 @@ def test_installs_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert _run(tmp_path) == 0
     said = capsys.readouterr().out.splitlines()
     files = _files(tmp_path)
-    assert sorted(line for line in said if line.startswith("wrote ")) == sorted(f"wrote {tmp_path}/{name}" for name in files)
+    assert sorted(line for line in said if line.startswith("wrote ")) == sorted(
+        f"wrote {tmp_path}/{name}" for name in files
+    )
     assert {os.stat(tmp_path / name).st_mode & 0o7777 for name in files} == {0o644}
     [start] = [line for line in files[_SERVICE].splitlines() if line.startswith("ExecStart=")]
     assert subprocess.run([start.removeprefix("ExecStart="), "--version"], check=True, capture_output=True).stdout
@@ -59,9 +61,7 @@ def test_older_version_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("text", ["", "[Service]\n", None], ids=["emptied", "replaced", "edited"])
-def test_changed_file_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
-) -> None:
+def test_changed_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
     """And then nothing else is installed either: half a version is none."""
     _run(tmp_path)
     unit, slice_unit = tmp_path / _SERVICE, tmp_path / "usr/local/lib/systemd/system/vswapd.slice"

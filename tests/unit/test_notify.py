@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[socket.socket]:
+def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """A socket that NOTIFY_SOCKET names."""
     path = str(tmp_path / "notify") if request.param == "path" else f"@vswapd-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
