@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit", "upgrade"]
-VERBS += ["doctor", "config", "top", "completion", "install-service"]
+VERBS += ["doctor", "config", "top", "completion", "install-service", "report"]
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,8 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
         (["pageout", "x"], "'x' is not a PID"),
         (["pageout", "0"], "is not a PID"),
         (["pageout", "--timeout", "x", "1"], "is not a number of seconds"),
+        (["report"], "PID"),
+        (["report", "--seconds", "0.5", "1"], "give --seconds 1 or more"),
         (["swapon"], "PATH"),
         (["swapon", "x", "--priority", "40000"], "is not a number from -32768 to 32767"),
         (["swapon", "x", "--size", "x"], "'x' is not a size"),

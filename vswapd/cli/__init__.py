@@ -176,6 +176,21 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seconds", type=_seconds, default=16.0, metavar="SECONDS", help="watch it for so long (default 16)"
+    )
+    parser.add_argument(
+        "--room",
+        type=_size,
+        action="append",
+        metavar="SIZE",
+        help="say what it would cost to leave room for so much; repeat for more (default: 3/4, 1/2 and 1/4)",
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("pid", type=_pid, metavar="PID", help="any process")
+
+
 def _add_install_service(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", default="/", metavar="DIR", help="install below this directory (default: /)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
@@ -237,6 +252,7 @@ _VERBS = {
     "swapoff": (_add_swapoff, "empty and remove a spill file or device", "vswapctl swapoff /mnt/fast/spill"),
     "compact": (_add_compact, "give unused space of a spill file back", "vswapctl compact /mnt/fast/spill"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+    "report": (_add_report, "say what a limit would cost a process", "vswapctl report --seconds 60 4711"),
     "upgrade": (lambda _: None, "have the installed version take over", "vswapctl upgrade"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
     "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),
@@ -265,7 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "run":  # argparse has no words for "the rest is the command's"
             verb.usage = "vswapctl run [OPTIONS] -- COMMAND [ARGUMENT...]"
         add_arguments(verb)
-        if name not in ("run", "config", "completion", "install-service"):
+        if name not in ("run", "config", "completion", "install-service", "report"):
             verb.add_argument(
                 "--socket",
                 metavar="PATH",
