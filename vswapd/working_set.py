@@ -73,7 +73,9 @@ def cost(looks: Sequence[Look], room_bytes: int) -> Cost:
     """Of leaving room for so much, as far as `looks`, in their order, tell."""
     resident = looks[-1].resident_bytes
     out_bytes = max(0, resident - room_bytes)
-    points = [(0.0, 0), *((item.seconds, item.touched_bytes) for item in looks)]
+    # What was touched stays touched, though the kernel's own aging may have taken a bit meanwhile.
+    touched = itertools.accumulate((item.touched_bytes for item in looks), max)
+    points = [(0.0, 0), *zip((item.seconds for item in looks), touched, strict=True)]
     for (before, low), (after, high) in itertools.pairwise(points):
         if low <= room_bytes < high and out_bytes:
             rate = (high - low) / (after - before) / PAGE_BYTES
