@@ -25,6 +25,7 @@
 	POINT(EVICT_POSTED, "a MOVE is posted")                                             \
 	POINT(EVICT_ANSWERED, "a MOVE is answered, its batch is INTENT")                    \
 	POINT(EVICT_STAGED, "a batch is STAGED, nothing is read")                           \
+	POINT(EVICT_SHARED, "a relative's slot is counted, for a page that does not name it yet") \
 	POINT(EVICT_STORED, "the pages of a batch are stored, no slot says so")             \
 	POINT(EVICT_SETTLED_ONE, "the slot of one page of a batch is settled")              \
 	POINT(EVICT_SETTLED, "all slots of a batch are settled, it is not RELEASING")       \

@@ -506,6 +506,7 @@ static void store_page(struct client *client, struct client *relative, struct ev
 	}
 	check = codec_check(page, client->engine->state->secret);
 	if (relative && share_with(relative, page_number, check, &stored->slots[i])) {
+		crash_point(CRASH_EVICT_SHARED);
 		stored->shared |= 1ULL << i;
 		counter_add(client->engine, evicted_shared, 1);
 		return;

@@ -189,6 +189,34 @@ static void migrate(int m)
 			}
 }
 
+/* A relative evicts what this one has out already. */
+static void share_page(int m)
+{
+	int to = (int)rnd(FAMILY);
+	unsigned p = rnd(PAGES);
+	struct slot old;
+	uint64_t index;
+
+	if (to == m || !alive[to])
+		return;
+	check_page(m, p);
+	check_page(to, p);
+	if (model[m][p].tag != SLOT_POOL && model[m][p].tag != SLOT_SPILL)
+		return;
+	CHECK(slot_share(space, &maps[m], base_page + p, &index) == 0);
+	CHECK(slot_is_equal(slot_shared_get(space, index), model[m][p]));
+	CHECK(slot_get(space, &maps[to], base_page + p, &old) == 0);
+	CHECK(slot_set(space, &maps[to], base_page + p,
+		       (struct slot){ .tag = SLOT_INDIRECT, .location = index }) == 0);
+	if (old.tag == SLOT_INDIRECT)
+		slot_shared_put(space, old.location, free_copy, NULL);
+	else if (has_copy(old))
+		free_copy(NULL, old);
+	forget(to, p);
+	model[to][p] = model[m][p];
+	holders[model[m][p].location]++;
+}
+
 static void share(int parent)
 {
 	for (int m = 0; m < FAMILY; m++) {
@@ -238,8 +266,10 @@ static void test_model(void)
 			continue;
 		if (what < 700)
 			set_page(m, rnd(PAGES), rnd(4) ? random_slot() : (struct slot){ .tag = SLOT_NONE });
-		else if (what < 900)
+		else if (what < 800)
 			check_page(m, rnd(PAGES));
+		else if (what < 900)
+			share_page(m);
 		else if (what < 940)
 			clear(m, rnd(PAGES - 200), rnd(200) + 1);
 		else if (what < 960)
