@@ -112,4 +112,5 @@ def test_stress_ng_vm(torture: bool, total_mib: int, limit_mib: int, seconds: in
     result = run_limited(limit_mib * MIB, argv, options=options, seconds_max=seconds * 6 + 120)
     assert result.status == 0, result.describe()
     _assert_no_bad_lines(result)
-    assert_honest(result, limit_mib * MIB)
+    # A worker that unmaps its memory maps it anew at once, and may fill that while the copies of the old are being freed.
+    assert_honest(result, limit_mib * MIB, moment_bytes=total_mib // 2 * MIB)

@@ -219,8 +219,8 @@ def assert_honest(
     """The limit was kept, and by swapping.
 
     peak <= limit + 10 %, or + 16 MiB for the small limits of CI: what a process can touch in a few looks on
-    a busy machine does not shrink with the limit (README, Guarantees and limits). There, one sample in fifty may
-    be above by another `moment_bytes`: a look that is late by a scheduler's tick. At least half of the
+    a busy machine does not shrink with the limit (README, Guarantees and limits). There, one sample in twenty
+    may be above by another `moment_bytes`: a look that is late by a scheduler's tick. At least half of the
     excess was swapped; faults were answered; every member of the tree above the minimum was managed.
     `demand_bytes`: what the program needs without a limit, when the test knows it; else the most that was
     seen resident and swapped together.
@@ -236,7 +236,7 @@ def assert_honest(
     )
     is_small = bound > limit_bytes * 1.10
     assert samples.peak_bytes <= bound + (moment_bytes if is_small else 0) and (
-        samples.above(bound) <= (samples.count // 50 if is_small else 0)
+        samples.above(bound) <= (samples.count // 20 if is_small else 0)
     ), (
         f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
     )
