@@ -10,7 +10,7 @@
  *             present is write-protected: each such write is a fault then (fill.c), charged and made to
  *             wait like any other. A fork shares anew what was copied before: all is protected again.
  * No more     once Pss says that nothing is shared any longer, all is unprotected at once.
- * Locking     cow_look is the look thread's, without the gate; the others are called with the gate held.
+ * Locking     cow_look and cow_is_due are the look thread's, without the gate; the others are called with the gate held.
  */
 #ifndef VSWAP_COW_H
 #define VSWAP_COW_H

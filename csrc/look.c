@@ -239,7 +239,7 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 {
 	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
 	uint64_t size = READ_ONCE(client->dead) ? 0 : look_at_size(client);
-	bool discover;
+	bool discover, adapt;
 
 	/* Not to be seen, or nobody would tell us: is its address space still there? */
 	if ((size == 0 || READ_ONCE(client->agent_gone)) && serving && !READ_ONCE(client->dead) &&
@@ -248,11 +248,12 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 	if (size == 0 || READ_ONCE(client->dead) || !serving ||
 	    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 		return;
-	if (!READ_ONCE(client->registered) && !near && !cow_is_due(client))
+	adapt = cow_is_due(client);
+	if (!READ_ONCE(client->registered) && !near && !adapt)
 		return;
 	discover = !READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
 		   now >= client->discover_next_ns;
-	if ((!discover && !cow_is_due(client)) || !gate_lock_soon(client))
+	if ((!discover && !adapt) || !gate_lock_soon(client))
 		return; /* at the next look */
 	if (!client->dead && !client_is_shut(client)) {
 		if (discover) {

@@ -123,10 +123,10 @@ EXPORT int mlockall(int flags) { return result_of(mlockall_raw(flags)); }
 
 /* ---- wrappers: populating ---- */
 
-static bool populates_by_pieces(unsigned long length)
-{
-	return length > POPULATE_BYTES && agent && agent->tgid && !agent->sandboxed;
-}
+/* And system calls of ours may stand between the program's. */
+static bool may_have_agent(void) { return agent && agent->tgid && !agent->sandboxed; }
+
+static bool populates_by_pieces(unsigned long length) { return length > POPULATE_BYTES && may_have_agent(); }
 
 /* As the kernel does it in one go: up to the first error. The pause is for those who wait for the lock: without it
  * each gets it some milliseconds later, and joining the daemon takes it a dozen times. */
@@ -167,8 +167,8 @@ static bool is_large_private(unsigned long length, int protection, int flags)
 {
 	const int bits = MAP_PRIVATE | MAP_ANONYMOUS;
 
-	return (flags & bits) == bits && !(flags & MAP_HUGETLB) && protection & PROT_WRITE && agent && agent->tgid &&
-	       length >= agent->config.minimum_bytes && !agent->sandboxed && agent->tgid == (uint32_t)raw_getpid();
+	return (flags & bits) == bits && !(flags & MAP_HUGETLB) && protection & PROT_WRITE && may_have_agent() &&
+	       length >= agent->config.minimum_bytes && agent->tgid == (uint32_t)raw_getpid();
 }
 
 EXPORT void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)

@@ -659,21 +659,31 @@ static void index_replace(struct slot_space *space, struct slot_map *map, uint64
 
 /* ---- sharing ---- */
 
+/* A counted slot for what this one is, for `count` references. 0: no memory. share_lock is held. */
+static uint64_t shared_create(struct slot_space *space, struct slot slot, unsigned count)
+{
+	uint64_t index = count > SHARED_COUNT_MAX ? 0 : shared_alloc(space);
+	struct shared_slot *shared;
+
+	if (index == 0)
+		return 0;
+	shared = shared_at(space, index);
+	shared->count = (uint16_t)count;
+	shared->word = SLOT_NONE;
+	entry_store(&shared->word, &shared->check_middle, &shared->check_low, slot);
+	return index;
+}
+
 /*
  * Give entry e of a shared cluster a counted slot, named by the cluster and by the copy about to be
  * made of it. The caller's map leaves the cluster for the copy, so the references stay `share`.
  */
 static int share_slot(struct slot_space *space, struct cluster *cluster, unsigned e)
 {
-	uint64_t index = cluster->share > SHARED_COUNT_MAX ? 0 : shared_alloc(space);
-	struct shared_slot *shared;
+	uint64_t index = shared_create(space, cluster_slot(cluster, e), cluster->share);
 
 	if (index == 0)
 		return -ENOMEM;
-	shared = shared_at(space, index);
-	shared->count = (uint16_t)cluster->share;
-	shared->word = SLOT_NONE;
-	entry_store(&shared->word, &shared->check_middle, &shared->check_low, cluster_slot(cluster, e));
 	cluster_store(cluster, e, (struct slot){ .tag = SLOT_INDIRECT, .location = index });
 	return 0;
 }
@@ -828,20 +838,13 @@ void slot_shared_put(struct slot_space *space, uint64_t index, slot_free_fn free
 		free_copy(context, slot);
 }
 
-/* A counted slot for what this one is, with the references of its page and of another. 0: no memory. */
-static uint64_t shared_create(struct slot_space *space, struct slot slot)
+/* For its page and for another. 0: no memory. */
+static uint64_t shared_create_for_two(struct slot_space *space, struct slot slot)
 {
-	uint64_t index = shared_alloc(space);
-	struct shared_slot *shared;
-
-	if (index == 0)
-		return 0;
 	SCOPED_LOCK(&space->share_lock);
-	shared = shared_at(space, index);
-	shared->count = 2;
-	shared->word = SLOT_NONE;
-	entry_store(&shared->word, &shared->check_middle, &shared->check_low, slot);
-	if (slot.tag == SLOT_SPILL)
+	uint64_t index = shared_create(space, slot, 2);
+
+	if (index != 0 && slot.tag == SLOT_SPILL)
 		__atomic_fetch_add(&space->shared_spill_pages, 1, __ATOMIC_RELAXED);
 	return index;
 }
@@ -867,7 +870,7 @@ int slot_share(struct slot_space *space, struct slot_map *map, uint64_t page, ui
 		return shared_get_another(space, slot.location);
 	}
 	VS_CHECK(slot.tag == SLOT_POOL || slot.tag == SLOT_SPILL);
-	*ret_index = shared_create(space, slot);
+	*ret_index = shared_create_for_two(space, slot);
 	if (*ret_index == 0)
 		return -ENOMEM;
 	VS_CHECK(slot_set(space, map, page, (struct slot){ .tag = SLOT_INDIRECT, .location = *ret_index }) == 0);

@@ -40,7 +40,8 @@
  *             block of slot_heap.h, one with many to a smaller one. A shared cluster keeps its size.
  * Invariants  1 `entries` is the number of bits in a cluster's `pages`, and fits in its `granules`
  *             2 a cluster's `live` is the number of its words that are not NONE; with live == 0 it is in no index
- *             3 the count of a shared slot is the number of INDIRECT words that name it
+ *             3 the count of a shared slot is the number of INDIRECT words that name it, and of slot_share() calls
+ *               whose reference is in no word yet
  *             4 counts[tag] of a map is the number of its words with that tag (shared clusters are
  *               counted in every map that has them)
  *             5 a cluster that more than one map has is marked `was_shared`

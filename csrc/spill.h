@@ -182,9 +182,9 @@ int64_t spill_next_segment(struct spill *spill, uint64_t from);
  * of those there are.
  */
 bool spill_is_sparse(struct spill *spill, uint64_t segment);
+uint64_t spill_sparse_segments(struct spill *spill, uint64_t *ret_live_bytes);
 /* Bytes of live extents in a segment. */
 uint64_t spill_live_bytes(struct spill *spill, uint64_t segment);
-uint64_t spill_sparse_segments(struct spill *spill, uint64_t *ret_live_bytes);
 
 struct spill_entry {
 	uint64_t owner;

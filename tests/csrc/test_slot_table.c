@@ -121,23 +121,26 @@ static void check_page(int m, unsigned p)
 		CHECK(!freed[have.location]);
 }
 
-/* Replace a page's slot as fill and evict do: the old copy is dropped by whoever replaces it. */
-static void set_page(int m, unsigned p, struct slot slot)
+/* Replace a page's slot as fill and evict do: the old copy is dropped by whoever replaces it. `meaning`: what the word
+ * stands for. */
+static void set_word(int m, unsigned p, struct slot word, struct slot meaning)
 {
 	struct slot old;
 
 	check_page(m, p);
 	CHECK(slot_get(space, &maps[m], base_page + p, &old) == 0);
-	CHECK(slot_set(space, &maps[m], base_page + p, slot) == 0);
+	CHECK(slot_set(space, &maps[m], base_page + p, word) == 0);
 	if (old.tag == SLOT_INDIRECT)
 		slot_shared_put(space, old.location, free_copy, NULL);
 	else if (has_copy(old))
 		free_copy(NULL, old);
 	forget(m, p);
-	model[m][p] = slot;
-	if (has_copy(slot))
-		holders[slot.location]++;
+	model[m][p] = meaning;
+	if (has_copy(meaning))
+		holders[meaning.location]++;
 }
+
+static void set_page(int m, unsigned p, struct slot slot) { set_word(m, p, slot, slot); }
 
 static void clear(int m, unsigned first, unsigned count)
 {
@@ -194,27 +197,16 @@ static void share_page(int m)
 {
 	int to = (int)rnd(FAMILY);
 	unsigned p = rnd(PAGES);
-	struct slot old;
 	uint64_t index;
 
 	if (to == m || !alive[to])
 		return;
 	check_page(m, p);
-	check_page(to, p);
 	if (model[m][p].tag != SLOT_POOL && model[m][p].tag != SLOT_SPILL)
 		return;
 	CHECK(slot_share(space, &maps[m], base_page + p, &index) == 0);
 	CHECK(slot_is_equal(slot_shared_get(space, index), model[m][p]));
-	CHECK(slot_get(space, &maps[to], base_page + p, &old) == 0);
-	CHECK(slot_set(space, &maps[to], base_page + p,
-		       (struct slot){ .tag = SLOT_INDIRECT, .location = index }) == 0);
-	if (old.tag == SLOT_INDIRECT)
-		slot_shared_put(space, old.location, free_copy, NULL);
-	else if (has_copy(old))
-		free_copy(NULL, old);
-	forget(to, p);
-	model[to][p] = model[m][p];
-	holders[model[m][p].location]++;
+	set_word(to, p, (struct slot){ .tag = SLOT_INDIRECT, .location = index }, model[m][p]);
 }
 
 static void share(int parent)
