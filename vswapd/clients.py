@@ -149,7 +149,12 @@ class ClientServer:
         self._workers = trio.CapacityLimiter(_WORKERS_MAX)
         self.is_descriptor_valid = is_userfaultfd  # replaced by tests, which have no userfaultfd
         self.is_process_of = processes.is_of  # ... and one user
-        self.is_stopping = False
+        self.stopping = trio.Event()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Nobody new is taken."""
+        return self.stopping.is_set()
 
     def comm(self, pid: int) -> str:
         """Name of a client that is connected, or was just now; else ''."""

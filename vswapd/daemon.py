@@ -160,7 +160,7 @@ class Daemon:
 
     async def wait_no_clients(self) -> None:
         """Refuse new clients and wait until all have ended."""
-        self.clients.is_stopping = True
+        self.clients.stopping.set()
         while clients := self._engine.clients():
             self._log.info("waiting for clients to end", count=len(clients))
             deadline = trio.current_time() + _STOP_REMINDER_SECONDS

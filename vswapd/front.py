@@ -168,18 +168,11 @@ def _run_document(group: str, status: dict[str, Any], wait_status: int, seconds:
 
 
 def _write_document(path: str, document: dict[str, Any]) -> bool:
-    """Whole or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    from vswapd import whole_file
+
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
+        whole_file.write(path, json.dumps(document, indent=1) + "\n")
     except OSError as error:
         say(f"cannot write {path}: {error.strerror}; the statistics are lost")
-        try:
-            os.unlink(temporary)
-        except OSError:
-            pass
         return False
     return True

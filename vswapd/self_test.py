@@ -97,7 +97,8 @@ class SelfTest:
                 while not self._clients.is_stopping:
                     await self._round(process, group.number)
                     notify.notify("WATCHDOG=1")
-                    await self._wait_stopping(seconds)
+                    with trio.move_on_after(seconds):
+                        await self._clients.stopping.wait()
             finally:
                 process.kill()
                 with trio.CancelScope(shield=True):
@@ -123,11 +124,6 @@ class SelfTest:
                 await trio.sleep(_LOOK_SECONDS)
             return
         raise OSError("its program was not taken as a client")
-
-    async def _wait_stopping(self, seconds_max: float) -> None:
-        with trio.move_on_after(seconds_max):
-            while not self._clients.is_stopping:  # noqa: ASYNC110 -- a flag
-                await trio.sleep(_LOOK_SECONDS)
 
     async def _round(self, process: trio.Process, group: int) -> None:
         """Memory out, by the evictors and all the rest by request, and back."""

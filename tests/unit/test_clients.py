@@ -50,7 +50,7 @@ async def test_forked_child_gets_its_userfaultfd_and_sends_one() -> None:
 async def test_forked_child_comes_in_while_the_daemon_stops() -> None:
     async with control_plane() as plane:
         plane.engine.forked_tokens[5] = plane.add_group()
-        plane.daemon.clients.is_stopping = True
+        plane.daemon.clients.stopping.set()
         stopped, forked = plane.agent(), plane.agent()
         await stopped.hello()
         assert (await stopped.welcome())[0] == wire.REFUSED_LIMIT

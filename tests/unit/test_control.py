@@ -152,7 +152,7 @@ async def test_wait_ends_with_the_last_client() -> None:
 
 async def test_stopping_daemon_makes_no_groups() -> None:
     async with control_plane() as plane:
-        plane.daemon.clients.is_stopping = True
+        plane.daemon.clients.stopping.set()
         await _refused(plane.control(), "stopping", "group-create", limit_bytes=LIMIT)
 
 

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 
-from vswapd import settings
+from vswapd import settings, whole_file
 from vswapd.failure import Failure
 
 TYPE_CHECKING = False
@@ -99,18 +99,8 @@ def _is_configuration(file: _File) -> bool:
 
 
 def _write(file: _File) -> None:
-    """Whole or not at all."""
-    temporary = f"{file.path}.new"
     os.makedirs(os.path.dirname(file.path), 0o755, exist_ok=True)
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(file.text)
-            os.fchmod(stream.fileno(), 0o644)
-        os.replace(temporary, file.path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    whole_file.write(file.path, file.text, 0o644)
 
 
 def _install(files: list[_File], dry_run: bool) -> None:
