@@ -235,11 +235,10 @@ def assert_honest(
         f"{start:.2f}-{end:.2f} s {highest / MIB:.1f} MiB" for start, end, highest in samples.excursions(bound)[:20]
     )
     is_small = bound > limit_bytes * 1.10
-    assert samples.peak_bytes <= bound + (moment_bytes if is_small else 0) and (
-        samples.above(bound) <= (samples.count // 20 if is_small else 0)
-    ), (
-        f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
-    )
+    moments, moment_bytes = (samples.count // 20, moment_bytes) if is_small else (0, 0)
+    exceeded = f"over {bound / MIB:.1f} MiB for a limit of {limit_bytes / MIB:.1f}: {over}; {told}"
+    assert samples.peak_bytes <= bound + moment_bytes, exceeded
+    assert samples.above(bound) <= moments, exceeded
     excess = (demand_bytes if demand_bytes is not None else samples.demand_bytes_max) - limit_bytes
     assert excess > 0, f"the program fits its limit, so the run shows nothing: {told}"
     assert result.swapped_bytes_max >= excess / 2, f"less than half of {excess / MIB:.1f} MiB swapped: {told}"
