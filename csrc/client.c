@@ -54,6 +54,7 @@ static void client_free(struct client *client)
 	free(client->cold);
 	free(client->parked);
 	pthread_cond_destroy(&client->batches_changed);
+	pthread_rwlock_destroy(&client->region_lock);
 	pthread_mutex_destroy(&client->gate);
 	free(client);
 }
@@ -75,6 +76,7 @@ static int client_allocate(struct engine *engine, struct client **ret_client)
 		return -error;
 	}
 	pthread_mutex_init(&client->gate, NULL);
+	pthread_rwlock_init(&client->region_lock, NULL);
 	pthread_cond_init(&client->batches_changed, NULL);
 	*ret_client = client;
 	return 0;
@@ -140,7 +142,8 @@ int client_create(struct engine *engine, pid_t pid, struct group *group, struct 
 	client->number = engine->state->token_next++;
 	client_set_phase(client, CLIENT_FORMING);
 	enlist(engine, client, index, group);
-	counter_add(engine, clients_added, 1);
+	if (!client_is_region(client))
+		counter_add(engine, clients_added, 1);
 	*ret_client = client;
 	return 0;
 }
@@ -357,8 +360,10 @@ void client_bury(struct client *client)
 	engine->clients[client->index] = NULL;
 	client->group->client_count--;
 	pthread_mutex_unlock(&engine->registry);
-	counter_add(engine, clients_gone, 1);
-	engine_event_push(engine, &event);
+	if (!client_is_region(client)) {
+		counter_add(engine, clients_gone, 1);
+		engine_event_push(engine, &event);
+	}
 	engine_room_made(engine, client->group);
 	client_put(client); /* the registry's reference */
 }

@@ -89,6 +89,7 @@ struct client {
 	int pidfd;
 
 	pthread_mutex_t gate;
+	pthread_rwlock_t region_lock; /* region.h */
 	pthread_cond_t batches_changed; /* with the gate */
 	bool serving;     /* fault threads run */
 	bool registered;  /* regions are registered with events_fd */
@@ -176,6 +177,11 @@ int client_adopt(struct engine *engine, unsigned index, struct client **ret_clie
 void client_set_phase(struct client *client, enum client_phase phase);
 /* Whether some client has this userfaultfd. */
 bool client_has_descriptor(struct engine *engine, int events_fd);
+/* A file of memory: no process, no descriptors, no threads (region.h). */
+static inline bool client_is_region(const struct client *client)
+{
+	return client->group->flags & ENGINE_GROUP_REGIONS;
+}
 /* The gate is shut: a MOVE may be under way, or what a dead daemon began is not finished. */
 static inline bool client_is_shut(const struct client *client)
 {

@@ -23,6 +23,7 @@
 #include "checkpoint.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "region.h"
 #include "sys.h"
 
 #define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
@@ -231,6 +232,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_mutex_init(&engine->registry, NULL);
 	pthread_mutex_init(&engine->work_lock, NULL);
 	pthread_mutex_init(&engine->event_lock, NULL);
+	pthread_mutex_init(&engine->region_scratch_lock, NULL);
 	pthread_cond_init(&engine->evict_work, NULL);
 	pthread_cond_init(&engine->write_work, NULL);
 	pthread_cond_init(&engine->look_work, NULL);
@@ -310,6 +312,7 @@ void engine_destroy(struct engine *engine)
 	pthread_join(engine->writer_thread, NULL);
 	pthread_join(engine->look_thread, NULL);
 	destroy_clients(engine);
+	region_scratch_destroy(engine);
 	for (unsigned i = 0; i < GROUPS_MAX; i++)
 		if (engine->groups[i]) {
 			pool_destroy(engine->groups[i]->pool);
@@ -551,6 +554,8 @@ int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t
 
 	pthread_mutex_lock(&engine->registry);
 	group = group_at(engine, number);
+	if (group && group->flags & ENGINE_GROUP_REGIONS)
+		group = NULL;
 	if (group)
 		group->users++;
 	pthread_mutex_unlock(&engine->registry);
@@ -860,8 +865,11 @@ int engine_statistics(struct engine *engine, struct engine_statistics *ret_stati
 	SCOPED_LOCK(&engine->registry);
 	for (unsigned i = 0; i < engine->clients_end; i++)
 		if (engine->clients[i]) {
+			bool is_region = client_is_region(engine->clients[i]);
+
 			add_client(&statistics, engine->clients[i]);
-			statistics.client_count++;
+			statistics.client_count += !is_region;
+			statistics.region_count += is_region;
 		}
 	shared_spill = min_of(slot_space_shared_spill_pages(engine->slots), statistics.pool_pages);
 	statistics.pool_pages -= shared_spill;
@@ -903,7 +911,7 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		record.metadata_bytes = (uint64_t)max_of(group->metadata_bytes, 0);
 		record.swapped_pages_max = group->swapped_pages_max;
 		record.spill_bytes = (uint64_t)max_of(READ_ONCE(group->spill_bytes), 0);
-		record.client_count = group->client_count;
+		record.client_count = group->flags & ENGINE_GROUP_REGIONS ? 0 : group->client_count;
 		record.faults = group->faults;
 		record.session_fd = engine->state->groups[g].session_fd;
 		memcpy(record.label, engine->state->groups[g].label, sizeof record.label);
@@ -927,7 +935,7 @@ int engine_client_list(struct engine *engine, struct engine_client_statistics *r
 		const struct client *client = engine->clients[i];
 		const struct slot_map *map;
 
-		if (!client || count++ >= max)
+		if (!client || client_is_region(client) || count++ >= max)
 			continue;
 		map = &client->record->map;
 		records[count - 1] = (struct engine_client_statistics){

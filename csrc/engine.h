@@ -11,7 +11,7 @@
  *   slot     a virtual swap slot: the word that says where a page's bytes are
  *   backing  ZERO, SAME, POOL, SPILL or the client itself (RESIDENT; a copy may be kept)
  *   object   a compressed page in the pool; extent: an object's place in a spill segment
- *   backend  one spill file or block device
+ *   backend  one spill file or block device; region: also a file of memory in the FUSE tree (engine_region_create)
  *   agent    the client's own thread that moves pages out; staging: where it moves them
  *
  * Threads    every function may be called from any thread; none calls back into the caller. Calls
@@ -73,6 +73,7 @@ int engine_userfaultfd_device(struct engine *engine);
 /* Flags of a group */
 #define ENGINE_GROUP_TORTURE 1u  /* evict random runs of pages all the time, whatever the limit */
 #define ENGINE_GROUP_NO_SPILL 2u /* never write this group's pages to a backend */
+#define ENGINE_GROUP_REGIONS 4u  /* it has regions and no processes: all of the limit is for the pool */
 
 /*
  * limit_bytes: resident + pool + metadata of the whole group; pool_limit_bytes: 0 for no limit of its
@@ -181,6 +182,50 @@ int engine_client_label(struct engine *engine, uint64_t token, int socket_fd, ui
 int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms);
 int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms);
 
+/* ---- regions: files of memory, each a page map without a process (region.h) ---- */
+
+#define ENGINE_REGION_NAME_BYTES 256
+#define ENGINE_REGION_BYTES_MAX 0x800000000000
+
+struct engine_region {
+	uint64_t number; /* unlike any other's, ever; 0: to be made */
+	int32_t group;
+	uint32_t mode; /* permission bits */
+	uint32_t uid, gid;
+	uint32_t is_unlinked;
+	uint32_t is_damaged;
+	uint64_t size_bytes;
+	int64_t modified_ns; /* since 1970 */
+	uint64_t same_pages, pool_pages, spill_pages, poisoned_pages;
+	uint64_t metadata_bytes;
+	char name[ENGINE_REGION_NAME_BYTES];
+};
+
+/* An empty one, in a group made with ENGINE_GROUP_REGIONS. -ENOENT: no such group; -EINVAL; -EMFILE: too many. */
+int engine_region_create(struct engine *engine, const struct engine_region *region, uint64_t *ret_number);
+
+/*
+ * Bytes [offset, offset + bytes), which lie inside of the region (read: else fewer, down to 0; write: else it grows).
+ * Reads return how many, or -EIO: what is there was lost. Writes return 0; -ENOSPC: the group has no room; then the pages
+ * that were not stored are lost, since the page cache takes them for written. -ENOENT: no such region. Without a
+ * buffer: all of them are to be.
+ */
+int engine_region_read(struct engine *engine, uint64_t number, uint64_t offset, void *buffer, uint32_t bytes);
+int engine_region_write(struct engine *engine, uint64_t number, uint64_t offset, const void *buffer, uint32_t bytes);
+
+/* What is beyond is freed, what is new is zero. 0, -ENOENT, -EFBIG, or as write. */
+int engine_region_truncate(struct engine *engine, uint64_t number, uint64_t size_bytes);
+
+int engine_region_change(struct engine *engine, uint64_t number, uint32_t mode, uint32_t gid, int64_t modified_ns);
+
+/* Unlink: its name is free, a successor frees it. Destroy: free it now. */
+int engine_region_unlink(struct engine *engine, uint64_t number);
+int engine_region_destroy(struct engine *engine, uint64_t number);
+
+int engine_region_get(struct engine *engine, uint64_t number, struct engine_region *ret_region);
+/* Fill at most `max` records; returns how many there are. */
+int engine_region_list(struct engine *engine, struct engine_region *records, int max);
+
 /* ---- statistics ---- */
 
 enum engine_backing {
@@ -216,6 +261,7 @@ struct engine_statistics {
 	uint32_t group_count;
 	uint32_t client_count;
 	uint32_t backend_count;
+	uint32_t region_count;
 	uint32_t events_dropped;
 	struct engine_counters counters;
 	uint64_t latency_ns_sum[ENGINE_BACKING_COUNT];

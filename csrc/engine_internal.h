@@ -3,11 +3,12 @@
  * engine_internal — what the parts of the data plane share: the engine itself.
  *
  * Lock order (outermost first)
+ *   client->region_lock
  *   client->gate      one at a time, but fork takes the child's inside the parent's
  *   registry lock     the tables of groups, clients, backends
  *   slot space share_lock, then its lock
  *   pool and spill mutexes
- *   event lock
+ *   event lock; region_scratch_lock
  */
 #ifndef VSWAP_ENGINE_INTERNAL_H
 #define VSWAP_ENGINE_INTERNAL_H
@@ -67,6 +68,9 @@ struct engine {
 	pthread_mutex_t work_lock; /* evictors and writer wait here */
 	pthread_cond_t evict_work, write_work, look_work;
 	uint64_t evict_requests, write_requests, look_requests;
+
+	struct region_scratch *region_scratch; /* those that no call uses */
+	pthread_mutex_t region_scratch_lock;
 
 	pthread_mutex_t event_lock;
 	struct engine_event events[EVENTS_MAX];

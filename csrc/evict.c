@@ -422,30 +422,23 @@ struct stored {
 	uint64_t shared;  /* pages for which a reference was taken to a relative's copy */
 };
 
-/* A pool object for a page. Waits out a shortage of memory: the bytes are safe in staging. When it lasts, the group
- * that brought the page is out of memory. */
-static struct slot store_object(struct client *client, struct evictor *evictor, const void *page,
-				uint64_t check)
+/* A pool object for a page: 0, or as pool_store. */
+static int store_object(struct client *client, struct evictor *evictor, const void *page, uint64_t check,
+			struct slot *ret_slot)
 {
 	unsigned units = codec_compress(evictor->codec, CODEC_LZ4, page, evictor->object);
-	uint64_t handle, since = 0;
+	uint64_t handle;
+	int result = pool_store(client->group->pool, evictor->object, units, &handle);
 
-	while (pool_store(client->group->pool, evictor->object, units, &handle) < 0) {
-		if (READ_ONCE(client->dead) || sys_userfaultfd_is_gone(client->events_fd))
-			return (struct slot){ .tag = SLOT_NONE };
+	if (result < 0) {
 		counter_add(client->engine, evict_failed, 1);
-		since = since ? since : sys_now_ns();
-		if (sys_now_ns() - since > OUT_OF_MEMORY_NS) {
-			reclaim_kill_largest(client->engine, client->group);
-			since = 0;
-		}
-		sys_sleep_ms(1);
+		return result;
 	}
 	if (units == POOL_UNITS_MAX)
 		counter_add(client->engine, evicted_raw, 1);
 	counter_add(client->engine, evicted_stored, 1);
-	return (struct slot){ .tag = SLOT_POOL, .units = (uint8_t)units, .location = handle,
-			      .check = check };
+	*ret_slot = (struct slot){ .tag = SLOT_POOL, .units = (uint8_t)units, .location = handle, .check = check };
+	return 0;
 }
 
 /*
@@ -490,35 +483,65 @@ static struct client *relative_get(struct client *client)
 	return relative;
 }
 
-static void store_page(struct client *client, struct client *relative, struct evictor *evictor, uint64_t page_number,
-		       struct slot before, unsigned i, struct stored *stored)
+/* `relative`: a client that may have the same page out already, or NULL. */
+static int store_page_once(struct client *client, struct client *relative, struct evictor *evictor, const void *page,
+			   uint64_t page_number, struct slot before, struct slot *ret_slot)
 {
-	const uint8_t *page = evictor->buffer + i * PAGE_BYTES;
 	uint64_t word, check;
 
 	if (codec_same_filled(page, &word)) {
-		stored->slots[i] = (struct slot){ .tag = word ? SLOT_SAME : SLOT_ZERO, .check = word };
+		*ret_slot = (struct slot){ .tag = word ? SLOT_SAME : SLOT_ZERO, .check = word };
 		if (word)
 			counter_add(client->engine, evicted_same, 1);
 		else
 			counter_add(client->engine, evicted_zero, 1);
-		return;
+		return EVICT_STORED;
 	}
 	check = codec_check(page, client->engine->state->secret);
-	if (relative && share_with(relative, page_number, check, &stored->slots[i])) {
+	if (relative && share_with(relative, page_number, check, ret_slot)) {
 		crash_point(CRASH_EVICT_SHARED);
-		stored->shared |= 1ULL << i;
 		counter_add(client->engine, evicted_shared, 1);
-		return;
+		return EVICT_SHARED;
 	}
 	if (slot_is_kept(before.tag) && before.check == check) {
-		stored->slots[i] = slot_unkept(before);
-		stored->reused |= 1ULL << i;
+		*ret_slot = slot_unkept(before);
 		counter_add(client->engine, evicted_unchanged, 1);
-		return;
+		return EVICT_REUSED;
 	}
-	stored->slots[i] = store_object(client, evictor, page, check);
-	if (stored->slots[i].tag == SLOT_POOL)
+	return store_object(client, evictor, page, check, ret_slot);
+}
+
+int evict_store_page(struct client *client, struct evictor *evictor, const void *page, struct slot before,
+		     struct slot *ret_slot)
+{
+	return store_page_once(client, NULL, evictor, page, 0, before, ret_slot);
+}
+
+/* Waits out a shortage of memory: the bytes are safe in staging. When it lasts, the group that brought the page is out
+ * of memory. */
+static void store_page(struct client *client, struct client *relative, struct evictor *evictor, uint64_t page_number,
+		       struct slot before, unsigned i, struct stored *stored)
+{
+	const uint8_t *page = evictor->buffer + i * PAGE_BYTES;
+	uint64_t since = 0;
+	int result;
+
+	stored->slots[i] = (struct slot){ .tag = SLOT_NONE };
+	while ((result = store_page_once(client, relative, evictor, page, page_number, before, &stored->slots[i])) < 0) {
+		if (READ_ONCE(client->dead) || sys_userfaultfd_is_gone(client->events_fd))
+			return;
+		since = since ? since : sys_now_ns();
+		if (sys_now_ns() - since > OUT_OF_MEMORY_NS) {
+			reclaim_kill_largest(client->engine, client->group);
+			since = 0;
+		}
+		sys_sleep_ms(1);
+	}
+	if (result == EVICT_REUSED)
+		stored->reused |= 1ULL << i;
+	else if (result == EVICT_SHARED)
+		stored->shared |= 1ULL << i;
+	else if (stored->slots[i].tag == SLOT_POOL)
 		stored->created |= 1ULL << i;
 }
 

@@ -18,6 +18,16 @@ struct evictor {
 int evictor_create(struct evictor *ret_evictor);
 void evictor_destroy(struct evictor *evictor);
 
+/* How a page was stored: anew; by its kept copy, which was equal; by a forked relative's copy. */
+enum evict_stored { EVICT_STORED, EVICT_REUSED, EVICT_SHARED };
+
+/*
+ * What the slot of a page with these bytes is to be. `before`: a kept copy, taken again when it is equal
+ * (EVICT_REUSED). EVICT_STORED otherwise; or as pool_store: there is no room for an object now.
+ */
+int evict_store_page(struct client *client, struct evictor *evictor, const void *page, struct slot before,
+		     struct slot *ret_slot);
+
 struct evict_result {
 	unsigned pages;   /* moved out */
 	unsigned busy;    /* refused by MOVE: pinned, or shared after fork */

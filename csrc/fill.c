@@ -33,7 +33,6 @@
 #include "remap.h"
 #include "sys.h"
 
-#define READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
 #define STREAM_GAP_PAGES 4
 #define READ_AROUND_PAGES 8
 #define STREAM_RUNS_LET_IN 4 /* one in so many */
@@ -289,7 +288,7 @@ static enum fill_result fill_protected(struct client *client, const struct fault
 
 /* ---- expanded pages ---- */
 
-static int expand_object(struct client *client, const void *object, struct slot slot, void *page)
+int fill_expand_object(struct client *client, const void *object, struct slot slot, void *page)
 {
 	int result = codec_expand(object, slot.units, page);
 
@@ -320,8 +319,7 @@ static int read_staged(struct client *client, struct slot slot, void *page)
 	return count == (ssize_t)PAGE_BYTES ? 0 : count == -ENOMEM ? -ENOMEM : -EIO;
 }
 
-/* Expand one page: 0, 1 when its backing is not in memory (SPILL), or -errno. */
-static int expand(struct client *client, struct slot slot, void *page)
+int fill_expand(struct client *client, struct slot slot, void *page)
 {
 	struct slot_space *space = client->engine->slots;
 	int result;
@@ -331,7 +329,7 @@ static int expand(struct client *client, struct slot slot, void *page)
 		codec_fill(page, slot.check);
 		return 0;
 	case SLOT_POOL:
-		return expand_object(client, pool_object(client->engine->pool_space, slot.location),
+		return fill_expand_object(client, pool_object(client->engine->pool_space, slot.location),
 				     slot, page);
 	case SLOT_STAGED:
 		return read_staged(client, slot, page);
@@ -340,9 +338,9 @@ static int expand(struct client *client, struct slot slot, void *page)
 		slot = slot_shared_peek(space, slot.location);
 		result = slot.tag != SLOT_POOL
 				 ? 1
-				 : expand_object(client,
-						 pool_object(client->engine->pool_space, slot.location),
-						 slot, page);
+				 : fill_expand_object(client,
+						      pool_object(client->engine->pool_space, slot.location),
+						      slot, page);
 		slot_share_unlock(space);
 		return result;
 	default:
@@ -433,7 +431,7 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	if (window == 0)
 		return FILL_DEFER;
 	words[0] = first;
-	result = expand(client, first, scratch->pages);
+	result = fill_expand(client, first, scratch->pages);
 	if (result == -EIO && client->dead)
 		result = 0; /* nobody will look */
 	if (result < 0)
@@ -447,7 +445,7 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 		if (slot_get(client->engine->slots, &client->record->map, fault->page + count,
 			     &words[count]) < 0 ||
 		    !slot_is_swapped(words[count].tag) || words[count].tag == SLOT_ZERO ||
-		    expand(client, words[count], scratch->pages + count * PAGE_BYTES) != 0)
+		    fill_expand(client, words[count], scratch->pages + count * PAGE_BYTES) != 0)
 			break;
 	}
 	uncharge(client, window - count);
@@ -483,13 +481,29 @@ static struct slot copy_of(struct client *client, struct slot word)
 	return word.tag == SLOT_INDIRECT ? slot_shared_get(client->engine->slots, word.location) : word;
 }
 
+bool fill_span_add(struct fill_span *span, struct slot copy)
+{
+	struct spill_range range = spill_range_of(copy.location, copy.units);
+	uint64_t end = range.offset_bytes + range.length_bytes;
+
+	if (copy.tag != SLOT_SPILL)
+		return false;
+	if (span->end_bytes == 0)
+		*span = (struct fill_span){ .start_bytes = range.offset_bytes, .backend = copy.backend };
+	else if (copy.backend != span->backend || copy.location < span->last_location ||
+		 end - span->start_bytes > FILL_READ_BYTES_MAX)
+		return false;
+	span->last_location = copy.location;
+	span->end_bytes = max_of(span->end_bytes, end);
+	return true;
+}
+
 /* Widen the read over the following pages while their extents lie close behind each other. */
 static void read_plan(struct client *client, struct spill_read *read, unsigned window)
 {
-	struct spill_range range = spill_range_of(read->copies[0].location, read->copies[0].units);
-	uint64_t end = range.offset_bytes + range.length_bytes;
+	struct fill_span span = { 0 };
 
-	read->range_start = range.offset_bytes;
+	VS_CHECK(fill_span_add(&span, read->copies[0]));
 	for (read->page_count = 1; read->page_count < window; read->page_count++) {
 		unsigned i = read->page_count;
 		struct slot word;
@@ -499,15 +513,11 @@ static void read_plan(struct client *client, struct spill_read *read, unsigned w
 			break;
 		read->words[i] = word;
 		read->copies[i] = copy_of(client, word);
-		if (read->copies[i].tag != SLOT_SPILL || read->copies[i].backend != read->backend ||
-		    read->copies[i].location < read->copies[i - 1].location)
+		if (!fill_span_add(&span, read->copies[i]))
 			break;
-		range = spill_range_of(read->copies[i].location, read->copies[i].units);
-		if (range.offset_bytes + range.length_bytes - read->range_start > READ_BYTES_MAX)
-			break;
-		end = max_of(end, range.offset_bytes + range.length_bytes);
 	}
-	read->buffer_bytes = (uint32_t)(end - read->range_start);
+	read->range_start = span.start_bytes;
+	read->buffer_bytes = (uint32_t)(span.end_bytes - span.start_bytes);
 }
 
 /* The client's queue, made at its first read. Other fault threads poll it without the gate. */
@@ -607,7 +617,7 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 
 		if (!word_is_unchanged(client, read, count))
 			break;
-		result = expand_object(client, read->buffer + offset, copy,
+		result = fill_expand_object(client, read->buffer + offset, copy,
 				       scratch->pages + count * PAGE_BYTES);
 		if (result < 0)
 			break;

@@ -7,6 +7,23 @@
 
 #include "client.h"
 
+#define FILL_READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
+
+/* Extents of one backend that are read at once. Zeroed means none. */
+struct fill_span {
+	uint64_t start_bytes, end_bytes; /* in the backend, aligned as a read has to be */
+	uint64_t last_location;
+	unsigned backend;
+};
+
+/* One more, if it lies on the same backend and not far behind the last. */
+bool fill_span_add(struct fill_span *span, struct slot copy);
+
+/* The page of a slot: 0; 1 when its backing is not in memory (SPILL) or it has none; or -errno. */
+int fill_expand(struct client *client, struct slot slot, void *page);
+/* The page of an object that was read: 0, -EBADMSG or -ENOMEM. */
+int fill_expand_object(struct client *client, const void *object, struct slot slot, void *page);
+
 enum fill_result {
 	FILL_ANSWERED, /* the fault is answered, or needs no answer any more */
 	FILL_PENDING,  /* a read from a backend is on its way */

@@ -42,7 +42,7 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 	for (unsigned i = 0; i < GROUPS_MAX; i++) {
 		struct group *group = engine->groups[(*cursor + i) % GROUPS_MAX];
 
-		if (!group || group->client_count == 0)
+		if (!group || group->client_count == 0 || group->flags & ENGINE_GROUP_REGIONS)
 			continue;
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE ||
 		    READ_ONCE(group->parked) > 0) {

@@ -36,6 +36,7 @@
 #include "checkpoint.h"
 #include "engine_internal.h"
 #include "evict.h"
+#include "region.h"
 #include "sys.h"
 
 #define WAIT_MS 50
@@ -252,6 +253,12 @@ static bool has_agent(const struct client_record *record)
 	       descriptor_is(record->ring_fd, "/memfd:vswap-ring (deleted)");
 }
 
+static bool has_process(const struct client_record *record)
+{
+	return descriptor_is(record->events_fd, "anon_inode:[userfaultfd]") &&
+	       (record->trash_fd < 0 || has_agent(record));
+}
+
 static int recover_clients(struct engine *engine)
 {
 	for (unsigned i = 0; i < CLIENTS_MAX; i++) {
@@ -261,8 +268,8 @@ static int recover_clients(struct engine *engine)
 
 		if (!client_is_kept(record))
 			continue;
-		if (!descriptor_is(record->events_fd, "anon_inode:[userfaultfd]") ||
-		    !engine->groups[record->group] || (record->trash_fd >= 0 && !has_agent(record))) {
+		if (!engine->groups[record->group] ||
+		    (!(engine->groups[record->group]->flags & ENGINE_GROUP_REGIONS) && !has_process(record))) {
 			end_lost_client(engine, record);
 			continue;
 		}
@@ -589,6 +596,10 @@ void recover_start(struct engine *engine)
 		if (!client || !client->recovering)
 			continue;
 		group_pool_changed(client->group);
+		if (client_is_region(client)) {
+			region_recover(client);
+			continue;
+		}
 		pthread_mutex_lock(&client->gate);
 		if (begin_recovery(client) == 0)
 			(void)client_start(client);

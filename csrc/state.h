@@ -35,7 +35,7 @@
 #include "wire.h"
 
 #define STATE_MAGIC 0x3154535057535600ULL
-#define STATE_VERSION 2
+#define STATE_VERSION 3
 
 enum batch_phase { BATCH_FREE, BATCH_INTENT, BATCH_STAGED, BATCH_RELEASING };
 
@@ -85,6 +85,17 @@ enum client_phase {
 	CLIENT_DEAD,    /* what it names may be closed and freed */
 };
 
+/* What a region (region.h) has instead of a process. */
+struct region_record {
+	uint32_t mode;       /* permission bits */
+	uint32_t uid, gid;
+	uint32_t is_unlinked; /* to be freed by a successor */
+	uint32_t is_damaged;  /* not even poison found room: all of it is unreadable */
+	uint64_t size_bytes;
+	int64_t modified_ns;
+	char name[ENGINE_REGION_NAME_BYTES];
+};
+
 struct client_record {
 	uint32_t phase; /* enum client_phase */
 	int32_t pid;
@@ -101,6 +112,7 @@ struct client_record {
 	uint64_t staging[VSWAP_PROTECTIONS];
 	uint64_t trash[VSWAP_PROTECTIONS];
 	struct slot_map map;
+	struct region_record region;
 	struct uffd_msg messages[MESSAGES_MAX]; /* those that were read come first; event 0 ends them */
 	struct batch_record batches[VSWAP_WINDOWS];
 };
