@@ -22,6 +22,9 @@ LIMIT_AVAILABLE_SHARE = 0.8  # default limit: this share of the available RAM
 GROUP_NAME_CHARACTERS_MAX = 31
 GROUPS_PER_UID_MAX = 64  # of one unprivileged user
 
+REGIONS_PER_UID_MAX = 64
+REGION_WORKERS = 4  # threads that read and write regions
+
 # ---- agents (environment of the command; wire.h) ----
 
 MIN_BYTES = 16 * MIB  # smallest process worth managing

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from vswapd.engine import Engine
-    from vswapd.records import BackendStatistics, ClientStatistics, GroupStatistics, Statistics
+    from vswapd.records import BackendStatistics, ClientStatistics, GroupStatistics, Region, Statistics
 
 TOTALS = (
     "virtual_pages",
@@ -96,6 +96,13 @@ def _client(record: ClientStatistics, groups: dict[int, GroupStatistics], uid: i
     return document
 
 
+def _region(record: Region) -> dict[str, Any]:
+    document = asdict(record)
+    for name in ("number", "group"):  # the daemon's own names for it
+        del document[name]
+    return document
+
+
 def build_status(
     engine: Engine,
     *,
@@ -119,6 +126,7 @@ def build_status(
         "backends": [backend_document(record) for record in engine.backends()],
         "groups": [_group(record) for record in groups.values() if may_see_group(record.name)],
         "clients": [_client(record, groups, uid) for record, uid in owners if may_see_client(uid)],
+        "regions": [_region(record) for record in engine.regions() if may_see_client(record.uid)],
         "latency_us": _latencies(statistics, engine.latency_bounds_us()),
         "counters": dict(statistics.counters),
     }

@@ -233,6 +233,61 @@ class Engine:
         """Bring everything back (slow). ESRCH; ETIMEDOUT; ENOMEM: more than the group's limit."""
         _check(lib.engine_client_pagein(self._handle, pid, timeout_ms), f"pagein of {pid}")
 
+    # ---- regions ----
+
+    def region_create(self, region: records.Region) -> int:
+        """Number of a new one, empty, in `region.group`. EMFILE: too many."""
+        names = ("group", "mode", "uid", "gid", "modified_ns")
+        struct = ffi.new("struct engine_region *", {name: getattr(region, name) for name in names})
+        name = region.name.encode("utf-8", "surrogateescape")
+        if len(name) >= len(struct.name):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        struct.name = name
+        ret_number = ffi.new("uint64_t *")
+        _check(lib.engine_region_create(self._handle, struct, ret_number), f"region {region.name}")
+        return int(ret_number[0])
+
+    def region_read(self, number: int, offset: int, size: int) -> memoryview:
+        """Bytes from there on, fewer at the end (slow). EIO: some of them are lost."""
+        data = bytearray(size)
+        result = lib.engine_region_read(self._handle, number, offset, ffi.from_buffer(data), size)
+        return memoryview(data)[: _check(result, "read of a region")]
+
+    def region_write(self, number: int, offset: int, data: bytes) -> None:
+        """The region grows as needed (slow). ENOSPC: what found no room is lost."""
+        result = lib.engine_region_write(self._handle, number, offset, ffi.from_buffer(data), len(data))
+        _check(result, "write to a region")
+
+    def region_lose(self, number: int, offset: int, size: int) -> None:
+        """What is there cannot be read until it is written again."""
+        lib.engine_region_write(self._handle, number, offset, ffi.NULL, size)
+
+    def region_truncate(self, number: int, size_bytes: int) -> None:
+        """Free what is beyond (slow). EFBIG, EIO, ENOSPC."""
+        _check(lib.engine_region_truncate(self._handle, number, size_bytes), "size of a region")
+
+    def region_change(self, number: int, mode: int, gid: int, modified_ns: int) -> None:
+        """What a file has."""
+        _check(lib.engine_region_change(self._handle, number, mode, gid, modified_ns), "region")
+
+    def region_unlink(self, number: int) -> None:
+        """It ends with this daemon, if not before."""
+        _check(lib.engine_region_unlink(self._handle, number), "region")
+
+    def region_destroy(self, number: int) -> None:
+        """Free all of it (slow)."""
+        _check(lib.engine_region_destroy(self._handle, number), "region")
+
+    def region(self, number: int) -> records.Region:
+        """OSError (ENOENT): there is none."""
+        struct = ffi.new("struct engine_region *")
+        _check(lib.engine_region_get(self._handle, number, struct), "region")
+        return _record(records.Region, struct)
+
+    def regions(self) -> list[records.Region]:
+        """All of them, unlinked ones that are open included."""
+        return self._list(lib.engine_region_list, "engine_region", records.Region)
+
     # ---- statistics ----
 
     def statistics(self) -> records.Statistics:

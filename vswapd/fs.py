@@ -4,7 +4,8 @@
 The kernel checks permissions against what getattr says (default_permissions); a write is checked a second
 time, as the request of whoever opened the file. A file's text is made when it is opened, so that reading
 it in pieces gives one state; nothing is cached. Not there: anything but reading, writing whole values,
-and listing — no links, no locks, no extended attributes, no new files. One tree a process (pyfuse3).
+and listing — no links, no locks, no extended attributes, no new files but regions (region_files.py). One tree a
+process (pyfuse3).
 
 fusermount3 unmounts when the daemon dies in whatever way (auto_unmount); a mount that a lost machine left
 behind is taken away before ours.
@@ -17,12 +18,15 @@ import errno
 import os
 import stat
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
 
 from vswapd.failure import Failure
+from vswapd.region_files import RegionFiles
+from vswapd.tree import REGIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +40,10 @@ _WRITE_BYTES_MAX = 4096
 _STALE_LOOK_SECONDS = 0.01
 _STALE_LOOKS_MAX = 200
 _PRESSURE_SECONDS = 2.0  # as the kernel
+_REQUESTS_MAX = 16  # each has a buffer of 1 MiB
+
+# Of the mount's page cache: read-ahead in large requests; as much of it dirty as of any disk's.
+_CACHE_SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0", "max_ratio": "100"}
 
 
 class _Open:
@@ -52,6 +60,8 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     """What the kernel asks for."""
 
     tree: Tree  # set before the first request is read
+    regions: RegionFiles | None = None
+    enable_writeback_cache = True  # without it nothing writes to a shared mapping of a region
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,6 +107,8 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def lookup(self, parent_inode: Any, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
         """Of pyfuse3."""
         path, _ = self._at(parent_inode)
+        if path == REGIONS and self.regions and name not in (b".", b".."):
+            return self.regions.lookup(os.fsdecode(name))
         below = (*path, os.fsdecode(name))
         if name == b".":
             below = path
@@ -112,6 +124,9 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def forget(self, inode_list: Sequence[tuple[Any, int]]) -> None:
         """Of pyfuse3."""
         for inode, count in inode_list:
+            if self.regions and self.regions.has_inode(inode):
+                await self.regions.forget(inode, count)
+                continue
             left = self._lookups.get(inode, 0) - count
             if left > 0 or inode == pyfuse3.ROOT_INODE:
                 self._lookups[inode] = left
@@ -123,10 +138,15 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     async def getattr(self, inode: Any, ctx: Any) -> pyfuse3.EntryAttributes:
         """Of pyfuse3."""
+        if self.regions and self.regions.has_inode(inode):
+            return self.regions.attributes(inode)
         return self._attributes(*self._at(inode))
 
     async def setattr(self, inode: Any, attr: Any, fields: Any, fh: Any, ctx: Any) -> pyfuse3.EntryAttributes:
-        """Truncating is what the shell's > does first, and means nothing here; the rest is not allowed."""
+        """Truncating is what the shell's > does first, and means nothing here; the rest is not allowed. Of a region all
+        that a file has can be changed."""
+        if self.regions and self.regions.has_inode(inode):
+            return await self.regions.change(inode, attr, fields)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
         return self._attributes(*self._at(inode))
@@ -155,6 +175,13 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         path = self._open[fh].path
         for index, name in enumerate(self._listed[fh][start_id:], start=start_id + 1):
             below = (*path, name)
+            number = self.tree.region(below)
+            if number is not None and self.regions:
+                entry = self.regions.attributes_of(number)
+                if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, index):
+                    return
+                self.regions.count_lookup(entry)
+                continue
             node = self.tree.node(below)
             if node is None:
                 continue  # it ended meanwhile
@@ -175,6 +202,8 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
 
     async def open(self, inode: Any, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         """Of pyfuse3. Who may is decided before, from the mode."""
+        if self.regions and self.regions.has_inode(inode):
+            return self.regions.open(inode, self._handle())
         path, node = self._at(inode)
         if stat.S_ISDIR(node.mode):
             raise pyfuse3.FUSEError(errno.EISDIR)
@@ -196,12 +225,16 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
-    async def read(self, fh: Any, off: int, size: int) -> bytes:
+    async def read(self, fh: Any, off: int, size: int) -> bytes | memoryview:
         """Of pyfuse3."""
+        if self.regions and self.regions.has_handle(fh):
+            return await self.regions.read(fh, off, size)
         return self._open[fh].text[off : off + size]
 
     async def write(self, fh: Any, off: int, buf: bytes) -> int:
         """Of pyfuse3."""
+        if self.regions and self.regions.has_handle(fh):
+            return await self.regions.write(fh, off, buf)
         opened = self._open[fh]
         node = self.tree.node(opened.path)
         if node is None:
@@ -214,8 +247,27 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         return len(buf)
 
+    async def create(self, parent_inode: Any, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        """Of pyfuse3. Regions only."""
+        return self._regions_at(parent_inode).create(os.fsdecode(name), mode, ctx, self._handle())
+
+    async def unlink(self, parent_inode: Any, name: bytes, ctx: Any) -> None:
+        """Of pyfuse3. Regions only."""
+        await self._regions_at(parent_inode).unlink(os.fsdecode(name))
+
+    def _regions_at(self, inode: Any) -> RegionFiles:
+        if not self.regions or self._at(inode)[0] != REGIONS:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return self.regions
+
+    async def fsync(self, fh: Any, datasync: bool) -> None:
+        """Of pyfuse3. What was written is stored already."""
+
     async def release(self, fh: Any) -> None:
         """Of pyfuse3."""
+        if self.regions and self.regions.has_handle(fh):
+            self.regions.release(fh)
+            return
         del self._open[fh]
 
 
@@ -260,6 +312,16 @@ class Mount:
         except (RuntimeError, OSError) as error:
             raise Failure(f"cannot mount on {path}: {error}", remedy) from None
 
+    async def _set_cache(self) -> None:
+        """Where it may not be set, regions are slower."""
+        with suppress(OSError):  # once something is answered: the kernel has its own settings until then
+            await trio.to_thread.run_sync(os.stat, self.path, abandon_on_cancel=True)
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            devices = [line.split()[2] for line in file if line.split()[4] == self.path]
+        for name, value in _CACHE_SETTINGS.items() if devices else ():
+            with suppress(OSError), open(f"/sys/class/bdi/{devices[-1]}/{name}", "w", encoding="ascii") as file:
+                file.write(value)
+
     def close(self) -> None:
         """Unmount."""
         pyfuse3.close(unmount=True)
@@ -267,9 +329,13 @@ class Mount:
     async def run(self, tree: Tree, engine: Engine, log: Log) -> None:
         """Serve for ever."""
         self._operations.tree = tree
+        if tree.regions is not None:
+            self._operations.regions = RegionFiles(tree.regions)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch_pressure, tree, engine)
-            await pyfuse3.main()
+            if tree.regions is not None:
+                nursery.start_soon(self._set_cache)
+            await pyfuse3.main(max_tasks=_REQUESTS_MAX)
             log.warning("the file tree was unmounted by somebody else", path=self.path)
             await trio.sleep_forever()
 

@@ -53,6 +53,7 @@ _TOTALS = (
     ("resident_bytes", "Anonymous memory of managed processes"),
     ("metadata_bytes", "RAM of slot tables and indexes"),
     ("client_count", "Managed processes"),
+    ("region_count", "Files in regions/"),
     ("events_dropped", "Events that the daemon was too slow to take"),
 )
 _GROUP_GAUGES = (
@@ -136,9 +137,12 @@ class EngineCollector(Collector):
         yield states
 
 
+_PLURALS = ("client_count", "region_count")
+
+
 def _metric(name: str) -> str:
     """client_count -> vswapd_clients: '_count' is Prometheus' own."""
-    return f"vswapd_{name.replace('client_count', 'clients')}"
+    return f"vswapd_{name.replace('_count', 's') if name in _PLURALS else name}"
 
 
 def _printable(path: str) -> str:

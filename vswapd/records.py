@@ -15,6 +15,7 @@ JOBS = ("", "swapoff", "compact")  # order of enum engine_backend_job
 
 GROUP_TORTURE = 1
 GROUP_NO_SPILL = 2
+GROUP_REGIONS = 4
 
 BACKEND_KEEP_BLOCKS = 1
 
@@ -50,6 +51,7 @@ class Statistics:
     group_count: int = 0
     client_count: int = 0
     backend_count: int = 0
+    region_count: int = 0
     events_dropped: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     latency_ns_sum: tuple[int, ...] = (0,) * len(BACKINGS)
@@ -128,6 +130,27 @@ class BackendStatistics:
     job_ms: int = 0
     job_total_bytes: int = 0
     job_left_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """struct engine_region: a file of memory."""
+
+    number: int = 0
+    group: int = -1
+    mode: int = 0o600
+    uid: int = 0
+    gid: int = 0
+    is_unlinked: int = 0
+    is_damaged: int = 0
+    size_bytes: int = 0
+    modified_ns: int = 0
+    same_pages: int = 0
+    pool_pages: int = 0
+    spill_pages: int = 0
+    poisoned_pages: int = 0
+    metadata_bytes: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,10 @@ class Service:
             server = MetricsServer(self._metrics_listener, engine, pids, log)
             nursery.start_soon(daemon.keep_running, server.run)
         if self._mount is not None:
+            from vswapd.regions import Regions
             from vswapd.tree import Tree
 
-            tree = Tree(engine, daemon.groups, daemon.control.operations)
+            limits = self.settings.daemon
+            regions = Regions(engine, daemon.groups, limits.region_limit, limits.region_size)
+            tree = Tree(engine, daemon.groups, daemon.control.operations, regions)
             nursery.start_soon(daemon.keep_running, self._mount.run, tree, engine, log)

@@ -167,6 +167,22 @@ TABLES: dict[str, tuple[Key, ...]] = {
             '"/run/vswapd/fs"',
         ),
         Key(
+            "region_limit",
+            _limit,
+            "1G",
+            "bytes",
+            "RAM that the regions of one user may cost, compressed; the rest of them is spilled.",
+            '"256M"',
+        ),
+        Key(
+            "region_size",
+            _size,
+            "64G",
+            "bytes",
+            "Sum of the sizes of one user's regions, whatever is in them.",
+            '"1T"',
+        ),
+        Key(
             "pool_capacity",
             _size,
             0,
@@ -234,6 +250,8 @@ class DaemonSettings:
     log_level: str
     metrics: str
     fs: str
+    region_limit: int
+    region_size: int
     pool_capacity: int
     evictors: int
     io_threads: bool

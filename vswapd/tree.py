@@ -5,11 +5,12 @@
     groups/NAME/{status,limit}
     clients/PID/{status,limit,pageout,pagein}
     backends/NUMBER/{status,priority}
+    regions/NAME
 
 Formats: swaps as /proc/swaps, stat as /proc/vmstat, pressure as /proc/pressure/memory, status as
 /proc/PID/status with sizes in kB; limit is a number of bytes, and takes whatever --limit takes. What is
 written is carried out as the writer's own request (operations.py decides), at once, one value a write.
-fs.py puts it into a file system; this file knows nothing of FUSE.
+fs.py puts it into a file system; this file knows nothing of FUSE. What is in regions/ is no text, and region_files.py's.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
     from vswapd.groups import GroupRegistry
     from vswapd.operations import Operations
     from vswapd.records import ClientStatistics
+    from vswapd.regions import Regions
 
 Path = tuple[str, ...]
+
+REGIONS: Path = ("regions",)
 
 _ERRNO_OF_CODE = {
     "bad-request": errno.EINVAL,
@@ -128,8 +132,11 @@ def _page_request(op: str, pid: int) -> Callable[[str], dict[str, Any]]:
 class Tree:
     """All nodes, over one engine."""
 
-    def __init__(self, engine: Engine, groups: GroupRegistry, operations: Operations) -> None:
+    def __init__(
+        self, engine: Engine, groups: GroupRegistry, operations: Operations, regions: Regions | None = None
+    ) -> None:
         self._engine = engine
+        self.regions = regions
         self._groups = groups
         self._operations = operations
         self.pressure = Pressure()
@@ -137,7 +144,10 @@ class Tree:
     def node(self, path: Path) -> Node | None:
         """What is at `path` now."""
         if not path:
-            return _directory(lambda: ["swaps", "stat", "pressure", "groups", "clients", "backends"])
+            names = ["swaps", "stat", "pressure", "groups", "clients", "backends"]
+            return _directory(lambda: names + [*REGIONS] * (self.regions is not None))
+        if path == REGIONS and self.regions is not None:
+            return _directory(self.regions.names, mode=0o1777)
         first, *rest = path
         if first in ("swaps", "stat", "pressure") and not rest:
             return _file({"swaps": self._swaps, "stat": self._stat, "pressure": self.pressure.text}[first])
@@ -147,6 +157,10 @@ class Tree:
         if not rest:
             return _directory({"groups": self._group_names, "clients": self._pids, "backends": self._numbers}[first])
         return below(rest[0], rest[1] if len(rest) == 2 else "")
+
+    def region(self, path: Path) -> int | None:
+        """The number of the region at `path`."""
+        return self.regions.find(path[1]) if self.regions and path[:1] == REGIONS and len(path) == 2 else None
 
     async def write(self, node: Node, text: str, uid: int, pid: int) -> None:
         """Carry out a write by a process. OSError."""

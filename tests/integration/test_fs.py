@@ -42,7 +42,7 @@ def test_files_as_a_shell_uses_them(tmp_path: Path) -> None:
     where, line = _fs(tmp_path)
     with serving(tmp_path, _BATCH, more=line) as service, program(service, "batch") as pid:
         client = where / "clients" / str(pid)
-        assert _shell("ls", where).split() == ["backends", "clients", "groups", "pressure", "stat", "swaps"]
+        assert _shell("ls", where).split() == ["backends", "clients", "groups", "pressure", "regions", "stat", "swaps"]
         assert _shell("find . -type f | wc -l", where).strip() == "11"
         swapped = next(text for text in _shell("cat status", client).splitlines() if text.startswith("Swapped:"))
         assert int(swapped.split()[1]) > 16 * 1024

@@ -57,6 +57,8 @@ class FakeEngine:
         self.room_bytes = 1 << 40  # what a drain finds
         self.jobs_end = threading.Event()  # drains and compactions end at once while it is set
         self.jobs_end.set()
+        self._regions: dict[int, records.Region] = {}
+        self._region_bytes: dict[int, bytearray] = {}
         self._next_group = 0
         self._next_token = 1000
         self.forked_tokens: dict[int, int] = {}  # token -> group
@@ -258,6 +260,57 @@ class FakeEngine:
     def clients(self) -> list[records.ClientStatistics]:
         with self._lock:
             return list(self._clients.values())
+
+    # ---- regions ----
+
+    def region_create(self, region: records.Region) -> int:
+        self._call("region_create", region.name)
+        number = self._next_token
+        self._next_token += 1
+        self._regions[number] = dataclasses.replace(region, number=number)
+        self._region_bytes[number] = bytearray()
+        return number
+
+    def region_read(self, number: int, offset: int, size: int) -> memoryview:
+        self._call("region_read", number)
+        return memoryview(bytes(self._region_bytes[number][offset : offset + size]))
+
+    def region_write(self, number: int, offset: int, data: bytes) -> None:
+        self._call("region_write", number)
+        content = self._region_bytes[number]
+        content.extend(bytes(max(0, offset + len(data) - len(content))))
+        content[offset : offset + len(data)] = data
+
+    def region_lose(self, number: int, offset: int, size: int) -> None:
+        self._call("region_lose", number, offset, size)
+
+    def region_truncate(self, number: int, size_bytes: int) -> None:
+        self._call("region_truncate", number, size_bytes)
+        content = self._region_bytes[number]
+        del content[size_bytes:]
+        content.extend(bytes(size_bytes - len(content)))
+
+    def region_change(self, number: int, mode: int, gid: int, modified_ns: int) -> None:
+        self._call("region_change", number)
+        changed = dataclasses.replace(self.region(number), mode=mode, gid=gid, modified_ns=modified_ns)
+        self._regions[number] = changed
+
+    def region_unlink(self, number: int) -> None:
+        self._call("region_unlink", number)
+        self._regions[number] = dataclasses.replace(self.region(number), is_unlinked=1)
+
+    def region_destroy(self, number: int) -> None:
+        self._call("region_destroy", number)
+        del self._regions[number], self._region_bytes[number]
+
+    def region(self, number: int) -> records.Region:
+        if number not in self._regions:
+            raise _error(errno.ENOENT, "region")
+        size = len(self._region_bytes[number])
+        return dataclasses.replace(self._regions[number], size_bytes=size)
+
+    def regions(self) -> list[records.Region]:
+        return [self.region(number) for number in self._regions]
 
     def backends(self) -> list[records.BackendStatistics]:
         return list(self._backends)

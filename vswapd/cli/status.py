@@ -75,6 +75,16 @@ def _group_table(status: dict[str, Any]) -> Table:
     return table
 
 
+def _region_table(status: dict[str, Any]) -> Table:
+    page_bytes = 4096
+    table = _table("Regions", ("name", "user"), ("size", "same-filled", "pool", "spill", "lost"))
+    for region in sorted(status["regions"], key=lambda region: str(region["name"])):
+        pages = (region[f"{where}_pages"] for where in ("same", "pool", "spill", "poisoned"))
+        sizes = (region["size_bytes"], *(count * page_bytes for count in pages))
+        table.add_row(region["name"], str(region["uid"]), *map(format_size, sizes))
+    return table
+
+
 def _client_table(status: dict[str, Any]) -> Table:
     table = _table("Processes", ("pid", "command", "group"), ("resident", "swapped", "faults", "regions"))
     for client in sorted(status["clients"], key=lambda client: -client["resident_bytes"]):
@@ -130,6 +140,7 @@ def _view(status: dict[str, Any]) -> Group:
     for entries, make in (
         (status["groups"], _group_table),
         (status["clients"], _client_table),
+        (status["regions"], _region_table),
         (status["backends"], _backend_table),
         (status["faults"], _latency_table),
     ):
