@@ -42,8 +42,9 @@ _STALE_LOOKS_MAX = 200
 _PRESSURE_SECONDS = 2.0  # as the kernel
 _REQUESTS_MAX = 16  # each has a buffer of 1 MiB
 
-# Of the mount's page cache: read-ahead in large requests; as much of it dirty as of any disk's.
-_CACHE_SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0", "max_ratio": "100"}
+# Of the mount's page cache: read-ahead in large requests. Not how much of it may be dirty: the kernel's strict limit for FUSE
+# keeps a daemon that is short of memory from searching it among dirty pages of its own mount.
+_CACHE_SETTINGS = {"read_ahead_kb": "1024"}
 
 
 class _Open:

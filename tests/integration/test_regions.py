@@ -152,6 +152,21 @@ def test_memmap_larger_than_its_cgroup(tmp_path: Path) -> None:
         wait_until("it is freed", lambda: service.status()["virtual_pages"] == 0)
 
 
+def test_daemon_short_of_memory_goes_on(tmp_path: Path) -> None:
+    """In the cgroup whose dirty pages it has to store: it must not wait for itself."""
+    size = 512 * MIB
+    with _memory_cgroup(160 * MIB) as procs, serving(tmp_path, more=_more(tmp_path)) as service:
+        daemon = service.daemon_pid()
+        procs.write_text(str(daemon))
+        path = tmp_path / "fs/regions/large"
+        path.touch()
+        os.truncate(path, size)
+        for code in (_FILL, _CHECK):
+            result = _run(code, path, procs, timeout=120)
+            assert result.returncode == 0, result.stderr
+        assert service.daemon_pid() == daemon, "it was not killed for want of memory"
+
+
 _STATIC = r"""
 #include <fcntl.h>
 #include <stdio.h>
