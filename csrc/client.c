@@ -192,7 +192,7 @@ struct client *client_get_pid(struct engine *engine, pid_t pid)
 	for (unsigned i = 0; i < engine->clients_end; i++) {
 		struct client *client = engine->clients[i];
 
-		if (client && client->pid == pid &&
+		if (client && client->pid == pid && !client_is_region(client) &&
 		    (!newest || client->number > newest->number))
 			newest = client;
 	}

@@ -40,6 +40,12 @@
 	POINT(DRAIN_SETTLED_ONE, "one slot names the new place, the old extent is there")   \
 	POINT(DRAIN_EMPTY, "nothing is on a backend any more, it is in the table")          \
 	POINT(DRAIN_REMOVED, "a backend is in no record, and its file is not erased")       \
+	POINT(REGION_CREATED, "a region has a record, and is not LIVE")                     \
+	POINT(REGION_STORED, "pages of a write to a region are stored, no slot says so")    \
+	POINT(REGION_SETTLED_ONE, "the slot of one page of a write to a region is settled") \
+	POINT(REGION_WRITTEN, "pages of a region are settled, its size is the old one")     \
+	POINT(REGION_RESIZED, "the size of a region is new, pages beyond are not freed")    \
+	POINT(REGION_UNLINKED, "a region has no name, and is not freed")                    \
 	POINT(REGISTER_CLEARED, "slots of a mapping are cleared, it is not registered")     \
 	POINT(REGISTERED, "a mapping is registered, the checkpoint does not say so")        \
 	POINT(CLIENT_BEGUN, "a client said hello")                                          \

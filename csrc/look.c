@@ -305,6 +305,10 @@ static uint64_t look_at_all(struct engine *engine)
 
 		if (!client)
 			continue;
+		if (client_is_region(client)) { /* nothing of it is resident, and no evictor could help its group */
+			client_put(client);
+			continue;
+		}
 		look_at_client(client, now, is_near(client->group));
 		if (READ_ONCE(client->parked))
 			engine_kick_evictors(engine);

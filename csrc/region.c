@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base.h"
+#include "crash_point.h"
 #include "engine_internal.h"
 #include "evict.h"
 #include "fill.h"
@@ -259,6 +260,7 @@ static int settle(struct client *client, const struct stored_pages *stored)
 {
 	int result = 0;
 
+	crash_point(CRASH_REGION_STORED);
 	SCOPED_LOCK(&client->gate);
 	for (unsigned i = 0; i < stored->count; i++) {
 		if (stored->unchanged >> i & 1)
@@ -270,6 +272,7 @@ static int settle(struct client *client, const struct stored_pages *stored)
 			counter_add(client->engine, poisoned_pages, 1);
 			result = -ENOSPC;
 		}
+		crash_point(CRASH_REGION_SETTLED_ONE);
 	}
 	client_metadata_changed(client);
 	return result;
@@ -305,7 +308,7 @@ static int write_pages(struct client *client, struct evictor *evictor, uint64_t 
 	return result;
 }
 
-/* A part of one page; nobody else writes. */
+/* A part of one page, zeros without `bytes`; nobody else writes. An error of reading changes nothing. */
 static int write_part(struct client *client, struct evictor *evictor, uint64_t offset, const uint8_t *bytes,
 		      uint64_t count)
 {
@@ -333,8 +336,9 @@ static int write_bytes(struct client *client, struct evictor *evictor, uint64_t 
 
 		if (in_page > 0 || pages == 0) {
 			step = min_of(left, PAGE_BYTES - in_page);
-			error = bytes ? write_part(client, evictor, at, from, step)
-				      : write_pages(client, evictor, page_of(at), 1, NULL);
+			error = bytes ? write_part(client, evictor, at, from, step) : -EIO;
+			if (error < 0)
+				(void)write_pages(client, evictor, page_of(at), 1, NULL);
 		} else if (!bytes) {
 			step = pages * PAGE_BYTES;
 			error = write_pages(client, evictor, page_of(at), pages, NULL);
@@ -349,12 +353,51 @@ static int write_bytes(struct client *client, struct evictor *evictor, uint64_t 
 	return result;
 }
 
+/* What follows the size in its page is nobody's; what of it comes before `end` is about to be the region's. Nobody
+ * else writes. */
+static int zero_gap(struct client *client, struct evictor *evictor, uint64_t end)
+{
+	uint64_t size = client->record->region.size_bytes, rest = size % PAGE_BYTES;
+
+	if (rest == 0 || end <= size)
+		return 0;
+	return write_part(client, evictor, size, NULL, min_of(end - size, PAGE_BYTES - rest));
+}
+
 /* The region grows to hold what was written. */
 static void grow(struct client *client, uint64_t end)
 {
 	SCOPED_LOCK(&client->gate);
+	crash_point(CRASH_REGION_WRITTEN);
 	if (end > client->record->region.size_bytes)
 		__atomic_store_n(&client->record->region.size_bytes, end, __ATOMIC_RELEASE);
+}
+
+/* Alone if parts of pages are written. Other writers of whole pages leave a size that is whole pages so. */
+static void lock_to_write(struct client *client, uint64_t offset, uint32_t bytes)
+{
+	uint64_t size;
+
+	pthread_rwlock_rdlock(&client->region_lock);
+	size = READ_ONCE(client->record->region.size_bytes);
+	if (offset % PAGE_BYTES == 0 && bytes % PAGE_BYTES == 0 && (offset <= size || size % PAGE_BYTES == 0))
+		return;
+	pthread_rwlock_unlock(&client->region_lock);
+	pthread_rwlock_wrlock(&client->region_lock);
+}
+
+static int write_locked(struct client *client, struct evictor *evictor, uint64_t offset, const void *buffer,
+			uint32_t bytes)
+{
+	uint64_t size = client->record->region.size_bytes;
+	int error = bytes ? zero_gap(client, evictor, offset) : 0, result;
+
+	if (error < 0) /* nobody is told what follows the size: that page is lost */
+		(void)write_pages(client, evictor, page_of(size), 1, NULL);
+	result = write_bytes(client, evictor, offset, buffer, bytes);
+	if (bytes)
+		grow(client, offset + bytes);
+	return error < 0 ? error : result;
 }
 
 int engine_region_write(struct engine *engine, uint64_t number, uint64_t offset, const void *buffer, uint32_t bytes)
@@ -366,12 +409,8 @@ int engine_region_write(struct engine *engine, uint64_t number, uint64_t offset,
 	if (scratch && (offset > ENGINE_REGION_BYTES_MAX || bytes > ENGINE_REGION_BYTES_MAX - offset)) {
 		result = -EFBIG;
 	} else if (scratch) {
-		if (offset % PAGE_BYTES || bytes % PAGE_BYTES)
-			pthread_rwlock_wrlock(&client->region_lock);
-		else
-			pthread_rwlock_rdlock(&client->region_lock);
-		result = write_bytes(client, &scratch->evictor, offset, buffer, bytes);
-		grow(client, offset + bytes);
+		lock_to_write(client, offset, bytes);
+		result = write_locked(client, &scratch->evictor, offset, buffer, bytes);
 		pthread_rwlock_unlock(&client->region_lock);
 	}
 	if (scratch)
@@ -395,15 +434,14 @@ static void trim(struct client *client)
 
 static int resize(struct client *client, struct evictor *evictor, uint64_t size_bytes)
 {
-	uint64_t old_bytes = client->record->region.size_bytes, rest = size_bytes % PAGE_BYTES;
-	int result = 0;
+	uint64_t old_bytes = client->record->region.size_bytes;
+	int result = zero_gap(client, evictor, size_bytes);
 
-	if (size_bytes < old_bytes && rest > 0)
-		result = write_part(client, evictor, size_bytes, NULL, PAGE_BYTES - rest);
 	if (result < 0)
 		return result;
 	SCOPED_LOCK(&client->gate);
 	__atomic_store_n(&client->record->region.size_bytes, size_bytes, __ATOMIC_RELEASE);
+	crash_point(CRASH_REGION_RESIZED);
 	if (size_bytes < old_bytes)
 		trim(client);
 	if (size_bytes == 0)
@@ -458,6 +496,7 @@ int engine_region_create(struct engine *engine, const struct engine_region *regi
 			.modified_ns = region->modified_ns,
 		};
 		strcpy(client->record->region.name, region->name);
+		crash_point(CRASH_REGION_CREATED);
 		client_set_phase(client, CLIENT_LIVE);
 		*ret_number = client->record->token;
 		client_put(client);
@@ -488,6 +527,7 @@ int engine_region_unlink(struct engine *engine, uint64_t number)
 	if (!client)
 		return -ENOENT;
 	WRITE_ONCE(client->record->region.is_unlinked, 1);
+	crash_point(CRASH_REGION_UNLINKED);
 	client_put(client);
 	return 0;
 }

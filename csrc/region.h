@@ -11,9 +11,9 @@
  * Locking    region_lock outside of the gate. Writers of whole pages share it; who writes a part of a page (and
  *            so reads it before) or changes the size has it alone. Reads take the gate only.
  * Invariants 1 no page beyond the size has a slot
- *            2 the bytes beyond the size of the last page are zero
- * Crash order A page is its old or its new slot: one store. A write that grows the region stores pages before the size;
- *            a truncation zeroes the rest of the last page, stores the size, then frees the pages. Either way a successor
+ *            2 what follows the size in its page is nobody's: whatever grows the region zeroes it first
+ * Crash order A page is its old or its new slot, the size its old or its new one: each is one store. A write that grows
+ *            the region stores pages before the size, a truncation the size before it frees pages: either way a successor
  *            frees what is beyond the size (region_recover). An unlinked region is freed by it.
  */
 #ifndef VSWAP_REGION_H

@@ -304,7 +304,7 @@ def test_every_crash_point(
     drive: str, churn: str, client_library: str, tmp_path: Path, calls: tuple[int, ...]
 ) -> None:
     """Killed at each, at its first call or later ones; verified to the end."""
-    points = _crash_points(drive)
+    points = [point for point in _crash_points(drive) if not point.startswith("REGION_")]  # test_regions.py
     assert len(points) > 25
     missed: list[str] = []
     lock = threading.Lock()

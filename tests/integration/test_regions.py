@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.driving import build_drive
 from support.limited import MIB
 from support.service import Service, serving, wait_until
 from vswapd.engine import Engine
@@ -235,6 +236,65 @@ def _is_there(path: Path) -> bool:
         return path.is_dir() and bool(os.listdir(path))
     except OSError:
         return False
+
+
+# ---- every named moment, and random ones (support/region_deaths.c) ----
+
+_CRASH_POINTS = (
+    *("REGION_CREATED", "REGION_STORED", "REGION_SETTLED_ONE", "REGION_WRITTEN", "REGION_RESIZED", "REGION_UNLINKED"),
+    *("WRITEBACK_COLLECTED", "WRITEBACK_WRITTEN", "WRITEBACK_SETTLED_ONE", "CLIENT_DEAD"),
+    *("DRAIN_STORED", "DRAIN_SETTLED_ONE", "DRAIN_EMPTY", "DRAIN_REMOVED"),
+)
+
+
+@pytest.fixture(scope="module")
+def region_deaths(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """tests/support/region_deaths.c, built."""
+    return build_drive(tmp_path_factory.mktemp("region_deaths") / "region_deaths", name="region_deaths")
+
+
+def _deaths(program: str, tmp_path: Path, *arguments: object) -> int:
+    argv = [program, "--spill", str(tmp_path / "spill"), *map(str, arguments)]
+    result = subprocess.run(argv, capture_output=True, check=False, text=True, timeout=100)
+    assert result.returncode == 0, f"{' '.join(argv)}: status {result.returncode}\n{result.stderr}"
+    return int(result.stdout.split()[0])
+
+
+@pytest.mark.parametrize("calls", [(1, 3), pytest.param((2, 5, 8, 10, 15, 20), marks=pytest.mark.full)])
+def test_every_crash_point(region_deaths: str, tmp_path: Path, calls: tuple[int, ...]) -> None:
+    """Every byte is as before the operation that was cut off, or as after it."""
+    for point in _CRASH_POINTS:
+        died = [_deaths(region_deaths, tmp_path, "--crash", f"{point}:{call}", "--seed", call) for call in calls]
+        assert sum(died) > 0, f"never came to {point}"
+
+
+@pytest.mark.parametrize("deaths", [20, pytest.param(300, marks=pytest.mark.full)])
+def test_deaths_at_random_moments(region_deaths: str, tmp_path: Path, deaths: int) -> None:
+    """Two writers, the writer of the backends and a drain; each successor compares every byte."""
+    assert _deaths(region_deaths, tmp_path, "--deaths", deaths) == deaths
+
+
+def test_mapping_flushed_before_each_death(tmp_path: Path) -> None:
+    """Through the kernel: what msync has returned for is there under each next daemon, most of it in the backend."""
+    size, chance = 24 * MIB, random.Random(1)
+    model = bytearray(size)
+    with serving(tmp_path, more=_more(tmp_path).replace("64M", "8M")) as service:
+        path = tmp_path / "fs/regions/mapped"
+        path.touch()
+        os.truncate(path, size)
+        for _ in range(5):
+            with path.open("r+b") as file, suppress(OSError), mmap.mmap(file.fileno(), size) as mapped:
+                for _ in range(3):
+                    place = chance.randrange(size - 4 * MIB)
+                    model[place : place + 4 * MIB] = mapped[place : place + 4 * MIB] = chance.randbytes(4 * MIB)
+                mapped.flush()
+                before = service.daemon_pid()
+                os.kill(before, signal.SIGKILL)
+            wait_until("another daemon answers", lambda: service.answers() and service.daemon_pid() != before)  # noqa: B023
+            wait_until("its tree is there", lambda: _is_there(path.parent))
+            with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+                assert mapped[:] == model
+        assert service.status()["regions"][0]["spill_pages"] > 0
 
 
 def test_users_have_their_own(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""driving — build `drive` (drive.c): the data plane without Python, with fault and crash points."""
+"""driving — build `drive` (drive.c) and its like: the data plane without Python, with fault and crash points."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _FLAGS = ["-std=gnu11", "-O2", "-g", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
 _LIBRARIES = ["-llz4", "-lzstd", "-luring", "-lm", "-pthread"]
 
 
-def build_drive(program: Path, sources: Path = SOURCES) -> str:
-    """Path of a `drive` made of the data plane in `sources`."""
+def build_drive(program: Path, sources: Path = SOURCES, name: str = "drive") -> str:
+    """Path of a `drive`, or another program of that kind, made of the data plane in `sources`."""
     files = [str(path) for path in sorted(sources.glob("*.c")) if not path.name.startswith(_CLIENT_LIBRARY)]
-    drive = str(Path(__file__).parent / "drive.c")
-    subprocess.run(["cc", *_FLAGS, f"-I{sources}", "-o", str(program), drive, *files, *_LIBRARIES], check=True)
+    main = str(Path(__file__).parent / f"{name}.c")
+    subprocess.run(["cc", *_FLAGS, f"-I{sources}", "-o", str(program), main, *files, *_LIBRARIES], check=True)
     return str(program)
