@@ -276,20 +276,24 @@ def test_deaths_at_random_moments(region_deaths: str, tmp_path: Path, deaths: in
 
 def test_mapping_flushed_before_each_death(tmp_path: Path) -> None:
     """Through the kernel: what msync has returned for is there under each next daemon, most of it in the backend."""
-    size, chance = 24 * MIB, random.Random(1)
+    size, chance = 40 * MIB, random.Random(1)
     model = bytearray(size)
-    with serving(tmp_path, more=_more(tmp_path).replace("64M", "8M")) as service:
+    with serving(tmp_path, more=_more(tmp_path).replace("64M", "16M")) as service:
         path = tmp_path / "fs/regions/mapped"
         path.touch()
         os.truncate(path, size)
         for _ in range(5):
-            with path.open("r+b") as file, suppress(OSError), mmap.mmap(file.fileno(), size) as mapped:
-                for _ in range(3):
-                    place = chance.randrange(size - 4 * MIB)
-                    model[place : place + 4 * MIB] = mapped[place : place + 4 * MIB] = chance.randbytes(4 * MIB)
-                mapped.flush()
-                before = service.daemon_pid()
-                os.kill(before, signal.SIGKILL)
+            file = path.open("r+b")  # noqa: SIM115 -- it is in use when the daemon dies
+            mapped = mmap.mmap(file.fileno(), size)
+            for _ in range(3):
+                place = chance.randrange(size - 8 * MIB)
+                model[place : place + 8 * MIB] = mapped[place : place + 8 * MIB] = chance.randbytes(8 * MIB)
+            mapped.flush()
+            before = service.daemon_pid()
+            os.kill(before, signal.SIGKILL)
+            mapped.close()
+            with suppress(OSError):  # ENOTCONN
+                file.close()
             wait_until("another daemon answers", lambda: service.answers() and service.daemon_pid() != before)  # noqa: B023
             wait_until("its tree is there", lambda: _is_there(path.parent))
             with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
