@@ -36,6 +36,7 @@
 #define SPILL_BYTES (256UL << 20)
 #define NOISE_BYTES (1UL << 20)
 #define LISTED_MAX 16
+#define VERIFY_MS_MAX 30000
 
 enum operation { NOTHING, WRITE, TRUNCATE, REPLACE };
 
@@ -305,7 +306,7 @@ static void begin_state(struct work *works)
 	}
 	if (engine_is_valid(engine) < 0)
 		end(99, "engine is not valid");
-	shared->verified++;
+	__atomic_fetch_add(&shared->verified, 1, __ATOMIC_RELEASE);
 }
 
 /* But what the writer has in its hands yet. */
@@ -395,11 +396,18 @@ static void parse(int argc, char **argv)
 		exit(2);
 }
 
-/* A random moment: of it so many daemons die, then one goes on to the end. */
+/* At a random moment, every other time once it has compared everything. After so many deaths one goes on to the end. */
 static void kill_soon(pid_t daemon, unsigned *state, unsigned deaths)
 {
+	uint32_t verified = __atomic_load_n(&shared->verified, __ATOMIC_ACQUIRE);
+
 	if (deaths < deaths_wanted) {
-		usleep(20000 + (useconds_t)rand_r(state) % 150000);
+		for (int ms = 0; deaths % 2 == 0 && ms < VERIFY_MS_MAX; ms++) {
+			if (__atomic_load_n(&shared->verified, __ATOMIC_ACQUIRE) > verified)
+				break;
+			usleep(1000);
+		}
+		usleep((useconds_t)rand_r(state) % 150000);
 		kill(daemon, SIGKILL);
 	} else if (deaths_wanted) {
 		__atomic_store_n(&shared->is_ended, 1, __ATOMIC_RELEASE);
