@@ -224,8 +224,11 @@ static uint64_t find(struct model *model, unsigned worker)
 	for (int i = 0; i < count && i < LISTED_MAX; i++) {
 		if (listed[i].is_unlinked)
 			end(99, "an unlinked region is still there");
-		if ((unsigned)atoi(listed[i].name) == worker)
-			number = number ? (end(99, "region %u is there twice", worker), 0) : listed[i].number;
+		if ((unsigned)atoi(listed[i].name) != worker)
+			continue;
+		if (number)
+			end(99, "region %u is there twice", worker);
+		number = listed[i].number;
 	}
 	if (number || model->under_way != REPLACE)
 		return number;
