@@ -137,12 +137,9 @@ class EngineCollector(Collector):
         yield states
 
 
-_PLURALS = ("client_count", "region_count")
-
-
 def _metric(name: str) -> str:
     """client_count -> vswapd_clients: '_count' is Prometheus' own."""
-    return f"vswapd_{name.replace('_count', 's') if name in _PLURALS else name}"
+    return f"vswapd_{name.replace('client_count', 'clients').replace('region_count', 'regions')}"
 
 
 def _printable(path: str) -> str:
