@@ -17,9 +17,11 @@
 #include "fault_point.h"
 #include "fill.h"
 #include "sys.h"
+#include "worker.h"
 
 #define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
 #define COLD_MIN 256u
+#define FREED_AT_ONCE 64 /* clusters */
 #define ARENA_BYTES_MAX (1UL << 30)
 
 /* ---- registry ---- */
@@ -322,6 +324,43 @@ bool client_arena_is_sane(const struct engine_arena *arena)
 
 void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }
 
+void client_forget_slots(struct client *client, uint64_t page, uint64_t pages)
+{
+	struct slot_map *map = &client->record->map;
+
+	slot_map_detach(client->engine->slots, map, page, page + pages, &client->forgotten);
+	crash_point(CRASH_SLOTS_DETACHED);
+	slot_map_clear(client->engine->slots, map, page, page + pages, client_staged_gone, client_free_copy, client);
+}
+
+/* The group has the room at once, not when all of it is done. */
+static void free_clusters(struct client *client, uint32_t list)
+{
+	while (list != 0) {
+		list = slot_clusters_free(client->engine->slots, list, FREED_AT_ONCE, client_free_copy, client);
+		group_pool_changed(client->group);
+		engine_room_made(client->engine, client->group);
+	}
+}
+
+void client_free_forgotten(struct client *client)
+{
+	uint32_t list;
+
+	if (READ_ONCE(client->forgotten) == 0)
+		return;
+	pthread_mutex_lock(&client->gate);
+	list = client->forgotten;
+	WRITE_ONCE(client->forgotten, 0);
+	client->freeing++;
+	pthread_mutex_unlock(&client->gate);
+	free_clusters(client, list);
+	pthread_mutex_lock(&client->gate);
+	client->freeing--;
+	pthread_cond_broadcast(&client->batches_changed);
+	pthread_mutex_unlock(&client->gate);
+}
+
 void client_bury(struct client *client)
 {
 	struct engine *engine = client->engine;
@@ -339,6 +378,10 @@ void client_bury(struct client *client)
 	WRITE_ONCE(client->agent_gone, true);
 	client_set_phase(client, CLIENT_DEAD);
 	crash_point(CRASH_CLIENT_DEAD);
+	while (client->freeing > 0) /* into a pool that may end with this client */
+		pthread_cond_wait(&client->batches_changed, &client->gate);
+	(void)slot_clusters_free(engine->slots, client->forgotten, UINT32_MAX, client_free_copy, client);
+	WRITE_ONCE(client->forgotten, 0);
 	slot_map_clear(engine->slots, &client->record->map, 0, 2 * ADDRESS_PAGES_MAX, client_staged_gone,
 		       client_free_copy, client);
 	range_set_clear(&client->regions);
@@ -354,8 +397,7 @@ void client_bury(struct client *client)
 	pthread_cond_broadcast(&client->batches_changed);
 	pthread_mutex_unlock(&client->gate);
 
-	for (unsigned i = 0; i <= client->worker_count; i++)
-		client_wake(client);
+	worker_stop_all(client);
 	pthread_mutex_lock(&engine->registry);
 	engine->clients[client->index] = NULL;
 	client->group->client_count--;

@@ -12,7 +12,7 @@
  *              anything else. An agent that is slow (its process stopped, or starved) does not hold
  *              an evictor: the batch is parked, the mutex released and the gate stays shut by
  *              `parked`, until the answer comes or the agent is proven dead. Never by a time-out.
- * Threads      worker_count fault threads (fault.c); evictors and the writer come from outside.
+ * Threads      worker_count fault threads (worker.c); evictors and the writer come from outside.
  * Life         made by begin (or by a fork event), armed by arm, dead when its address
  *              space is gone; freed when dead and no thread holds a reference. Or made by a successor
  *              from the record it finds (recover.c): then `recovering`, and shut, until a thread of its
@@ -145,7 +145,18 @@ struct client {
 	unsigned io_depth;
 	struct spill_read *reads[READS_MAX];
 
-	unsigned worker_count; /* fault threads, detached */
+	uint32_t forgotten;     /* clusters of memory that is gone, on their way to be freed (slot_table.h) */
+	unsigned freeing;       /* threads that free such */
+
+	/* worker.c */
+	unsigned worker_count;  /* fault threads, detached */
+	uint32_t stand_by;      /* futex; 1: all but the first of them wait until it is 0 */
+	unsigned fault_cpu;     /* where the thread that faults was seen last */
+	uint32_t fault_thread;  /* the last one */
+	unsigned fault_count;   /* since it was decided who stands by */
+	unsigned fault_changes; /* of those: by another thread than the one before */
+	unsigned fault_reads_dense; /* reads that brought one less than AWAKE_NS after the one before */
+	uint64_t fault_ns;      /* the last read that brought one */
 
 	uint64_t *cold;              /* clusters in the order they were stored, coldest first: a ring */
 	unsigned cold_capacity, cold_first, cold_count;
@@ -199,9 +210,12 @@ int client_open_proc(struct client *client);
 int client_make_ring(struct client *client);
 /* Whether the addresses that an agent sent are inside of its arena, and that of an address space. */
 bool client_arena_is_sane(const struct engine_arena *arena);
-/* Fault threads, unless they run already. The gate is held. 0, -EAGAIN, or -ESRCH when it is dead. */
-int client_start(struct client *client);
 void client_wake(struct client *client); /* its fault threads look at deferred faults */
+
+/* What was in these pages is gone. Fast, however much it is: most of it is freed by client_free_forgotten. The gate is held. */
+void client_forget_slots(struct client *client, uint64_t page, uint64_t pages);
+/* Without the gate. */
+void client_free_forgotten(struct client *client);
 
 /* Its address space is gone: free all it held. Idempotent. */
 void client_bury(struct client *client);

@@ -11,6 +11,7 @@
 #define CRASH_POINTS(POINT)                                                                 \
 	POINT(EVENT_READ, "messages were read, none is applied")                            \
 	POINT(EVENT_BEGUN, "an event was read, those before it are applied")                \
+	POINT(SLOTS_DETACHED, "what was freed is in no map any more, its copies are not given back") \
 	POINT(EVENT_APPLIED, "an event is applied, the checkpoint does not say so")         \
 	POINT(EVENT_CHECKPOINT, "an event is applied, and the checkpoint says so")          \
 	POINT(EVENT_FORGOTTEN, "messages are forgotten, the checkpoint still counts them")  \

@@ -25,6 +25,7 @@
 #include "engine_internal.h"
 #include "region.h"
 #include "sys.h"
+#include "worker.h"
 
 #define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
 
@@ -250,6 +251,8 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 		result = recover_engine(engine);
 	if (result == 0)
 		result = start_threads(engine, evictors);
+	if (result == 0)
+		awake_start(&engine->awake, engine->cpu_count);
 	if (result < 0) {
 		if (!message[0])
 			snprintf(message, 256, "the engine cannot start: %s", strerror(-result));
@@ -312,6 +315,7 @@ void engine_destroy(struct engine *engine)
 	pthread_join(engine->writer_thread, NULL);
 	pthread_join(engine->look_thread, NULL);
 	destroy_clients(engine);
+	awake_stop(&engine->awake);
 	region_scratch_destroy(engine);
 	for (unsigned i = 0; i < GROUPS_MAX; i++)
 		if (engine->groups[i]) {
@@ -694,7 +698,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 	result = client_arm_descriptors(client, !forked, false);
 	WRITE_ONCE(client->size_pages_seen, 0); /* look at its mappings again */
 	if (result == 0)
-		result = client_start(client);
+		result = worker_start_all(client);
 	crash_point(CRASH_CLIENT_ARMED);
 	if (result == 0) {
 		checkpoint_write(client, 0);

@@ -15,6 +15,7 @@
 
 #include <pthread.h>
 
+#include "awake.h"
 #include "client.h"
 #include "engine.h"
 #include "spill.h"
@@ -63,6 +64,7 @@ struct engine {
 	unsigned backend_turn; /* the one that was written to last */
 
 	bool stopping;
+	struct awake awake;
 	pthread_t evictors[EVICTORS_MAX], look_thread, writer_thread;
 	unsigned evictor_count;
 	pthread_mutex_t work_lock; /* evictors and writer wait here */
@@ -126,7 +128,9 @@ void backend_remove(struct engine *engine, unsigned number);
 bool drain_in_background(struct engine *engine);
 
 /* fault.c */
-void *fault_thread_main(void *client);
+struct fill_scratch;
+/* All that there is to do for a client: read, apply, answer. The gate is held, and not shut. */
+void fault_serve(struct client *client, struct fill_scratch *scratch);
 /* Messages in a record that were read by its daemon and not forgotten. */
 uint32_t fault_message_count(const struct client_record *record);
 /* In a successor: apply the events that were read and not applied. settle(context) is called before a fork:

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * fault — the fault threads of a client: read its userfaultfd, apply events, answer faults.
+ * fault — read the userfaultfd of a client, apply events, answer faults.
  *
  * What the kernel promises, and what follows
  *   - A thread that forks, remaps, unmaps or madvises waits until its event is *read*; from before the
@@ -17,14 +17,11 @@
  *     the quarantine in client.h.
  *   - A fork's child is a new userfaultfd that exists only in our descriptor table.
  *
- * Placement   A wake-up of an idle CPU costs many times a fault (docs/decisions), so a client has one
- *             thread per CPU, pinned, all polling the same descriptor: the one whose CPU is awake
- *             gets there first, and the gate decides.
+ * Threads     worker.h
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -40,8 +37,8 @@
 #include "fill.h"
 #include "remap.h"
 #include "sys.h"
+#include "worker.h"
 
-#define RETRY_MS 1
 #define CHILD_DEATH_MS 1000
 #define CHILD_FIND_TRIES 100
 
@@ -52,8 +49,7 @@ static void apply_remove(struct client *client, uint64_t start, uint64_t end)
 	uint64_t now = sys_now_ns();
 
 	counter_add(client->engine, events_remove, 1);
-	slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
-		       client_staged_gone, client_free_copy, client);
+	client_forget_slots(client, page_of(start), page_of(end - start));
 	/* When the list is full, one range over everything: nothing is evicted for a while. */
 	if (range_set_add(&client->quarantine, start, end, now, QUARANTINE_MAX) < 0) {
 		range_set_clear(&client->quarantine);
@@ -238,7 +234,7 @@ static void apply_fork(struct client *parent, int child_fd)
 	client_set_phase(child, CLIENT_LIVE);
 	crash_point(CRASH_FORK_LIVE);
 	client_metadata_changed(child);
-	(void)client_start(child);
+	(void)worker_start_all(child);
 	pthread_mutex_unlock(&child->gate);
 	client_put(child);
 }
@@ -383,6 +379,7 @@ static void serve(struct client *client, struct fill_scratch *scratch)
 	crash_point(CRASH_EVENT_READ);
 	apply_events(client, 0, count);
 	now = count ? sys_now_ns() : 0;
+	worker_note_faults(client, messages, count, now);
 	for (uint32_t i = 0; i < count; i++)
 		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
 			answer_message(client, scratch, &messages[i], now);
@@ -417,7 +414,7 @@ void fault_replay(struct client *client, uint32_t applied, fault_settle_fn settl
 	forget_messages(client, MESSAGES_MAX);
 }
 
-static void serve_all(struct client *client, struct fill_scratch *scratch)
+void fault_serve(struct client *client, struct fill_scratch *scratch)
 {
 	fill_reap_reads(client, scratch);
 	if (client->wiped_unknown)
@@ -430,123 +427,4 @@ static void serve_all(struct client *client, struct fill_scratch *scratch)
 	client_metadata_changed(client);
 	if (!group_has_room(client->group, 1))
 		engine_kick_evictors(client->engine);
-}
-
-/* `retry` is what the last look under the gate saw; -1: wait for an event. */
-static int poll_timeout_ms(const struct client *client)
-{
-	return READ_ONCE(client->retry_soon) ? RETRY_MS : -1;
-}
-
-static void wait_for_work(struct client *client)
-{
-	const struct io_queue *io = __atomic_load_n(&client->io, __ATOMIC_ACQUIRE);
-	struct pollfd fds[3] = {
-		{ .fd = client->events_fd, .events = POLLIN },
-		{ .fd = client->wake_fd, .events = POLLIN },
-		{ .fd = io ? io_queue_fd(io) : -1, .events = POLLIN },
-	};
-
-	(void)poll(fds, 3, poll_timeout_ms(client));
-	if (fds[1].revents)
-		sys_eventfd_drain(client->wake_fd);
-}
-
-static void pin_to_cpu(unsigned cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	(void)sched_setaffinity(0, sizeof set, &set); /* a hint: any CPU is right, this one is fast */
-}
-
-/* Reads of a dead client, whose buffers must stay. Here, in a thread of its own: whoever drops the last reference,
- * a thread of the whole engine perhaps, would wait for a device that hangs. */
-static void wait_for_reads(struct client *client)
-{
-	struct pollfd completed = { .events = POLLIN };
-	bool done = false;
-
-	while (!done) {
-		pthread_mutex_lock(&client->gate);
-		done = fill_drop_reads(client);
-		if (client->io)
-			completed.fd = io_queue_fd(client->io);
-		pthread_mutex_unlock(&client->gate);
-		if (!done)
-			(void)poll(&completed, 1, -1);
-	}
-}
-
-struct worker_start {
-	struct client *client;
-	unsigned number, count;
-};
-
-void *fault_thread_main(void *argument)
-{
-	struct worker_start start = *(struct worker_start *)argument;
-	struct client *client = start.client;
-	struct fill_scratch scratch = { 0 };
-
-	free(argument);
-	scratch.pages = mmap(NULL, FILL_PAGES_MAX * PAGE_BYTES, PROT_READ | PROT_WRITE,
-			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	VS_CHECK(scratch.pages != MAP_FAILED);
-	if (start.count > 1)
-		pin_to_cpu(start.number % client->engine->cpu_count);
-	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
-		bool shut;
-
-		wait_for_work(client);
-		pthread_mutex_lock(&client->gate);
-		shut = client->fork_pending || client_is_shut(client);
-		if (!shut && !client->stopping)
-			serve_all(client, &scratch);
-		shut |= client->fork_waits;
-		pthread_mutex_unlock(&client->gate);
-		if (shut)
-			sys_sleep_ms(1); /* poll would return at once, for nothing */
-	}
-	if (start.number == 0)
-		wait_for_reads(client);
-	client_wake(client); /* this one may have drained the wake-up meant for all */
-	munmap(scratch.pages, FILL_PAGES_MAX * PAGE_BYTES);
-	client_put(client);
-	return NULL;
-}
-
-int client_start(struct client *client)
-{
-	pthread_attr_t attributes;
-	unsigned want = min_of(client->engine->cpu_count, (uint32_t)WORKERS_MAX);
-	pthread_t thread;
-
-	if (client->serving)
-		return 0;
-	if (client->dead) /* buried meanwhile: there is no reference to take */
-		return -ESRCH;
-	pthread_attr_init(&attributes);
-	pthread_attr_setstacksize(&attributes, 128 * 1024);
-	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-	for (unsigned i = 0; i < want; i++) {
-		struct worker_start *start = malloc(sizeof *start);
-
-		if (!start)
-			break;
-		*start = (struct worker_start){ client, i, want };
-		client_get_index(client->engine, client->index);
-		if (pthread_create(&thread, &attributes, fault_thread_main, start) != 0) {
-			free(start);
-			client_put(client);
-			break;
-		}
-		client->worker_count = i + 1;
-	}
-	pthread_attr_destroy(&attributes);
-	if (client->worker_count == 0)
-		return -EAGAIN;
-	__atomic_store_n(&client->serving, true, __ATOMIC_RELEASE);
-	return 0;
 }

@@ -38,6 +38,7 @@
 #include "evict.h"
 #include "region.h"
 #include "sys.h"
+#include "worker.h"
 
 #define WAIT_MS 50
 #define RESYNC_RANGES 64
@@ -602,7 +603,7 @@ void recover_start(struct engine *engine)
 		}
 		pthread_mutex_lock(&client->gate);
 		if (begin_recovery(client) == 0)
-			(void)client_start(client);
+			(void)worker_start_all(client);
 		pthread_mutex_unlock(&client->gate);
 		if (!client->serving || pthread_create(&thread, &attributes, recovery_main, client) != 0) {
 			/* Its process has ended; or nothing can be started, then it waits for the next daemon. */

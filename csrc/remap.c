@@ -29,16 +29,10 @@ void remap_armed(struct client *client, uint64_t start, uint64_t end)
 	(void)range_set_add(&client->armed, start, end, 0, 2 * REGIONS_MAX);
 }
 
-static void clear_slots(struct client *client, uint64_t page, uint64_t pages)
-{
-	slot_map_clear(client->engine->slots, &client->record->map, page, page + pages,
-		       client_staged_gone, client_free_copy, client);
-}
-
 static void drop_slots(struct client *client, uint64_t page, uint64_t pages)
 {
 	if (checkpoint_step(client) != STEP_DONE)
-		clear_slots(client, page, pages);
+		client_forget_slots(client, page, pages);
 }
 
 /* Poison what could not be moved for want of memory: SIGBUS there rather than a wrong byte. */
@@ -52,7 +46,7 @@ static void poison_rest(struct client *client, uint64_t page, uint64_t to_page, 
 			(void)sys_userfaultfd_poison(client->events_fd, address_of(to_page + i),
 						     PAGE_BYTES);
 	}
-	clear_slots(client, page, pages);
+	client_forget_slots(client, page, pages);
 }
 
 static void move_slots(struct client *client, uint64_t page, uint64_t to_page, uint64_t pages)

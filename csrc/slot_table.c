@@ -1132,6 +1132,62 @@ void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t sta
 	}
 }
 
+/* A cluster on a list is no map's: `share` is the next one. */
+static void cluster_detach(struct slot_space *space, struct slot_map *map, uint64_t number, uint32_t *list)
+{
+	uint32_t id = index_find(space, map, number);
+	struct cluster *cluster;
+
+	if (id == 0)
+		return;
+	cluster = cluster_at(space, id);
+	if (__atomic_load_n(&cluster->share, __ATOMIC_ACQUIRE) != 1 || cluster->was_shared)
+		return;
+	for (unsigned e = 0; e < cluster->entries; e++)
+		if (cluster_tag(cluster, e) == SLOT_STAGED)
+			return;
+	counts_add(map, cluster, -1);
+	index_replace(space, map, number, 0);
+	cluster->share = *list;
+	*list = id;
+}
+
+void slot_map_detach(struct slot_space *space, struct slot_map *map, uint64_t start_page, uint64_t end_page,
+		     uint32_t *list)
+{
+	uint64_t first = (start_page + CLUSTER_PAGES - 1) >> CLUSTER_SHIFT, last = end_page >> CLUSTER_SHIFT;
+
+	if (map->root == 0 || first >= last)
+		return;
+	if (last - first <= 2 * index_capacity(map)) {
+		for (uint64_t number = first; number < last && map->root; number++)
+			cluster_detach(space, map, number, list);
+		return;
+	}
+	for (uint64_t i = 0; map->root && i < index_capacity(map); i++) {
+		uint64_t entry = index_entries(space, map->root)[i], number = (entry >> 32) - 1;
+
+		if ((uint32_t)entry != 0 && number >= first && number < last)
+			cluster_detach(space, map, number, list);
+	}
+}
+
+uint32_t slot_clusters_free(struct slot_space *space, uint32_t list, unsigned max, slot_free_fn free_copy, void *context)
+{
+	struct clear clear = { .space = space, .free_copy = free_copy, .context = context };
+
+	for (unsigned done = 0; list != 0 && done < max; done++) {
+		uint32_t id = list;
+		struct cluster *cluster = cluster_at(space, id);
+
+		for (unsigned e = 0; e < cluster->entries; e++)
+			slot_drop(&clear, 0, cluster_slot(cluster, e));
+		list = cluster->share;
+		cluster_free(space, id);
+	}
+	return list;
+}
+
 int slot_map_move(struct slot_space *space, struct slot_map *map, uint64_t from, uint64_t to,
 		  uint64_t pages, slot_visit_fn moved, void *context)
 {

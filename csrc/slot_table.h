@@ -238,6 +238,16 @@ void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t sta
 		    uint64_t end_page, slot_visit_fn staged, slot_free_fn free_copy, void *context);
 
 /*
+ * The same in little time, for most of a large range: what is wholly inside, was never shared, and has nothing STAGED is taken
+ * out of the map and put in front of the list *list (0: none), which slot_clusters_free() gives back at leisure, without
+ * the gate. The rest of the range stays, for slot_map_clear(). To a successor what is on a list is free.
+ */
+void slot_map_detach(struct slot_space *space, struct slot_map *map, uint64_t start_page, uint64_t end_page,
+		     uint32_t *list);
+/* Free up to `max` clusters of a list, and all copies that they name. Returns what is left of it. */
+uint32_t slot_clusters_free(struct slot_space *space, uint32_t list, unsigned max, slot_free_fn free_copy, void *context);
+
+/*
  * mremap: the slots of `pages` pages at `from` now belong to `to`, which has none: clear it first.
  * moved(page, slot) is called for STAGED ones with the new page. Returns 0 or -ENOMEM: then the pages not moved yet are lost to the
  * caller's care (poison).

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,6 +28,7 @@ struct ioctl_poison {
 	uint64_t start, len, mode;
 	int64_t updated;
 };
+#define STAT_BYTES 1024
 #define IOCTL_POISON _IOWR(0xAA, 0x08, struct ioctl_poison)
 #define IOCTL_NEW_USERFAULTFD _IO(0xAA, 0x00)
 
@@ -256,22 +258,40 @@ int sys_open_proc(pid_t pid, const char *file)
 	return fd < 0 ? -errno : fd;
 }
 
-uint64_t sys_process_start(pid_t pid)
+/* Field `number` of a stat file of a process, its bytes from the blank before it on, in `text`; NULL: not to be had. */
+static const char *stat_field(pid_t pid, const char *file, int number, char text[static STAT_BYTES])
 {
-	char text[512];
-	int fd = sys_open_proc(pid, "stat");
-	ssize_t length = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+	int fd = sys_open_proc(pid, file);
+	ssize_t length = fd < 0 ? -1 : read(fd, text, STAT_BYTES - 1);
 	const char *at;
 
 	if (fd >= 0)
 		close(fd);
 	if (length <= 0)
-		return 0;
+		return NULL;
 	text[length] = '\0';
 	at = strrchr(text, ')'); /* the name may have blanks and brackets in it; field 3 comes after */
-	for (int field = 2; at && field < 22; field++)
+	for (int field = 2; at && field < number; field++)
 		at = strchr(at + 1, ' ');
-	return at ? strtoull(at, NULL, 10) : 0;
+	return at;
+}
+
+uint64_t sys_process_start(pid_t pid)
+{
+	char text[STAT_BYTES];
+	const char *start = stat_field(pid, "stat", 22, text);
+
+	return start ? strtoull(start, NULL, 10) : 0;
+}
+
+int sys_thread_cpu(pid_t pid, pid_t thread)
+{
+	char file[40], text[STAT_BYTES];
+	const char *cpu;
+
+	snprintf(file, sizeof file, "task/%d/stat", thread);
+	cpu = stat_field(pid, file, 39, text);
+	return cpu ? atoi(cpu) : -ESRCH;
 }
 
 pid_t sys_live_thread(pid_t pid)
@@ -562,7 +582,7 @@ int sys_futex_wait(const uint32_t *word, uint32_t value, unsigned timeout_ms)
 
 void sys_futex_wake(const uint32_t *word)
 {
-	(void)syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
+	(void)syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 }
 
 int sys_memfd(const char *name, uint64_t bytes, bool sealed)
@@ -583,6 +603,15 @@ int sys_memfd(const char *name, uint64_t bytes, bool sealed)
 }
 
 #define DAEMON_NICE (-10)
+
+void sys_pin_this_thread(unsigned cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	(void)sched_setaffinity(0, sizeof set, &set);
+}
 
 void sys_prefer_this_thread(void)
 {

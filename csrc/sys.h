@@ -99,6 +99,9 @@ uint64_t sys_process_start(pid_t pid);
  * others: then the process cannot be looked at by its own number. */
 pid_t sys_live_thread(pid_t pid);
 
+/* The CPU that a thread of the process ran on last, or -errno. */
+int sys_thread_cpu(pid_t pid, pid_t thread);
+
 /* Call visit(context, range) for each mapping of a process that its forked children find wiped
  * (MADV_WIPEONFORK). Reads smaps: a walk over its page tables. 0, or -errno when not all of it was seen. */
 typedef void (*sys_range_fn)(void *context, struct page_range range);
@@ -125,7 +128,7 @@ bool sys_pidfd_is_dead(int pidfd);
 void sys_pidfd_kill(int pidfd); /* SIGKILL; one that has ended is no error */
 
 int sys_futex_wait(const uint32_t *word, uint32_t value, unsigned timeout_ms);
-void sys_futex_wake(const uint32_t *word);
+void sys_futex_wake(const uint32_t *word); /* all who wait */
 
 int sys_memfd(const char *name, uint64_t bytes, bool sealed);
 int sys_open_proc(pid_t pid, const char *file);
@@ -135,6 +138,9 @@ int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pa
 
 /* Pss_Anon of a process in bytes. Walks its page tables. */
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);
+
+/* A hint: it goes on where it is when that CPU is not to be had. */
+void sys_pin_this_thread(unsigned cpu);
 
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);

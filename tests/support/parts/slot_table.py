@@ -151,9 +151,12 @@ class SlotTable:
         return len(pages), False, self._take_events()
 
     def clear(self, number: int, start: int, end: int) -> Events:
-        """slot_map_clear()."""
-        of = self._maps[number]
+        """slot_map_detach(), slot_map_clear() and slot_clusters_free()."""
+        of, clusters = self._maps[number], self._ffi.new("uint32_t *")
+        self._c.slot_map_detach(self._space, of, start, end, clusters)
         self._c.slot_map_clear(self._space, of, start, end, self._visit, self._free, self._ffi.NULL)
+        while clusters[0]:
+            clusters[0] = self._c.slot_clusters_free(self._space, clusters[0], 1, self._free, self._ffi.NULL)
         return self._take_events()
 
     def move(self, number: int, start: int, to: int, pages: int) -> tuple[int, Events]:

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "awake.h"
+#include "base.h"
+#include "engine_internal.h"
+#include "fill.h"
+#include "sys.h"
+
+#define RETRY_MS 1
+#define STACK_BYTES (128 * 1024)
+#define STAND_BY_MS 60000
+#define CPU_UNKNOWN (-1)
+
+/* So many faults are looked at before it is decided again who waits. One thread faults when at most so many of them
+ * came from another thread than the one before. */
+#define SAMPLE_FAULTS 16
+#define CHANGES_STAY_MAX 4 /* of a client whose workers stand by */
+#define CHANGES_MAX 1      /* of one whose workers all wait */
+
+/* ---- who waits; the gate is held ---- */
+
+static void set_stand_by(struct client *client, bool stand_by)
+{
+	if (READ_ONCE(client->stand_by) == stand_by)
+		return;
+	__atomic_store_n(&client->stand_by, stand_by, __ATOMIC_RELEASE);
+	if (stand_by)
+		client_wake(client); /* the first worker may not know of reads that another one has begun */
+	else
+		sys_futex_wake(&client->stand_by);
+}
+
+static void decide(struct client *client)
+{
+	unsigned changes_max = client->stand_by ? CHANGES_STAY_MAX : CHANGES_MAX;
+	int cpu = CPU_UNKNOWN;
+
+	if (client->fault_changes <= changes_max && client->fault_reads_dense >= SAMPLE_FAULTS / 2)
+		cpu = sys_thread_cpu(client->pid, (pid_t)client->fault_thread);
+	if (cpu >= 0)
+		WRITE_ONCE(client->fault_cpu, (unsigned)cpu);
+	set_stand_by(client, cpu >= 0 && !client->stopping);
+	client->fault_count = client->fault_changes = client->fault_reads_dense = 0;
+}
+
+void worker_note_faults(struct client *client, const struct uffd_msg *messages, uint32_t count, uint64_t now_ns)
+{
+	unsigned faults = 0;
+
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t thread = messages[i].arg.pagefault.feat.ptid;
+
+		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
+			continue;
+		faults++;
+		client->fault_changes += thread != client->fault_thread;
+		client->fault_thread = thread;
+	}
+	if (faults == 0)
+		return;
+	client->fault_count += faults;
+	client->fault_reads_dense += now_ns - client->fault_ns < AWAKE_NS;
+	client->fault_ns = now_ns;
+	if (client->worker_count > 1 && client->fault_count >= SAMPLE_FAULTS)
+		decide(client);
+	if (client->stand_by)
+		awake_note(&client->engine->awake, now_ns);
+}
+
+void worker_stop_all(struct client *client)
+{
+	pthread_mutex_lock(&client->gate);
+	set_stand_by(client, false);
+	pthread_mutex_unlock(&client->gate);
+	for (unsigned i = 0; i <= client->worker_count; i++)
+		client_wake(client);
+}
+
+/* ---- a worker ---- */
+
+struct worker {
+	struct client *client;
+	unsigned number, count;
+	int cpu; /* pinned to; CPU_UNKNOWN: to none */
+};
+
+static bool stands_by(const struct worker *worker)
+{
+	return worker->number > 0 && __atomic_load_n(&worker->client->stand_by, __ATOMIC_ACQUIRE);
+}
+
+/* A hint: any CPU is right, this one is fast. */
+static void settle_on_cpu(struct worker *worker)
+{
+	const struct client *client = worker->client;
+	bool follows = worker->number == 0 && READ_ONCE(client->stand_by);
+	unsigned cpu = follows ? READ_ONCE(client->fault_cpu) : worker->number % client->engine->cpu_count;
+
+	if (worker->count > 1 && worker->cpu != (int)cpu) {
+		sys_pin_this_thread(cpu);
+		worker->cpu = (int)cpu;
+	}
+}
+
+/* `retry` is what the last look under the gate saw; -1: wait for an event. */
+static int poll_timeout_ms(const struct client *client)
+{
+	return READ_ONCE(client->retry_soon) ? RETRY_MS : -1;
+}
+
+static void wait_for_work(struct worker *worker)
+{
+	struct client *client = worker->client;
+	struct pollfd fds[3] = {
+		{ .fd = client->events_fd, .events = POLLIN },
+		{ .fd = client->wake_fd, .events = POLLIN },
+		{ .fd = -1, .events = POLLIN },
+	};
+	const struct io_queue *io;
+
+	while (stands_by(worker))
+		(void)sys_futex_wait(&client->stand_by, 1, STAND_BY_MS);
+	io = __atomic_load_n(&client->io, __ATOMIC_ACQUIRE);
+	if (io)
+		fds[2].fd = io_queue_fd(io);
+	(void)poll(fds, 3, poll_timeout_ms(client));
+	if (fds[1].revents)
+		sys_eventfd_drain(client->wake_fd);
+	if (fds[1].revents && stands_by(worker))
+		client_wake(client); /* it was meant for the first worker */
+}
+
+/* Reads of a dead client, whose buffers must stay. Here, in a thread of its own: whoever drops the last reference,
+ * a thread of the whole engine perhaps, would wait for a device that hangs. */
+static void wait_for_reads(struct client *client)
+{
+	struct pollfd completed = { .events = POLLIN };
+	bool done = false;
+
+	while (!done) {
+		pthread_mutex_lock(&client->gate);
+		done = fill_drop_reads(client);
+		if (client->io)
+			completed.fd = io_queue_fd(client->io);
+		pthread_mutex_unlock(&client->gate);
+		if (!done)
+			(void)poll(&completed, 1, -1);
+	}
+}
+
+static void *worker_main(void *argument)
+{
+	struct worker worker = *(struct worker *)argument;
+	struct client *client = worker.client;
+	struct fill_scratch scratch = { 0 };
+
+	free(argument);
+	scratch.pages = mmap(NULL, FILL_PAGES_MAX * PAGE_BYTES, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	VS_CHECK(scratch.pages != MAP_FAILED);
+	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
+		bool shut;
+
+		client_free_forgotten(client);
+		settle_on_cpu(&worker);
+		wait_for_work(&worker);
+		pthread_mutex_lock(&client->gate);
+		shut = client->fork_pending || client_is_shut(client);
+		if (!shut && !client->stopping)
+			fault_serve(client, &scratch);
+		shut |= client->fork_waits;
+		pthread_mutex_unlock(&client->gate);
+		if (shut)
+			sys_sleep_ms(1); /* poll would return at once, for nothing */
+	}
+	if (worker.number == 0)
+		wait_for_reads(client);
+	client_wake(client); /* this one may have drained the wake-up meant for all */
+	munmap(scratch.pages, FILL_PAGES_MAX * PAGE_BYTES);
+	client_put(client);
+	return NULL;
+}
+
+/* ---- start ---- */
+
+static int start_one(struct client *client, const pthread_attr_t *attributes, unsigned number, unsigned count)
+{
+	struct worker *worker = malloc(sizeof *worker);
+	pthread_t thread;
+
+	if (!worker)
+		return -ENOMEM;
+	*worker = (struct worker){ client, number, count, CPU_UNKNOWN };
+	client_get_index(client->engine, client->index);
+	if (pthread_create(&thread, attributes, worker_main, worker) == 0)
+		return 0;
+	free(worker);
+	client_put(client);
+	return -EAGAIN;
+}
+
+int worker_start_all(struct client *client)
+{
+	unsigned want = min_of(client->engine->cpu_count, (uint32_t)WORKERS_MAX);
+	pthread_attr_t attributes;
+
+	if (client->serving)
+		return 0;
+	if (client->dead) /* buried meanwhile: there is no reference to take */
+		return -ESRCH;
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK_BYTES);
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	while (client->worker_count < want && start_one(client, &attributes, client->worker_count, want) == 0)
+		client->worker_count++;
+	pthread_attr_destroy(&attributes);
+	if (client->worker_count == 0)
+		return -EAGAIN;
+	__atomic_store_n(&client->serving, true, __ATOMIC_RELEASE);
+	return 0;
+}
