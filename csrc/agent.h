@@ -4,7 +4,8 @@
  *
  * Shared by preload.c, which starts it, and agent*.c, which are it. The agent uses no libc, no
  * errno, no thread-local storage and no writable static data: all it has is one struct agent_state,
- * which lies in its arena. (Later the same code is to be a blob injected into static programs.)
+ * which lies in its arena. So the same code is also an image that is put into running and static programs
+ * (image.c, attach.c).
  *
  * The agent's code must be compiled with
  *     -ffreestanding -fno-stack-protector -fno-builtin -fno-tree-loop-distribute-patterns
@@ -79,6 +80,7 @@ struct agent_config {
 	uint64_t look_ns;
 	uint64_t stderr_device, stderr_inode; /* of descriptor 2 at the start; 0, 0: it had none */
 	uint32_t verbose;
+	uint64_t image, image_bytes; /* where attach.c put this code; 0, 0: preloaded */
 };
 
 struct agent_state {

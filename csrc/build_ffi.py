@@ -23,10 +23,20 @@ _EXTRA_DECLARATIONS = """
 void hold_gil_ms(int milliseconds);
 int fork_sharing_descriptors(void);
 int supervise_take_descriptors(int pid, int below);
+struct attach_request {
+    int pid;
+    int held;
+    const char *image;
+    const char *socket_path;
+    const char *group;
+};
+int attach_inject(const struct attach_request *request, char *message);
+int attach_hold(int pid);
 """
 
 _SOURCE = """
 #include <stdint.h>
+#include "attach.h"
 #include "engine.h"
 #include "supervise.h"
 

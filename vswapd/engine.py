@@ -73,6 +73,21 @@ def take_descriptors(pid: int, below: int) -> None:
     _check(lib.supervise_take_descriptors(pid, below), "descriptors")
 
 
+def attach_hold(pid: int) -> None:
+    """Have a child stop when it executes a program: attach_inject follows, from the same thread. OSError."""
+    _check(lib.attach_hold(pid), f"process {pid}")
+
+
+def attach_inject(pid: int, image: str, socket_path: str, group: str, *, held: bool = False) -> None:
+    """Start the agent in a program (slow). OSError: it is as it was, and the text says why."""
+    strings = [ffi.new("char[]", os.fsencode(text)) for text in (image, socket_path, group)]
+    request = ffi.new("struct attach_request *", [pid, int(held), *strings])
+    message = ffi.new("char[]", _MESSAGE_BYTES)
+    result = lib.attach_inject(request, message)
+    if result < 0:
+        raise OSError(-result, ffi.string(message).decode("utf-8", "replace"))
+
+
 class Engine:
     """One running data plane. Make it with Engine.create(), end it with destroy()."""
 

@@ -9,6 +9,7 @@ from vswapd.failure import Failure
 
 SYSTEM_SOCKET = "/run/vswapd/vswapd.sock"
 _LIBRARY = "libvswap.so"
+_IMAGE = "vswap-agent.bin"
 _PRIVATE_PREFIX = "vswap-"
 _SOCKET_NAME = "vswapd.sock"
 _SOCKET_PATH_BYTES_MAX = 107  # sun_path with its NUL
@@ -33,6 +34,14 @@ def library() -> str:
                 )
             return path
     raise Failure(f"no {candidates[0]}", "install vswapd again, or set VSWAP_LIBRARY to its libvswap.so")
+
+
+def agent_image() -> str:
+    """Absolute path of the agent's image (csrc/image.c), beside libvswap.so. Failure."""
+    path = os.path.join(os.path.dirname(library()), _IMAGE)
+    if not os.path.isfile(path):
+        raise Failure(f"no {path}", "install vswapd again")
+    return path
 
 
 def default_socket() -> str:

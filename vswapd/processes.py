@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
+    """All of a file of /proc, b'' when it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -41,8 +42,20 @@ def exists(pid: int) -> bool:
 
 def comm(pid: int) -> str:
     """Name of the process, '' when it has ended. Printable: the process chooses it itself."""
-    text = _read(f"/proc/{pid}/comm").rstrip(b"\n").decode("utf-8", "replace")
+    return thread_name(pid, pid)
+
+
+def thread_name(pid: int, thread: int) -> str:
+    """Name of one thread of a process, as comm()."""
+    text = read(f"/proc/{pid}/task/{thread}/comm").rstrip(b"\n").decode("utf-8", "replace")
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def status(pid: int) -> dict[str, str]:
+    """/proc/PID/status by name; 'State' is always in it."""
+    lines = read(f"/proc/{pid}/status").decode("utf-8", "replace").splitlines()
+    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return {"State": "X", **{name: value.strip() for name, value in fields.items()}}
 
 
 def uid(pid: int) -> int | None:
@@ -56,7 +69,7 @@ def uid(pid: int) -> int | None:
 def is_of(pid: int, user: int, group: int) -> bool:
     """Whether the process is this user's and group's and nobody else's: no right of another's is in it."""
     wanted = {b"Uid": user, b"Gid": group}
-    for line in _read(f"/proc/{pid}/status").splitlines():
+    for line in read(f"/proc/{pid}/status").splitlines():
         name, _, rest = line.partition(b":")
         if name in wanted and any(int(number) != wanted[name] for number in rest.split()):
             return False
@@ -66,7 +79,7 @@ def is_of(pid: int, user: int, group: int) -> bool:
 
 def parent(pid: int) -> int:
     """Parent's PID, 0 when there is none."""
-    text = _read(f"/proc/{pid}/stat")
+    text = read(f"/proc/{pid}/stat")
     after_name = text.rpartition(b")")[2].split()
     return int(after_name[1]) if len(after_name) > 1 else 0
 
@@ -74,7 +87,7 @@ def parent(pid: int) -> int:
 def environment_value(pid: int, name: str) -> str | None:
     """A variable of the environment the process was started with; None also without permission."""
     prefix = name.encode() + b"="
-    for entry in _read(f"/proc/{pid}/environ").split(b"\0"):
+    for entry in read(f"/proc/{pid}/environ").split(b"\0"):
         if entry.startswith(prefix):
             return os.fsdecode(entry[len(prefix) :])
     return None
@@ -97,7 +110,7 @@ def _children(pid: int) -> Iterator[int]:
     except OSError:
         return
     for thread in threads:
-        yield from map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+        yield from map(int, read(f"/proc/{pid}/task/{thread}/children").split())
 
 
 def parents() -> dict[int, int]:
@@ -132,7 +145,7 @@ def tree(root: int, excluded: AbstractSet[int], all_parents: dict[int, int] | No
 def _rollup(pid: int | str) -> dict[bytes, int]:
     """Bytes by name out of smaps_rollup; empty without permission."""
     figures = {}
-    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines()[1:]:
+    for line in read(f"/proc/{pid}/smaps_rollup").splitlines()[1:]:
         name, _, rest = line.partition(b":")
         number = rest.split()
         if number and number[0].isdigit():
@@ -142,7 +155,7 @@ def _rollup(pid: int | str) -> dict[bytes, int]:
 
 def anonymous_bytes(pid: int) -> int:
     """Anonymous memory of a process, its share of what it shares with forked relatives."""
-    figures = _read(f"/proc/{pid}/statm").split()
+    figures = read(f"/proc/{pid}/statm").split()
     if len(figures) < 3:
         return 0
     resident = max(0, int(figures[1]) - int(figures[2])) * config.PAGE_BYTES

@@ -150,6 +150,17 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_attach(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit",
+        type=_size,
+        metavar="SIZE",
+        help="RAM that the process may cost: resident, compressed pool and metadata "
+        "(default: 80%% of what it has and is available)",
+    )
+    parser.add_argument("pid", type=_pid, metavar="PID", help="a running process")
+
+
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "program", nargs="?", metavar="PROGRAM", help="look also at this program: whether it can be managed"
@@ -252,6 +263,8 @@ _VERBS = {
     "swapoff": (_add_swapoff, "empty and remove a spill file or device", "vswapctl swapoff /mnt/fast/spill"),
     "compact": (_add_compact, "give unused space of a spill file back", "vswapctl compact /mnt/fast/spill"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
+    "attach": (_add_attach, "manage a process that runs already", "vswapctl attach --limit 2G 4711"),
+    "detach": (_add_page, "bring all of a process back and let it go", "vswapctl detach 4711"),
     "report": (_add_report, "say what a limit would cost a process", "vswapctl report --seconds 60 4711"),
     "upgrade": (lambda _: None, "have the installed version take over", "vswapctl upgrade"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""attach — `vswapctl attach PID`: bring a running process under management, in a group of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from vswapd import attachable, config, connection, engine, machine, paths, policy, processes
+from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.sizes import format_size, format_size_argument
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from vswapd.connection import Connection
+
+_MANAGED_SECONDS_MAX = 10.0
+_LOOK_SECONDS = 0.01
+
+
+def _limit(options: argparse.Namespace) -> int:
+    """In bytes. Failure."""
+    if options.limit is None:
+        own = processes.anonymous_bytes(options.pid)
+        return policy.default_limit_bytes(machine.available_bytes() + own)
+    limit = int(options.limit)
+    if not config.LIMIT_BYTES_MIN <= limit <= config.LIMIT_BYTES_MAX:
+        low, high = map(format_size_argument, (config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX))
+        raise Failure(
+            f"a limit of {format_size(limit)} is out of range", f"give {low} to {high}", STATUS_USAGE
+        )
+    return limit
+
+
+def _is_managed(daemon: Connection, pid: int) -> bool:
+    document = daemon.request("status")["status"]
+    return any(client["pid"] == pid for client in document["clients"])
+
+
+def wait_managed(daemon: Connection, pid: int) -> None:
+    """Until the daemon has the process among its clients. Failure."""
+    deadline = time.monotonic() + _MANAGED_SECONDS_MAX
+    while not _is_managed(daemon, pid):
+        if not processes.exists(pid):
+            raise Failure(f"process {pid} ended meanwhile", "nothing is left to do")
+        if not attachable.has_agent(pid):
+            raise Failure(f"the daemon does not take process {pid}", "its log says why (journalctl -u vswapd)")
+        if time.monotonic() > deadline:
+            raise Failure(
+                f"process {pid} has its agent, but is not managed after {_MANAGED_SECONDS_MAX:g} s",
+                "its agent goes on trying; see vswapctl status",
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def main(options: argparse.Namespace) -> int:
+    """`vswapctl attach`."""
+    limit = _limit(options)
+    socket_path = os.path.abspath(options.socket or paths.default_socket())
+    with connection.connect_named(socket_path) as daemon:
+        serving = daemon.request("ping")
+        attachable.check(options.pid, socket_path, {int(serving["pid"]), int(serving["supervisor"])})
+        # Ends with its last client: the process, once this connection has ended.
+        group = str(daemon.request("group-create", name=f"attach-{options.pid}", limit_bytes=limit)["group"])
+        try:
+            engine.attach_inject(options.pid, paths.agent_image(), socket_path, group)
+        except OSError as error:
+            raise attachable.failure(options.pid, error) from None
+        wait_managed(daemon, options.pid)
+    print(f"{options.pid}: group {group}, limit {format_size(limit)}")
+    return 0
