@@ -442,7 +442,7 @@ static void capabilities_drop(void)
 static _Noreturn void agent_main(void *argument)
 {
 	struct agent_state *state = argument;
-	bool separate = descriptors_separate(state);
+	bool separate = descriptors_separate(state), left;
 
 	atomic_set(&state->settled, 1);
 	raw_futex_wake(&state->settled, FUTEX_PRIVATE_FLAG);
@@ -458,11 +458,14 @@ static _Noreturn void agent_main(void *argument)
 			come_under_management(state);
 		atomic_set(&state->phase, AGENT_SERVING);
 		hurry_end(state);
-		agent_serve(state);
-		/* The daemon died before it took our ARM: nothing is registered but what another did. */
+		left = agent_serve(state) == VSWAP_RETIRED_LEFT;
+		/* All pages are here, or the daemon died before it took our ARM: then nothing is registered but what
+		 * another did. */
 		agent_unjoin(state);
-		if (!state->forked)
+		if (!state->forked || left)
 			atomic_set(&state->beacon_armed, 0);
+		if (left)
+			agent_end();
 	}
 }
 
@@ -530,7 +533,8 @@ void agent_forget_parent(struct agent_state *state)
 		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1);
 	state->tid = 0;
 	state->armed = 0;
-	state->parent_ready = state->ready;
+	state->parent_ready = state->ready && !state->leaving;
+	state->leaving = 0;
 	state->ready = 0;
 	state->forked = 0;
 	state->token = 0;

@@ -80,7 +80,6 @@ struct agent_config {
 	uint64_t look_ns;
 	uint64_t stderr_device, stderr_inode; /* of descriptor 2 at the start; 0, 0: it had none */
 	uint32_t verbose;
-	uint64_t image, image_bytes; /* where attach.c put this code; 0, 0: preloaded */
 };
 
 struct agent_state {
@@ -96,7 +95,8 @@ struct agent_state {
 	uint32_t beacon_armed;
 	uint32_t armed;        /* descriptors valid, ring mapped */
 	uint32_t ready;        /* READY came: what it has is registered, beyond doubt */
-	uint32_t parent_ready; /* the same, of the process that this one was forked from */
+	uint32_t leaving;      /* LEAVE came: all it has is here, and a child needs nobody */
+	uint32_t parent_ready; /* READY, and no LEAVE, of the process that this one was forked from */
 	uint32_t forked;       /* joined with the token of its beacon, and has no choice but to again */
 	uint32_t sandboxed;    /* left for good: seccomp. Forked children have no agent either */
 	uint32_t next_command; /* number of the next command of the ring */
@@ -161,7 +161,7 @@ void agent_unjoin(struct agent_state *state);
 
 /* ---- agent_ring.c ---- */
 
-/* Execute commands; returns when the ring is retired. */
-void agent_serve(struct agent_state *state);
+/* Execute commands; returns when the ring is retired, and how: VSWAP_RETIRED_*. */
+uint32_t agent_serve(struct agent_state *state);
 
 #endif

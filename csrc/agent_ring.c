@@ -160,7 +160,7 @@ static void execute_populate(struct vswap_command *command, uint32_t run_count)
 	}
 }
 
-static void execute(const struct agent_state *state, struct vswap_command *command, bool parked)
+static void execute(struct agent_state *state, struct vswap_command *command, bool parked)
 {
 	uint32_t run_count = command->run_count;
 
@@ -175,6 +175,10 @@ static void execute(const struct agent_state *state, struct vswap_command *comma
 		break;
 	case VSWAP_POPULATE:
 		execute_populate(command, run_count);
+		break;
+	case VSWAP_LEAVE:
+		atomic_set(&state->leaving, command->window);
+		command->error = 0;
 		break;
 	default: /* PING */
 		break;
@@ -224,7 +228,7 @@ static bool is_parked(struct agent_state *state, uint32_t request)
 	return request == AGENT_PARK;
 }
 
-void agent_serve(struct agent_state *state)
+uint32_t agent_serve(struct agent_state *state)
 {
 	struct vswap_ring *ring = agent_ring(state);
 
@@ -234,11 +238,12 @@ void agent_serve(struct agent_state *state)
 		uint32_t posted = atomic_get(&ring->posted);
 
 		if (epoch != ring->epoch_seen) {
+			atomic_set(&state->leaving, 0);
 			atomic_set(&ring->epoch_seen, epoch);
 			raw_futex_wake(&ring->done, 0);
 		}
 		if (atomic_get(&ring->retired))
-			return;
+			return atomic_get(&ring->retired);
 		if (posted - state->next_command - 1 >= VSWAP_RING_COMMANDS) {
 			/* nothing posted, or nonsense */
 			sleep_until_posted(state, ring, posted, request);

@@ -307,8 +307,7 @@ static int image_read(struct image *image, const char *path)
 	return 0;
 }
 
-static void configure(const struct attach_request *request, const struct image *image,
-		      struct agent_config *ret_config)
+static void configure(const struct attach_request *request, struct agent_config *ret_config)
 {
 	char path[32];
 	struct stat status;
@@ -318,8 +317,6 @@ static void configure(const struct attach_request *request, const struct image *
 	(void)snprintf(ret_config->group, sizeof ret_config->group, "%s", request->group);
 	ret_config->minimum_bytes = 1;
 	ret_config->look_ns = LOOK_NS;
-	ret_config->image = image->address;
-	ret_config->image_bytes = image->code_bytes;
 	(void)snprintf(path, sizeof path, "/proc/%d/fd/2", request->pid);
 	if (stat(path, &status) == 0) {
 		ret_config->stderr_device = status.st_dev;
@@ -363,7 +360,7 @@ static int inject(struct target *target, const struct attach_request *request, s
 	if (address < 0)
 		return fail(target, (int)-address, "no memory for the agent in it");
 	image->address = (uint64_t)address;
-	configure(request, image, &config);
+	configure(request, &config);
 	result = image_start(target, image, &config);
 	if (result < 0 && target->gone)
 		return result;

@@ -412,9 +412,12 @@ void client_bury(struct client *client)
 
 void client_set_resident(struct client *client, int64_t pages, int64_t growth_pages)
 {
-	int64_t old = __atomic_exchange_n(&client->resident_pages, pages, __ATOMIC_SEQ_CST);
-	int64_t old_growth = __atomic_exchange_n(&client->growth_pages, growth_pages, __ATOMIC_SEQ_CST);
+	int64_t old, old_growth;
 
+	if (READ_ONCE(client->leaving))
+		pages = growth_pages = 0;
+	old = __atomic_exchange_n(&client->resident_pages, pages, __ATOMIC_SEQ_CST);
+	old_growth = __atomic_exchange_n(&client->growth_pages, growth_pages, __ATOMIC_SEQ_CST);
 	__atomic_fetch_add(&client->group->resident_pages, pages - old, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&client->group->growth_pages, growth_pages - old_growth, __ATOMIC_RELAXED);
 }

@@ -94,6 +94,7 @@ struct client {
 	bool serving;     /* fault threads run */
 	bool registered;  /* regions are registered with events_fd */
 	bool agent_gone;
+	bool leaving; /* it is being detached: nothing of it is evicted, nor counted. Changed with the gate */
 	bool dead;
 	bool stopping;    /* workers end */
 	bool fork_pending; /* no new MOVE, no read, until nothing is staged */

@@ -52,6 +52,8 @@
 	POINT(CLIENT_BEGUN, "a client said hello")                                          \
 	POINT(CLIENT_ARMING, "a client's descriptors are here, it is not armed")            \
 	POINT(CLIENT_ARMED, "a client is armed, its record does not say so")                \
+	POINT(DETACH_LEAVING, "all pages of a client are with it, and its agent knows")     \
+	POINT(DETACH_LEFT, "a client's ring is retired, its record says that it lives")     \
 	POINT(CLIENT_DEAD, "a client is DEAD and has its slots")
 
 enum crash_point {

@@ -758,8 +758,7 @@ int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
 	return 0;
 }
 
-/* Hand the fault threads synthetic faults for swapped pages of the next clusters. The gate is held. */
-static void ask_for_pages(struct client *client, uint64_t *cursor)
+void engine_ask_for_pages(struct client *client, uint64_t *cursor)
 {
 	uint64_t first;
 
@@ -796,7 +795,7 @@ int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
 		else if (client->deferred_count == 0 && pages > 0) {
 			uint64_t before = cursor;
 
-			ask_for_pages(client, &cursor);
+			engine_ask_for_pages(client, &cursor);
 			if (client->deferred_count == 0 && before > 0)
 				cursor = 0;
 		}

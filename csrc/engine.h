@@ -182,6 +182,11 @@ int engine_client_label(struct engine *engine, uint64_t token, int socket_fd, ui
 int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms);
 int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms);
 
+/* Bring everything back, whatever the limit, and let the client go: its agent ends, and its process is as if it
+ * had never been managed. 0; -ESRCH; -ETIMEDOUT; -EPIPE: it has no agent any more; -ENOSYS: its agent is of a
+ * version that cannot. On an error it stays a client. */
+int engine_client_detach(struct engine *engine, int32_t pid, int timeout_ms);
+
 /* ---- regions: files of memory, each a page map without a process (region.h) ---- */
 
 #define ENGINE_REGION_NAME_BYTES 256

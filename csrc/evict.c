@@ -672,7 +672,7 @@ static int may_evict(struct client *client)
 {
 	if (client->dead)
 		return -ESRCH;
-	if (READ_ONCE(client->agent_gone) || client->evict_error || !client->ring)
+	if (READ_ONCE(client->agent_gone) || client->evict_error || !client->ring || client->leaving)
 		return -EPIPE;
 	/* A forked child is served from its fork on and has a ring from its HELLO on. Not before its ARM may
 	 * anything be in that: an agent whose daemon dies meanwhile takes itself for armed, and would move

@@ -163,6 +163,8 @@ static enum fill_result poison(struct client *client, uint64_t page, struct slot
 
 static bool charge(struct client *client, uint64_t pages)
 {
+	if (client->leaving)
+		return true;
 	if (!group_charge(client->group, pages)) {
 		/* A fault of the agent's own while it makes room (POPULATE) cannot wait for room. */
 		if (!client->populating || pages > 1)
@@ -175,6 +177,8 @@ static bool charge(struct client *client, uint64_t pages)
 
 static void uncharge(struct client *client, uint64_t pages)
 {
+	if (client->leaving)
+		return;
 	group_uncharge(client->group, pages);
 	__atomic_fetch_sub(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
 }

@@ -67,7 +67,7 @@ static unsigned pick_clients(struct engine *engine, struct group *group,
 		unsigned at;
 
 		if (!client || client->group != group || !READ_ONCE(client->registered) ||
-		    READ_ONCE(client->dead) || READ_ONCE(client->agent_gone) ||
+		    READ_ONCE(client->dead) || READ_ONCE(client->agent_gone) || READ_ONCE(client->leaving) ||
 		    READ_ONCE(client->evict_error) ||
 		    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 			continue;
@@ -100,7 +100,7 @@ static struct client *largest_client(struct engine *engine, struct group *group)
 		struct client *client = engine->clients[i];
 
 		if (!client || client->group != group || READ_ONCE(client->pid) <= 0 ||
-		    READ_ONCE(client->dead))
+		    READ_ONCE(client->dead) || READ_ONCE(client->leaving))
 			continue;
 		resident = READ_ONCE(client->resident_pages);
 		if (!largest || resident > most) {

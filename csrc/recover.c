@@ -126,7 +126,7 @@ static void retire_ring(int fd)
 
 	if (ring == MAP_FAILED)
 		return;
-	__atomic_store_n(&ring->retired, 1, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&ring->retired, VSWAP_RETIRED_VOID, __ATOMIC_SEQ_CST);
 	__atomic_fetch_add(&ring->epoch, 1, __ATOMIC_SEQ_CST);
 	sys_futex_wake(&ring->posted);
 	munmap(ring, VSWAP_RING_BYTES);
@@ -556,7 +556,7 @@ static void *recovery_main(void *argument)
 		if (client->ring && wait_for_agent(client, last))
 			evict_recover_release(client, recovery.windows);
 	}
-	if (READ_ONCE(client->agent_gone) && sys_userfaultfd_is_gone(client->events_fd))
+	if (READ_ONCE(client->agent_gone) && (client->leaving || sys_userfaultfd_is_gone(client->events_fd)))
 		client_bury(client);
 	evictor_destroy(&recovery.evictor);
 	client_put(client);
@@ -575,6 +575,9 @@ static int begin_recovery(struct client *client)
 		WRITE_ONCE(client->agent_gone, true);
 	if (client->ring_fd >= 0)
 		result = attach_ring(client);
+	/* Detached (detach.c): all its pages are with it, and its agent has ended, or does so at once. */
+	if (result == 0 && client->ring && client->ring->retired == VSWAP_RETIRED_LEFT)
+		client->leaving = client->agent_gone = true;
 	if (result == 0 && client->trash_fd >= 0 && !client->agent_gone &&
 	    client_arm_descriptors(client, record->phase == CLIENT_ARMING, true) < 0)
 		WRITE_ONCE(client->agent_gone, true);

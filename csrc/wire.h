@@ -35,7 +35,8 @@
  * Recovery: a daemon that takes over sets `epoch`; the agent copies it to `epoch_seen` whenever it
  * is between two commands. Until both agree a command of the old epoch may still be running. A handshake
  * that the daemon died in, before it took ARM, is void, though the agent may take it for complete: then
- * the successor sets `retired` (before `epoch`), and the agent begins anew.
+ * the successor sets `retired` to RETIRED_VOID (before `epoch`), and the agent begins anew. RETIRED_LEFT, after
+ * LEAVE, ends the agent: it closes what it has, so that the kernel serves the client's faults again.
  *
  * The agent's arena in the client, one reservation made before HELLO, told in ARM:
  *     beacon   1 page, registered, never touched in the process that armed it. In a forked child
@@ -123,7 +124,13 @@ enum vswap_operation {
 	VSWAP_POPULATE = 3,
 	/* Nothing; answers. */
 	VSWAP_PING = 4,
+	/* window 1: the ring may be retired at any moment, as all pages are with the client; 0: it stays after
+	 * all. `error` is set to 0 by an agent that knows it. A new epoch undoes it. */
+	VSWAP_LEAVE = 5,
 };
+
+#define VSWAP_RETIRED_VOID 1u
+#define VSWAP_RETIRED_LEFT 2u
 
 struct vswap_run {
 	uint64_t address;
@@ -139,7 +146,7 @@ struct vswap_command {
 	uint32_t window;     /* 0 .. VSWAP_WINDOWS - 1 */
 	uint32_t protection; /* 0 .. VSWAP_PROTECTIONS - 1 */
 	uint32_t run_count;  /* 0 .. VSWAP_RUNS_MAX */
-	/* result of RELEASE: errno or 0 */
+	/* result of RELEASE and LEAVE: errno or 0 */
 	uint32_t error;
 	uint32_t reserved;
 	struct vswap_run runs[VSWAP_RUNS_MAX];
@@ -152,7 +159,7 @@ struct vswap_ring {
 	uint32_t epoch_seen;     /* agent */
 	uint32_t posted;         /* daemon; futex */
 	uint32_t agent_sleeping; /* agent: 1 while it is, or is about to be, in futex wait */
-	uint32_t retired;        /* daemon: nobody serves this ring */
+	uint32_t retired;        /* daemon: VSWAP_RETIRED_*, nobody serves this ring; 0: somebody does */
 	uint8_t pad0[36];
 	uint32_t done;           /* agent; futex */
 	uint32_t daemon_waiting; /* daemon: 1 while it is, or is about to be, in futex wait */

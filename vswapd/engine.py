@@ -303,6 +303,10 @@ class Engine:
         """All of them, unlinked ones that are open included."""
         return self._list(lib.engine_region_list, "engine_region", records.Region)
 
+    def detach(self, pid: int, timeout_ms: int) -> None:
+        """Bring everything back and let it go (slow). ESRCH; ETIMEDOUT; EPIPE: it has no agent; ENOSYS."""
+        _check(lib.engine_client_detach(self._handle, pid, timeout_ms), f"detach of {pid}")
+
     # ---- statistics ----
 
     def statistics(self) -> records.Statistics:

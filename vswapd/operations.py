@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vswapd import __version__, config, processes
+from vswapd import __version__, config, machine, processes
 from vswapd.backend_jobs import BackendJobs
 from vswapd.document import build_status
 from vswapd.failure import Failure
@@ -234,6 +234,21 @@ class Operations:
         """Takes pid, timeout_ms: bring everything back."""
         return await self._page(request, session, self._engine.pagein)
 
+    async def op_detach(self, request: Request, session: Caller) -> Reply:
+        """Takes pid, timeout_ms: bring everything back, whatever the limit, and let the process go."""
+        pid = take_int(request, "pid", 1, _PID_MAX)
+        wanted = self._client_for(pid, session.peer).swapped_pages * config.PAGE_BYTES
+        available = machine.available_bytes()
+        if wanted > available:
+            raise RequestError(
+                "no-room",
+                f"process {pid} has {format_size(wanted)} swapped, {format_size(available)} of RAM are available",
+                "make room first: end something, or lower the limits of others",
+            )
+        reply = await self._page(request, session, self._engine.detach)
+        self._log.info("detached", pid=pid)
+        return reply
+
     async def _page(self, request: Request, session: Caller, call: Callable[[int, int], None]) -> Reply:
         pid = take_int(request, "pid", 1, _PID_MAX)
         longest_ms = config.PAGE_TIMEOUT_MS_MAX if self._is_admin(session.peer) else config.PAGE_TIMEOUT_MS
@@ -254,6 +269,9 @@ class Operations:
         if error.errno == errno.ETIMEDOUT:
             text = f"process {pid}: not finished after {timeout_ms / 1000:g} s"
             return RequestError("timeout", text, "ask again: what was done stays done")
+        if error.errno in (errno.EPIPE, errno.ENOSYS):
+            text = f"process {pid} has no agent that could let it go"
+            return RequestError("no-agent", text, "it is served until it ends")
         if error.errno == errno.ENOMEM:
             text = f"process {pid}: more than its limit has room for"
             return RequestError("no-room", text, "raise its limit first: vswapctl limit PID SIZE")

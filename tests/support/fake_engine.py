@@ -236,6 +236,9 @@ class FakeEngine:
     def pagein(self, pid: int, timeout_ms: int) -> None:
         self._call("pagein", pid, timeout_ms)
 
+    def detach(self, pid: int, timeout_ms: int) -> None:
+        self._call("detach", pid, timeout_ms)
+
     # ---- statistics ----
 
     def statistics(self) -> records.Statistics:

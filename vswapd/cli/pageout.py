@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-_ANSWER_SECONDS = 10.0  # more than the daemon's own time limit
+ANSWER_SECONDS = 10.0  # more than the daemon's own time limit
 
 
 def page(op: str, options: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def page(op: str, options: argparse.Namespace) -> int:
     with connection.connect_serving(options.pid, options.socket) as daemon:
         reply = daemon.request(
             op,
-            seconds_max=options.timeout + _ANSWER_SECONDS,
+            seconds_max=options.timeout + ANSWER_SECONDS,
             pid=options.pid,
             timeout_ms=int(options.timeout * 1000),
         )
