@@ -146,6 +146,14 @@ static _Noreturn void end_with(uint32_t code)
 
 void agent_end(void) { end_with(0); }
 
+/* Not armed, and never again. */
+static _Noreturn void leave(const struct agent_state *state)
+{
+	if (state->config.is_injected)
+		raw_unmap_and_exit(state->arena, ARENA_BYTES);
+	agent_end();
+}
+
 void agent_kill_process(struct agent_state *state, const char *why)
 {
 	agent_say(state, "killed: its swapped memory cannot be trusted: ", why);
@@ -354,7 +362,7 @@ static void come_under_management(struct agent_state *state)
 		case JOIN_DONE:
 			return;
 		case JOIN_REFUSED:
-			agent_end();
+			leave(state);
 		case JOIN_ABSENT:
 			break;
 		}
@@ -465,7 +473,7 @@ static _Noreturn void agent_main(void *argument)
 		if (!state->forked || left)
 			atomic_set(&state->beacon_armed, 0);
 		if (left)
-			agent_end();
+			leave(state);
 	}
 }
 

@@ -80,6 +80,7 @@ struct agent_config {
 	uint64_t look_ns;
 	uint64_t stderr_device, stderr_inode; /* of descriptor 2 at the start; 0, 0: it had none */
 	uint32_t verbose;
+	uint32_t is_injected; /* by attach.c: nobody but the agent knows of the arena */
 };
 
 struct agent_state {

@@ -4,7 +4,7 @@
  *
  * Every function returns a result or -errno and touches neither errno nor thread-local storage, for
  * the agent runs on a thread without any of its own (the thread pointer is the program's). The
- * architecture lives in two places of this file, `raw_call` and `raw_clone`; x86_64 is tested,
+ * architecture lives in three places of this file, `raw_call`, `raw_clone` and `raw_unmap_and_exit`; x86_64 is tested,
  * aarch64 only written.
  */
 #ifndef VSWAP_AGENT_SYS_H
@@ -74,6 +74,20 @@ static inline long raw_clone(long flags, void *stack_end, uint32_t *tid, void (*
 			 : "rcx", "r11", "memory");
 	return result;
 }
+
+/* Unmap the memory that the calling thread runs on, then end the thread. */
+static inline _Noreturn void raw_unmap_and_exit(uint64_t address, uint64_t bytes)
+{
+	__asm__ volatile("syscall\n\t"
+			 "xor %%edi, %%edi\n\t"
+			 "mov %0, %%eax\n\t"
+			 "syscall\n\t"
+			 "ud2"
+			 :
+			 : "i"(__NR_exit), "a"((long)__NR_munmap), "D"(address), "S"(bytes)
+			 : "rcx", "r11", "memory");
+	__builtin_unreachable();
+}
 #elif defined(__aarch64__)
 static inline long raw_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -116,6 +130,23 @@ static inline long raw_clone(long flags, void *stack_end, uint32_t *tid, void (*
 			 : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
 			 : "x9", "memory");
 	return x0;
+}
+
+static inline _Noreturn void raw_unmap_and_exit(uint64_t address, uint64_t bytes)
+{
+	register long x8 __asm__("x8") = __NR_munmap;
+	register long x0 __asm__("x0") = (long)address;
+	register long x1 __asm__("x1") = (long)bytes;
+
+	__asm__ volatile("svc #0\n\t"
+			 "mov x0, #0\n\t"
+			 "mov x8, %0\n\t"
+			 "svc #0\n\t"
+			 "brk #1"
+			 :
+			 : "i"(__NR_exit), "r"(x8), "r"(x0), "r"(x1)
+			 : "memory");
+	__builtin_unreachable();
 }
 #else
 #error "agent_sys.h: write raw_call and raw_clone for this architecture"

@@ -317,6 +317,7 @@ static void configure(const struct attach_request *request, struct agent_config 
 	(void)snprintf(ret_config->group, sizeof ret_config->group, "%s", request->group);
 	ret_config->minimum_bytes = 1;
 	ret_config->look_ns = LOOK_NS;
+	ret_config->is_injected = 1;
 	(void)snprintf(path, sizeof path, "/proc/%d/fd/2", request->pid);
 	if (stat(path, &status) == 0) {
 		ret_config->stderr_device = status.st_dev;

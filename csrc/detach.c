@@ -102,6 +102,12 @@ static int leave(struct client *client, uint64_t deadline_ns, unsigned timeout_m
 	return result;
 }
 
+static bool is_referenced(struct client *client)
+{
+	SCOPED_LOCK(&client->engine->registry);
+	return client->references > 1;
+}
+
 int engine_client_detach(struct engine *engine, int32_t pid, int timeout_ms)
 {
 	struct client *client = client_get_pid(engine, pid);
@@ -125,6 +131,9 @@ int engine_client_detach(struct engine *engine, int32_t pid, int timeout_ms)
 		WRITE_ONCE(client->agent_gone, true);
 		/* It may be forking at this very moment. */
 		for (client_bury(client); !READ_ONCE(client->dead); client_bury(client))
+			sys_sleep_ms(1);
+		/* Not before its fault threads have ended is its userfaultfd closed. */
+		while (is_referenced(client))
 			sys_sleep_ms(1);
 	}
 	client_put(client);

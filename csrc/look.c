@@ -55,9 +55,12 @@ static bool is_candidate(const struct client *client, const struct mapping *mapp
 }
 
 /* Part of a mapping that may be registered: all of it, less a thread's stack at its start. */
-static uint64_t registrable_start(const struct mapping *before, const struct mapping *mapping)
+static uint64_t registrable_start(const struct client *client, const struct mapping *before,
+				  const struct mapping *mapping)
 {
-	bool guarded = before->end == mapping->start && !before->readable && !before->writable &&
+	/* The arena ends in a guard as well, and what lies behind it may be anything. */
+	bool guarded = mapping->start != client->record->arena + client->record->arena_bytes &&
+		       before->end == mapping->start && !before->readable && !before->writable &&
 		       before->anonymous && before->end - before->start <= GUARD_BYTES_MAX;
 
 	return guarded ? min_of(mapping->end, mapping->start + THREAD_STACK_BYTES) : mapping->start;
@@ -154,7 +157,7 @@ void look_discover(struct client *client)
 			break;
 		if (!is_candidate(client, &mapping))
 			continue;
-		start = registrable_start(&before, &mapping);
+		start = registrable_start(client, &before, &mapping);
 		if (start < mapping.end)
 			bytes += register_region(client, start, mapping.end, mapping.executable ? 1 : 0);
 	}

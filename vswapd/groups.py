@@ -141,6 +141,13 @@ class GroupRegistry:
             return group
         raise GroupError(f"the name {name} is taken; choose another")
 
+    def exclude(self, pid: int) -> None:
+        """A process was detached: it, and what is below it, no group is charged for."""
+        for group in self:
+            if group.has_member(pid):
+                group.excluded |= {pid}
+                self._engine.group_label(group.number, group.label(), group.session_fd)
+
     def statistics(self, group: Group) -> GroupStatistics | None:
         """What the engine says about the group now."""
         records = self._engine.groups()

@@ -246,6 +246,7 @@ class Operations:
                 "make room first: end something, or lower the limits of others",
             )
         reply = await self._page(request, session, self._engine.detach)
+        self._groups.exclude(pid)
         self._log.info("detached", pid=pid)
         return reply
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vswapd.connection import Connection
 
 _MANAGED_SECONDS_MAX = 10.0
+_STARTED_SECONDS_MAX = 2.0
 _LOOK_SECONDS = 0.01
 
 
@@ -41,17 +42,22 @@ def _is_managed(daemon: Connection, pid: int) -> bool:
 
 def wait_managed(daemon: Connection, pid: int) -> None:
     """Until the daemon has the process among its clients. Failure."""
-    deadline = time.monotonic() + _MANAGED_SECONDS_MAX
+    begun = time.monotonic()
+    seen = False
     while not _is_managed(daemon, pid):
+        seconds = time.monotonic() - begun
         if not processes.exists(pid):
             raise Failure(f"process {pid} ended meanwhile", "nothing is left to do")
-        if not attachable.has_agent(pid):
+        has_agent = attachable.has_agent(pid)
+        # It is one from the moment on that it runs for the first time.
+        if not has_agent and (seen or seconds > _STARTED_SECONDS_MAX):
             raise Failure(f"the daemon does not take process {pid}", "its log says why (journalctl -u vswapd)")
-        if time.monotonic() > deadline:
+        if seconds > _MANAGED_SECONDS_MAX:
             raise Failure(
                 f"process {pid} has its agent, but is not managed after {_MANAGED_SECONDS_MAX:g} s",
                 "its agent goes on trying; see vswapctl status",
             )
+        seen = has_agent
         time.sleep(_LOOK_SECONDS)
 
 
