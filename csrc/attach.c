@@ -31,7 +31,6 @@
 #define STOPS_MAX 10000     /* stops of one run: a system call more or less, a signal now and then */
 #define IMAGE_BYTES_MAX (1UL << 20)
 #define STACK_BYTES 16384UL
-#define LOOK_NS 10000000UL
 #define SYSCALL_STOP (SIGTRAP | 0x80) /* PTRACE_O_TRACESYSGOOD */
 
 struct target {
@@ -155,12 +154,14 @@ static int stop_running(struct target *target)
 /* Stop a held program behind its execve, before its first instruction. */
 static int stop_held(struct target *target)
 {
-	int status = wait_stop(target), result;
+	int status = wait_stop(target), result = 0;
 
-	if (status < 0)
-		return status;
-	if (!is_event(status, PTRACE_EVENT_EXEC))
-		return -EBUSY;
+	while (status >= 0 && result == 0 && !is_event(status, PTRACE_EVENT_EXEC)) {
+		result = resume(target, PTRACE_CONT, status >> 16 ? 0 : WSTOPSIG(status));
+		status = wait_stop(target);
+	}
+	if (result < 0 || status < 0)
+		return result < 0 ? result : status;
 	result = resume(target, PTRACE_SYSCALL, 0);
 	status = result < 0 ? result : wait_stop(target);
 	if (status < 0)
@@ -315,8 +316,8 @@ static void configure(const struct attach_request *request, struct agent_config 
 	memset(ret_config, 0, sizeof *ret_config);
 	(void)snprintf(ret_config->socket_path, sizeof ret_config->socket_path, "%s", request->socket_path);
 	(void)snprintf(ret_config->group, sizeof ret_config->group, "%s", request->group);
-	ret_config->minimum_bytes = 1;
-	ret_config->look_ns = LOOK_NS;
+	ret_config->minimum_bytes = request->minimum_bytes;
+	ret_config->look_ns = request->look_us * 1000;
 	ret_config->is_injected = 1;
 	(void)snprintf(path, sizeof path, "/proc/%d/fd/2", request->pid);
 	if (stat(path, &status) == 0) {

@@ -23,6 +23,7 @@ struct attach_request {
 	const char *image;     /* file of the agent's image */
 	const char *socket_path;
 	const char *group;
+	unsigned long minimum_bytes, look_us;  /* wire.h: VSWAP_MIN_BYTES, VSWAP_LOOK_US */
 };
 
 /* Start the agent in a program. -EBUSY: it is stopped, or traced; -ETIMEDOUT: it does not come to a stop. */

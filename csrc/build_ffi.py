@@ -29,6 +29,7 @@ struct attach_request {
     const char *image;
     const char *socket_path;
     const char *group;
+    unsigned long minimum_bytes, look_us;
 };
 int attach_inject(const struct attach_request *request, char *message);
 int attach_hold(int pid);

@@ -19,7 +19,7 @@ from vswapd.failure import STATUS_NOT_EXECUTABLE, STATUS_NOT_FOUND, Failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _PR_SET_CHILD_SUBREAPER = 36
 _IGNORED = (signal.SIGINT, signal.SIGQUIT)
@@ -98,16 +98,23 @@ class Signals:
 
 
 def spawn(
-    program: str, arguments: list[str], environment: Mapping[str, str], defaulted: Sequence[int]
+    program: str,
+    arguments: list[str],
+    environment: Mapping[str, str],
+    defaulted: Sequence[int],
+    hold: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Start `program`; its PID. Failure with 127 or 126.
+    """Start `program`; its PID. Failure with 127 or 126. `hold` is called before it executes anything.
 
     fork and exec: glibc's posix_spawn leaves two of its internal signals ignored in the program.
     """
     reader, writer = os.pipe()  # both closed by exec: the end of file says that it succeeded
+    gate_reader, gate_writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
+            os.close(gate_writer)
+            os.read(gate_reader, 1)
             signal.set_wakeup_fd(-1)
             for number in defaulted:
                 signal.signal(number, signal.SIG_DFL)
@@ -117,6 +124,11 @@ def spawn(
         finally:
             os._exit(STATUS_NOT_FOUND)
     os.close(writer)
+    os.close(gate_reader)
+    try:
+        hold(pid)
+    finally:
+        os.close(gate_writer)
     with open(reader, "rb") as file:
         number = int(file.read() or b"0")
     if number:

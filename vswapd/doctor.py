@@ -11,7 +11,7 @@ import errno
 import os
 from dataclasses import dataclass
 
-from vswapd import __version__, config, machine, policy
+from vswapd import __version__, attachable, config, machine, policy
 from vswapd.failure import Failure
 from vswapd.sizes import format_size
 
@@ -249,19 +249,20 @@ def check_program(facts: Facts) -> Finding | None:  # noqa: PLR0911 -- one for e
             f"{what} is of another architecture: it cannot be managed",
             f"use one for 64-bit {os.uname().machine}",
         )
-    if not program.loader:
+    if (not program.loader or "ld-musl" in program.loader) and not program.is_privileged:
+        kind = "uses musl" if program.loader else "is statically linked"
+        if os.uname().machine != attachable.MACHINE:
+            return Finding(
+                PROBLEM,
+                "program",
+                f"{what} {kind}: it is not managed on {os.uname().machine}",
+                "link it dynamically, with glibc",
+            )
         return Finding(
-            PROBLEM,
+            NOTE,
             "program",
-            f"{what} is statically linked: it runs, but is not managed",
-            "link it dynamically; until then its memory counts against the limit and is not swapped",
-        )
-    if "ld-musl" in program.loader:
-        return Finding(
-            PROBLEM,
-            "program",
-            f"{what} uses musl, which cannot load a library made for glibc: it does not start under vswapctl run",
-            "use a build for glibc, or a statically linked one, which runs unmanaged",
+            f"{what} {kind}: it is managed itself, but not what it starts of the same kind",
+            "link it dynamically, with glibc, if it starts others that are large",
         )
     if program.is_privileged:
         return Finding(

@@ -78,10 +78,19 @@ def attach_hold(pid: int) -> None:
     _check(lib.attach_hold(pid), f"process {pid}")
 
 
-def attach_inject(pid: int, image: str, socket_path: str, group: str, *, held: bool = False) -> None:
+def attach_inject(
+    pid: int,
+    image: str,
+    socket_path: str,
+    group: str,
+    *,
+    minimum_bytes: int = 1,
+    look_us: int = 10_000,
+    held: bool = False,
+) -> None:
     """Start the agent in a program (slow). OSError: it is as it was, and the text says why."""
     strings = [ffi.new("char[]", os.fsencode(text)) for text in (image, socket_path, group)]
-    request = ffi.new("struct attach_request *", [pid, int(held), *strings])
+    request = ffi.new("struct attach_request *", [pid, int(held), *strings, minimum_bytes, look_us])
     message = ffi.new("char[]", _MESSAGE_BYTES)
     result = lib.attach_inject(request, message)
     if result < 0:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vswapd.connection import Connection
+    from vswapd.injection import Injection
 
 
 def say(text: str) -> None:
@@ -39,10 +40,19 @@ class Front:
         self.signals = command.Signals()
         session.on_notice = lambda notice: say(str(notice["text"]))
 
-    def start(self, program: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    def start(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        injection: Injection | None = None,
+    ) -> None:
         """Start the command. Failure."""
         self.signals.install()
-        self._command_pid = command.spawn(program, list(arguments), environment, self.signals.defaulted)
+        rest = [] if injection is None else [injection.hold]
+        self._command_pid = command.spawn(program, list(arguments), environment, self.signals.defaulted, *rest)
+        if injection is not None:
+            injection.finish(self._command_pid)
         command.release_streams()
 
     def _step(self, seconds_max: float | None) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.limited import MIB, command_path, need_program
+from support.limited import MIB, assert_honest, command_path, need_program, run_limited
 from support.redis_client import RedisClient, RedisError
 from vswapd import attachable
 
@@ -261,6 +261,18 @@ def test_redis(daemon: DaemonProcess, tmp_path: Path, cycles: int) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+# ---- run ----
+
+
+@pytest.mark.parametrize(("compiler", "flags"), [("cc", ["-static"]), ("musl-gcc", ["-static"]), ("musl-gcc", [])])
+def test_run_manages_what_cannot_be_preloaded(tmp_path: Path, compiler: str, flags: list[str]) -> None:
+    """From its first instruction on: it never has more than its limit."""
+    program = _compile(tmp_path, need_program(compiler), *flags)
+    result = run_limited(_LIMIT_BYTES, [program, "--mib", "96", "--kind", "text"])
+    assert result.status == 0, result.describe()
+    assert_honest(result, _LIMIT_BYTES, demand_bytes=96 * MIB)
 
 
 # ---- what it was doing ----

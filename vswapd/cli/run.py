@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vswapd.connection import Connection
+    from vswapd.injection import Injection
 
 
 # ---- checks ----
@@ -128,6 +129,18 @@ def command_environment(
     return environment
 
 
+def _injection(program: str, environment: dict[str, str], library: str) -> Injection | None:
+    """How its agent comes into a program that cannot be preloaded; None: it can, or nothing helps."""
+    from vswapd import injection
+
+    if not injection.is_needed(program):
+        return None
+    if injection.is_preloading_fatal(program):
+        rest = [name for name in environment["LD_PRELOAD"].split(":") if name != library]
+        environment["LD_PRELOAD"] = ":".join(rest)
+    return injection.Injection(environment)
+
+
 def main(options: argparse.Namespace) -> int:
     """`vswapctl run`."""
     command.reserve_streams()
@@ -194,7 +207,8 @@ def _run(
         reply = _enter_group(options, session)
         group = str(reply["group"])
         started = time.monotonic()
-        run.start(program, options.command, command_environment(options, library, socket_path, group))
+        environment = command_environment(options, library, socket_path, group)
+        run.start(program, options.command, environment, _injection(program, environment, library))
     except BaseException:
         run.finish()
         raise
