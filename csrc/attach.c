@@ -395,11 +395,15 @@ static int stop(struct target *target, const struct attach_request *request)
 
 int attach_inject(const struct attach_request *request, char *message)
 {
+	sigset_t all, signals;
 	struct target target = { .pid = sys_live_thread(request->pid), .message = message };
 	struct image *image = malloc(sizeof *image);
 	int result;
 	bool blocked = false;
 
+	/* Whoever ends us now would leave the program in what we have it execute. */
+	(void)sigfillset(&all);
+	(void)pthread_sigmask(SIG_BLOCK, &all, &signals);
 	message[0] = 0;
 	result = image ? image_read(image, request->image) : -ENOMEM;
 	if (result < 0)
@@ -413,6 +417,7 @@ int attach_inject(const struct attach_request *request, char *message)
 	}
 	if (!target.gone)
 		give_back(&target, blocked);
+	(void)pthread_sigmask(SIG_SETMASK, &signals, NULL);
 	free(image);
 	return result;
 }
