@@ -5,7 +5,7 @@
  * Shared by preload.c, which starts it, and agent*.c, which are it. The agent uses no libc, no
  * errno, no thread-local storage and no writable static data: all it has is one struct agent_state,
  * which lies in its arena. So the same code is also an image that is put into running and static programs
- * (image.c, attach.c).
+ * (agent_image.c, attach.c).
  *
  * The agent's code must be compiled with
  *     -ffreestanding -fno-stack-protector -fno-builtin -fno-tree-loop-distribute-patterns

@@ -23,7 +23,7 @@
 
 #include "agent.h"
 #include "base.h"
-#include "image.h"
+#include "agent_image.h"
 #include "sys.h"
 
 #define STOP_MS_MAX 10000   /* a thread in a system call that cannot be interrupted does not stop */

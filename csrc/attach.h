@@ -2,7 +2,7 @@
 /*
  * attach — put the agent into a program that runs already, or is just about to: by ptrace, once.
  *
- * One thread of the program is stopped, makes a few system calls for us and starts the agent (image.c); then
+ * One thread of the program is stopped, makes a few system calls for us and starts the agent (agent_image.c); then
  * it goes on where it was: in its system call, if it was in one. All its signals are blocked meanwhile, and
  * none is used. Its other threads run on: no byte of what is theirs is changed, as the calls are made with an
  * instruction of the vDSO. x86-64 only, elsewhere -ENOSYS.

@@ -37,7 +37,7 @@ def library() -> str:
 
 
 def agent_image() -> str:
-    """Absolute path of the agent's image (csrc/image.c), beside libvswap.so. Failure."""
+    """Absolute path of the agent's image (csrc/agent_image.c), beside libvswap.so. Failure."""
     path = os.path.join(os.path.dirname(library()), _IMAGE)
     if not os.path.isfile(path):
         raise Failure(f"no {path}", "install vswapd again")

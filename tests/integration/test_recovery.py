@@ -319,6 +319,7 @@ def test_every_crash_point(
                 [drive, "--lib", client_library, "--limit", str(24 * MIB), "--pool", str(4 * MIB)]
                 + ["--spill", f"{tmp_path}/spill{number}:{1 << 30}", "--crash", f"{point}:{call}"]
                 + (["--drain-every", "50"] if point.startswith("DRAIN") else [])
+                + (["--detach-every", "100"] if point.startswith("DETACH") else [])
                 + ["--", churn, "48", "2", str(call), "3", "1"],
             )
             if deaths == 0:

@@ -4,13 +4,13 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
+ *         [--detach-every MS] [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
  * what the sanitizers run, and what to put under a profiler. --drain-every: a second backend on the same
- * file system, and every so often the older of the two is compacted, drained and replaced. Exit status: the command's, 99 when an
- * invariant was found broken, 98 for trouble of its own.
+ * file system, and every so often the older of the two is compacted, drained and replaced. --detach-every: so
+ * often one of the clients is detached. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
@@ -303,7 +303,8 @@ static void page_as_asked(pid_t command)
 }
 
 struct options {
-	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, slow_arm_ms, drain_every_ms;
+	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, slow_arm_ms, drain_every_ms,
+		detach_every_ms;
 	const char *library, *crash;
 	char *spill;
 	int torture, stats;
@@ -343,7 +344,7 @@ static void parse_spill(char *spill)
 /* ---- backends that come and go ---- */
 
 static int draining_ends;
-static unsigned drained, compacted, drains_refused;
+static unsigned drained, compacted, drains_refused, detached;
 
 /* Compact a backend, then drain it when there is another one, and have a new one come. */
 static void drain_one(int number)
@@ -380,6 +381,23 @@ static void *drain_main(void *argument)
 		else
 			drain_one(backends[turn++ % 2].backend);
 		usleep((useconds_t)(uintptr_t)argument * 1000);
+	}
+	return NULL;
+}
+
+/* A client at a time, in turn. */
+static void *detach_main(void *argument)
+{
+	static struct engine_client_statistics clients[PEERS_MAX];
+	unsigned turn = 0;
+
+	while (!__atomic_load_n(&draining_ends, __ATOMIC_ACQUIRE)) {
+		int count = engine_client_list(engine, clients, PEERS_MAX);
+		const struct engine_client_statistics *client = &clients[count > 0 ? turn++ % (unsigned)count : 0];
+
+		usleep((useconds_t)(uintptr_t)argument * 1000);
+		if (count > 0 && client->pid > 0 && client->swapped_pages > 0)
+			detached += engine_client_detach(engine, client->pid, 2000) == 0;
 	}
 	return NULL;
 }
@@ -469,7 +487,7 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
-		{ "drain-every", 1, 0, 'd' }, { "slow-arm", 1, 0, 'a' }, { 0, 0, 0, 0 } };
+		{ "drain-every", 1, 0, 'd' }, { "slow-arm", 1, 0, 'a' }, { "detach-every", 1, 0, 'e' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -488,6 +506,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'F': set_fault_point(optarg, 0); break;
 		case 'D': set_fault_point(optarg, 1); break;
 		case 'd': options->drain_every_ms = strtoull(optarg, NULL, 0); break;
+		case 'e': options->detach_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
 		}
@@ -510,7 +529,7 @@ static int run_daemon(const struct options *options, const struct engine_config 
 {
 	char message[256] = "";
 	int result = engine_create(config, &engine, message), status;
-	pthread_t drainer;
+	pthread_t drainer, detacher;
 
 	if (result < 0) {
 		fprintf(stderr, "drive: %s\n", message);
@@ -533,10 +552,17 @@ static int run_daemon(const struct options *options, const struct engine_config 
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)
 		fail("thread");
+	if (options->detach_every_ms &&
+	    pthread_create(&detacher, NULL, detach_main, (void *)(uintptr_t)options->detach_every_ms) != 0)
+		fail("thread");
 	__atomic_store_n(&shared->serving_us, now_us(), __ATOMIC_RELEASE);
 	status = serve(options, listener, command);
+	__atomic_store_n(&draining_ends, 1, __ATOMIC_RELEASE);
+	if (options->detach_every_ms) {
+		pthread_join(detacher, NULL);
+		fprintf(stderr, "drive: %u detached by the last daemon\n", detached);
+	}
 	if (options->drain_every_ms) {
-		__atomic_store_n(&draining_ends, 1, __ATOMIC_RELEASE);
 		pthread_join(drainer, NULL);
 		fprintf(stderr, "drive: %u drained, %u refused, %u compacted by the last daemon\n", drained,
 			drains_refused, compacted);

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * image — the agent as one block of code that runs wherever it is copied to (attach.c does).
+ * agent_image — the agent as one block of code that runs wherever it is copied to (attach.c does).
  *
- * Linked with agent*.c by image.ld, which refuses whatever would need a loader: relocations, writable
+ * Linked with agent*.c by agent_image.ld, which refuses whatever would need a loader: relocations, writable
  * data, symbols of somebody else. Its first byte is its entry. It runs once, on a thread of the program and
  * a stack of its own, and touches no register but the general ones, which are all that its caller restores.
  *
  * Compile flags: see agent.h, and -mgeneral-regs-only.
  */
-#include "image.h"
+#include "agent_image.h"
 
 #include <errno.h>
 
