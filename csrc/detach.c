@@ -36,7 +36,7 @@ static bool is_complete(struct client *client)
 static void set_leaving(struct client *client, bool leaving)
 {
 	SCOPED_LOCK(&client->gate);
-	client->leaving = leaving;
+	WRITE_ONCE(client->leaving, leaving);
 	if (leaving && !client->dead)
 		client_set_resident(client, 0, 0);
 }
