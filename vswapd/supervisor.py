@@ -8,7 +8,8 @@ fork of this process, which has loaded all code before the first one started: it
 milliseconds, and an upgrade of the package on disk does not change what it runs.
 
 A daemon that *ends*, by itself, is not succeeded: its exit status is the supervisor's. One that keeps
-dying young is started again all the same, ever more slowly: its clients wait for it.
+dying young is started again all the same, ever more slowly: its clients wait for it. Not so one that is killed
+(SIGKILL): that is not its own doing, and its successor need not fare like it.
 
 Signals are blocked, and taken one at a time where nothing is under way: no handler runs between a daemon's end
 and the look at its status. A daemon starts with them blocked, too (let_signals_in): one that is told to stop
@@ -77,7 +78,8 @@ def supervise(
         if os.WIFEXITED(status):
             return os.WEXITSTATUS(status)
         deaths += 1
-        young = young + 1 if time.monotonic() - started < _YOUNG_SECONDS else 0
+        by_itself = os.WTERMSIG(status) != signal.SIGKILL
+        young = young + 1 if by_itself and time.monotonic() - started < _YOUNG_SECONDS else 0
         log.warning(
             "the daemon died and is started again",
             signal=signal.Signals(os.WTERMSIG(status)).name,

@@ -91,6 +91,27 @@ def test_daemon_told_to_stop_as_it_starts(tmp_path: Path) -> None:
     assert result.returncode == 5, result.stderr
 
 
+_DYING = """
+pauses = []
+supervisor.time.sleep = pauses.append
+
+def serve(inheritance):
+    if inheritance.deaths == 20:
+        return 0
+    os.kill(os.getpid(), signal.{signal})
+
+supervisor.supervise(serve, Log())
+sys.exit(len(pauses))
+"""
+
+
+@pytest.mark.parametrize(("name", "pauses"), [("SIGABRT", 15), ("SIGKILL", 0)])
+def test_pauses_between_young_deaths(tmp_path: Path, name: str, pauses: int) -> None:
+    """A daemon that fails again and again is not started in a hurry; one that others kill is."""
+    result = _run(tmp_path, _DYING.replace("{signal}", name))
+    assert result.returncode == pauses, result.stderr
+
+
 _IGNORED = """
 def serve(inheritance):
     os.kill(inheritance.supervisor_pid, signal.SIGHUP)
