@@ -14,6 +14,7 @@
 #include "checkpoint.h"
 #include "fuzz.h"
 #include "io.h"
+#include "worker.h"
 
 #define REGION 0x10000000UL
 #define REGION_PAGES 512UL
@@ -156,7 +157,7 @@ void engine_room_made(struct engine *e, struct group *g) { (void)e, (void)g; }
 void reclaim_kill_largest(struct engine *e, struct group *g) { (void)e, (void)g; }
 void fill_free_reads(struct client *c) { (void)c; }
 void cow_let_through(struct client *c, uint64_t page, uint64_t count) { (void)c, (void)page, (void)count; }
-void *fault_thread_main(void *argument) { return argument; }
+void worker_stop_all(struct client *c) { (void)c; }
 void io_queue_destroy(struct io_queue *queue) { (void)queue; }
 void spill_free(struct spill *spill, uint64_t extent, unsigned units) { (void)spill, (void)extent, (void)units; }
 
@@ -186,6 +187,7 @@ static void set_up(void)
 
 static void reset(void)
 {
+	client_free_forgotten(client);
 	slot_map_clear(engine.slots, &client->record->map, 0, 2 * ADDRESS_PAGES_MAX, client_staged_gone,
 		       client_free_copy, client);
 	free(client->parked);
@@ -214,8 +216,7 @@ static void change_memory(void)
 	if (client->parked) /* the gate is shut: no event is read */
 		return;
 	if (take() % 2)
-		slot_map_clear(engine.slots, &client->record->map, first, first + count, client_staged_gone,
-			       client_free_copy, client);
+		client_forget_slots(client, first, count);
 	else
 		(void)range_set_add(&client->quarantine, address_of(first), address_of(first + count), clock_ns,
 				    QUARANTINE_MAX);
