@@ -742,9 +742,14 @@ int engine_client_lost(struct engine *engine, uint64_t token)
 
 int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
 {
+	(void)timeout_ms; /* bounded by one walk over the address space */
+	return engine_client_cool(engine, pid, 0, UINT64_MAX);
+}
+
+int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint64_t bytes)
+{
 	struct client *client = client_get_pid(engine, pid);
 
-	(void)timeout_ms; /* bounded by one walk over the address space */
 	if (!client)
 		return -ESRCH;
 	if (!client->registered && client->ring && client->serving) {
@@ -753,7 +758,7 @@ int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
 			look_discover(client);
 		pthread_mutex_unlock(&client->gate);
 	}
-	(void)reclaim_pageout(client);
+	(void)reclaim_pageout(client, start, bytes < UINT64_MAX - start ? start + bytes : UINT64_MAX);
 	client_put(client);
 	return 0;
 }

@@ -180,6 +180,8 @@ int engine_client_label(struct engine *engine, uint64_t token, int socket_fd, ui
 /* Evict all that can be evicted / bring everything back; wait until done or `timeout_ms` passed.
  * Returns 0, -ESRCH, -ETIMEDOUT, -ENOMEM (pagein: does not fit the group's limit). */
 int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms);
+/* The same of `bytes` at `start` alone, and of what the last batch takes behind it. */
+int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint64_t bytes);
 int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms);
 
 /* Bring everything back, whatever the limit, and let the client go: its agent ends, and its process is as if it

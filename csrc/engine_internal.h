@@ -160,8 +160,8 @@ void look_protect_zero_pages(const struct client *client, uint64_t start, uint64
 void look_set_resident(struct client *client, int64_t pages, int64_t growth_pages);
 /* reclaim.c */
 void *evictor_main(void *engine);
-/* Evict everything evictable of one client, once over its address space. Pages evicted. */
-uint64_t reclaim_pageout(struct client *client);
+/* Evict everything evictable of one client between two addresses, once. Pages evicted; some behind `end` may be among them. */
+uint64_t reclaim_pageout(struct client *client, uint64_t start, uint64_t end);
 /* The end of a group that finds no room for OUT_OF_MEMORY_NS: SIGKILL to its largest member. */
 #define OUT_OF_MEMORY_NS 3000000000ULL
 void reclaim_kill_largest(struct engine *engine, struct group *group);

@@ -272,7 +272,14 @@ void *evictor_main(void *argument)
 	return NULL;
 }
 
-uint64_t reclaim_pageout(struct client *client)
+/* Where the next batch begins; what takes pages in between may have moved it. */
+static bool hand_is_within(struct client *client, uint64_t start, uint64_t end)
+{
+	SCOPED_LOCK(&client->gate);
+	return client->hand >= start && client->hand < end;
+}
+
+uint64_t reclaim_pageout(struct client *client, uint64_t start, uint64_t end)
 {
 	struct evictor evictor = { 0 };
 	uint64_t pages = 0, deadline_ns = sys_now_ns() + 60000000000ULL;
@@ -281,9 +288,9 @@ uint64_t reclaim_pageout(struct client *client)
 	if (evictor_create(&evictor) < 0)
 		return 0;
 	pthread_mutex_lock(&client->gate);
-	client->hand = 0;
+	client->hand = start;
 	pthread_mutex_unlock(&client->gate);
-	while (!result.wrapped && sys_now_ns() < deadline_ns) {
+	while (!result.wrapped && hand_is_within(client, start, end) && sys_now_ns() < deadline_ns) {
 		int error;
 
 		if (!pool_has_room(client->engine, client->group, client)) {

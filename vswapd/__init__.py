@@ -14,11 +14,11 @@ The package itself is light: what these functions need is imported when they are
 from __future__ import annotations
 
 __version__ = "0.1.0"
-__all__ = ["Failure", "__version__", "alloc", "empty", "limit", "status", "willneed"]
+__all__ = ["Failure", "__version__", "alloc", "cold", "empty", "limit", "status", "willneed"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vswapd.api import Failure, alloc, empty, limit, status, willneed
+    from vswapd.api import Failure, alloc, cold, empty, limit, status, willneed
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["Failure", "alloc", "empty", "limit", "status", "willneed"]
+__all__ = ["Failure", "alloc", "cold", "empty", "limit", "status", "willneed"]
 
 _MADV_POPULATE_READ = 22
 
@@ -166,6 +166,37 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDA
     return np.frombuffer(alloc(count), kind).reshape(dimensions)
 
 
+def _range(buffer: Any, name: str) -> tuple[int, int]:
+    """Address and length of a buffer, from the begin of its first page. Failure."""
+    try:
+        view = memoryview(buffer).cast("B")
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
+    except TypeError as error:
+        raise Failure(f"{name}() needs one writable buffer: {error}", "give an array or a bytearray") from None
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, address + len(view) - start
+
+
+def cold(buffer: Any) -> None:
+    """Swap out the pages of a buffer (an array, a bytearray, what alloc() gave), as it is not needed for a while.
+
+    A hint: outside of `vswapctl run`, and in a process too small to be managed, nothing happens; pages that cannot be
+    swapped out stay, and a few behind the buffer may go with it. Waited for.
+
+    >>> array = vswapd.empty(1 << 20, "u1")
+    >>> vswapd.cold(array)
+    >>> int(array.sum())
+    0
+
+    Raises Failure: not one contiguous writable buffer; the daemon does not answer.
+    """
+    start, length = _range(buffer, "cold")
+    if length == 0 or not os.environ.get("VSWAP_GROUP"):
+        return
+    with connection.connect_any(None) as daemon:
+        daemon.request("cool", pid=os.getpid(), start=start, bytes=length)
+
+
 def willneed(buffer: Any) -> None:
     """Bring all pages of a buffer (an array, a bytearray, what alloc() gave) back into RAM, and wait for it.
 
@@ -176,15 +207,9 @@ def willneed(buffer: Any) -> None:
 
     Raises Failure: not one contiguous writable buffer; the pages cannot be had.
     """
-    try:
-        view = memoryview(buffer).cast("B")
-        if len(view) == 0:
-            return
-        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-    except TypeError as error:
-        raise Failure(f"willneed() needs one writable buffer: {error}", "give an array or a bytearray") from None
-    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    start, length = _range(buffer, "willneed")
+    if length == 0:
+        return
     libc = ctypes.CDLL(None, use_errno=True)
-    length = ctypes.c_size_t(address + len(view) - start)
-    if libc.madvise(ctypes.c_void_p(start), length, _MADV_POPULATE_READ) != 0:
+    if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ) != 0:
         raise Failure(f"willneed(): {os.strerror(ctypes.get_errno())}", "see the daemon's log")

@@ -253,6 +253,10 @@ class Engine:
         """Evict all that can be (slow). ESRCH: not managed; ETIMEDOUT."""
         _check(lib.engine_client_pageout(self._handle, pid, timeout_ms), f"pageout of {pid}")
 
+    def cool(self, pid: int, start: int, nbytes: int) -> None:
+        """Evict what can be of `nbytes` at address `start` (slow). ESRCH: not managed."""
+        _check(lib.engine_client_cool(self._handle, pid, start, nbytes), f"pageout of {pid}")
+
     def pagein(self, pid: int, timeout_ms: int) -> None:
         """Bring everything back (slow). ESRCH; ETIMEDOUT; ENOMEM: more than the group's limit."""
         _check(lib.engine_client_pagein(self._handle, pid, timeout_ms), f"pagein of {pid}")

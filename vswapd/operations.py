@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _WORKERS_MAX = 8
 _PID_MAX = 1 << 22  # of any Linux
+_ADDRESS_MAX = 1 << 56
 
 
 class Caller:
@@ -229,6 +230,17 @@ class Operations:
     async def op_pageout(self, request: Request, session: Caller) -> Reply:
         """Takes pid, timeout_ms: evict all that can be evicted of a process."""
         return await self._page(request, session, self._engine.pageout)
+
+    async def op_cool(self, request: Request, session: Caller) -> Reply:
+        """Takes pid, start, bytes: evict what can be of a range of a process. A hint: of one not managed, nothing."""
+        start = take_int(request, "start", 0, _ADDRESS_MAX)
+        count = take_int(request, "bytes", 0, _ADDRESS_MAX)
+        try:
+            return await self._page(request, session, lambda pid, _: self._engine.cool(pid, start, count))
+        except RequestError as error:
+            if error.code != "not-managed":
+                raise
+            return {"resident_bytes": 0, "swapped_bytes": 0}
 
     async def op_pagein(self, request: Request, session: Caller) -> Reply:
         """Takes pid, timeout_ms: bring everything back."""

@@ -154,7 +154,9 @@ def test_attach_evict_detach(daemon: DaemonProcess, verifier: Verifier, cycles: 
     daemon.wait_no_clients()
 
 
-def test_detach_ends_the_agent_of_a_preloaded_program(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
+def test_detach_ends_the_agent_of_a_preloaded_program(
+    daemon: DaemonProcess, verify_memory: str, tmp_path: Path
+) -> None:
     progress = tmp_path / "progress"
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", _LIMIT, "--"]
     argv += [verify_memory, "--mib", str(_SIZE_MIB), "--seconds", "4", "--fork", "--progress", str(progress)]
@@ -234,7 +236,8 @@ def test_a_child_of_an_attached_process_reads_what_its_parent_wrote(daemon: Daem
 @pytest.mark.parametrize("cycles", [3, pytest.param(50, marks=pytest.mark.full)])
 def test_redis(daemon: DaemonProcess, tmp_path: Path, cycles: int) -> None:
     path = tmp_path / "redis.sock"
-    argv = [need_program("redis-server"), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(tmp_path)]
+    argv = [need_program("redis-server"), "--port", "0", "--unixsocket", str(path)]
+    argv += ["--save", "", "--dir", str(tmp_path)]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
@@ -367,7 +370,8 @@ def test_refusals(daemon: DaemonProcess) -> None:
         assert _state(pid) == "T"
     with _sleeping() as pid, _traced(pid) as tracer:
         _refused(daemon, pid, f"process {tracer} traces process {pid}")
-    with _sleeping("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {os.path.dirname(daemon.socket_path)} && exec "$@"', "sh") as pid:
+    hidden = f'mount -t tmpfs none {os.path.dirname(daemon.socket_path)} && exec "$@"'
+    with _sleeping("unshare", "--mount", "sh", "-c", hidden, "sh") as pid:
         _refused(daemon, pid, "does not see")
     with _sleeping(sys.executable, "-c", _FILTERED) as pid:
         _refused(daemon, pid, "has a seccomp filter")

@@ -233,6 +233,9 @@ class FakeEngine:
     def pageout(self, pid: int, timeout_ms: int) -> None:
         self._call("pageout", pid, timeout_ms)
 
+    def cool(self, pid: int, start: int, nbytes: int) -> None:
+        self._call("cool", pid, start, nbytes)
+
     def pagein(self, pid: int, timeout_ms: int) -> None:
         self._call("pagein", pid, timeout_ms)
 

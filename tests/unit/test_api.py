@@ -64,6 +64,14 @@ def test_empty_takes_no_references() -> None:
         vswapd.empty(3, object)
 
 
+def test_cold_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VSWAP_GROUP", raising=False)
+    vswapd.cold(bytearray(10000))
+    vswapd.cold(bytearray())
+    with pytest.raises(vswapd.Failure, match="writable buffer"):
+        vswapd.cold(b"read-only")
+
+
 def test_willneed() -> None:
     array = vswapd.empty((1 << 20,), "u1")
     array[::4096] = 7

@@ -176,6 +176,16 @@ async def test_pageout_and_pagein_say_what_is_where() -> None:
             assert (op, os.getpid(), 10) in plane.engine.calls
 
 
+async def test_cool_is_a_hint() -> None:
+    async with control_plane() as plane:
+        reply = await plane.control().request("cool", pid=os.getpid(), start=4096, bytes=8192)
+        assert reply["swapped_bytes"] == 0
+        await _plane_with_client(plane)
+        await plane.control().request("cool", pid=os.getpid(), start=4096, bytes=8192)
+        assert ("cool", os.getpid(), 4096, 8192) in plane.engine.calls
+        await _refused(plane.control(), "bad-request", "cool", pid=os.getpid(), start=-1, bytes=1)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(3, "no-process"), (110, "timeout"), (12, "no-room"), (5, "failed")]
 )
