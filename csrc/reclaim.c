@@ -293,7 +293,10 @@ uint64_t reclaim_pageout(struct client *client, uint64_t start, uint64_t end)
 	while (!result.wrapped && hand_is_within(client, start, end) && sys_now_ns() < deadline_ns) {
 		int error;
 
-		if (!pool_has_room(client->engine, client->group, client)) {
+		/* A page that forked relatives share takes room in the pool, and stays resident with them. */
+		bool makes_worse = READ_ONCE(client->pss) && group_room_bytes(client->group) < 0;
+
+		if (makes_worse || !pool_has_room(client->engine, client->group, client)) {
 			sys_sleep_ms(1);
 			continue;
 		}
