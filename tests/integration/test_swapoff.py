@@ -315,6 +315,24 @@ def test_compaction_returns_the_disk(daemon: DaemonProcess, tmp_path: Path, mib:
     assert _status(daemon)["counters"]["compacted_pages"] > 0
 
 
+def test_full_backend_is_compacted(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """Writing stops while compaction still has a segment to begin with: a backend full of dead space is not stuck."""
+    path = tmp_path / "full"
+    _done(daemon, "swapon", str(path), "--size", "48M", "--priority", "5")
+    with _running(daemon, 20, [*python_argv(_SCATTERED), "96"], "--pool", "2M") as process:
+        _wait_spilled(daemon, tmp_path / "spill", 4)  # the next best: the other takes no more
+        assert _backend(daemon, path)["used_bytes"] == 46 * MIB
+        assert _backend(daemon, path)["room_bytes"] == 0
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"scattered\n"
+        _done(daemon, "compact", str(path))
+        output, _ = process.communicate(b"", timeout=60)
+        assert output == b"right\n"
+        assert process.returncode == 0
+    _assert_valid(daemon)
+    assert _status(daemon)["counters"]["compacted_pages"] > 0
+
+
 def test_dead_space_is_compacted_by_itself(daemon: DaemonProcess, tmp_path: Path) -> None:
     path = tmp_path / "spill"
     with _running(daemon, 24, [*python_argv(_SCATTERED), "200"], "--pool", "2M") as process:
