@@ -8,6 +8,8 @@
 #include "sys.h"
 
 #define SLEEP_MS 60000
+#define WANTED_NS 2000000 /* others had the CPU for longer than an eviction takes it */
+#define REST_MS 50
 #define PAUSES 64 /* between two looks at the clock: some microseconds */
 
 static void pause_cpu(void)
@@ -31,6 +33,7 @@ static void *awake_main(void *argument)
 	const struct awake_thread *self = argument;
 	struct awake *awake = self->awake;
 	const struct sched_param parameters = { 0 };
+	uint64_t spun_ns = 0; /* when it last did, without a sleep since; 0: never */
 
 	sys_pin_this_thread(self->cpu);
 	/* Without it this would take the CPU from others. */
@@ -38,15 +41,22 @@ static void *awake_main(void *argument)
 		return NULL;
 	for (;;) {
 		uint32_t calls = __atomic_load_n(&awake->calls, __ATOMIC_SEQ_CST);
-		uint64_t noted_ns = __atomic_load_n(&awake->noted_ns, __ATOMIC_SEQ_CST);
+		uint64_t noted_ns = __atomic_load_n(&awake->noted_ns, __ATOMIC_SEQ_CST), now_ns = sys_now_ns();
 
 		if (__atomic_load_n(&awake->stopping, __ATOMIC_SEQ_CST))
 			return NULL;
-		if (sys_now_ns() < noted_ns + AWAKE_NS)
+		if (now_ns >= noted_ns + AWAKE_NS) {
+			sleep_until_called(awake, calls);
+			spun_ns = 0;
+		} else if (spun_ns && now_ns > spun_ns + WANTED_NS) {
+			/* It does not halt anyway, and in a control group of its own this would have its share of it. */
+			sys_sleep_ms(REST_MS);
+			spun_ns = 0;
+		} else {
+			spun_ns = now_ns;
 			for (unsigned i = 0; i < PAUSES; i++)
 				pause_cpu();
-		else
-			sleep_until_called(awake, calls);
+		}
 	}
 }
 
