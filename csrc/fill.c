@@ -537,12 +537,15 @@ static struct io_queue *io_queue_of(struct client *client)
 static enum fill_result fill_from_spill(struct client *client, const struct fault *fault,
 					struct slot word, unsigned window)
 {
+	struct slot copy = copy_of(client, word);
 	struct spill_read *read;
 	unsigned slot = 0;
 	int result;
 
 	if (read_is_under_way(client, fault->page))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
+	if (copy.tag != SLOT_SPILL)
+		return try_again(client); /* a shared slot: a drain has brought it into the pool since it was looked at */
 	/* A device takes hardly longer for eight pages than for one. */
 	window = fault->alone ? 1 : max_of(window, (unsigned)READ_AROUND_PAGES);
 	while (slot < READS_MAX && client->reads[slot])
@@ -560,8 +563,8 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	client->reads[slot] = read;
 	read->fault = *fault;
 	read->words[0] = word;
-	read->copies[0] = copy_of(client, word);
-	read->backend = read->copies[0].backend;
+	read->copies[0] = copy;
+	read->backend = copy.backend;
 	read_plan(client, read, window);
 	uncharge(client, window - read->page_count);
 	/* A shared slot may have been migrated since it was looked at, and the backend be gone. */
