@@ -327,8 +327,10 @@ void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }
 void client_forget_slots(struct client *client, uint64_t page, uint64_t pages)
 {
 	struct slot_map *map = &client->record->map;
+	uint32_t list = client->forgotten;
 
-	slot_map_detach(client->engine->slots, map, page, page + pages, &client->forgotten);
+	slot_map_detach(client->engine->slots, map, page, page + pages, &list);
+	WRITE_ONCE(client->forgotten, list); /* looked at without the gate */
 	crash_point(CRASH_SLOTS_DETACHED);
 	slot_map_clear(client->engine->slots, map, page, page + pages, client_staged_gone, client_free_copy, client);
 }
