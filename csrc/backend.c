@@ -18,9 +18,6 @@
 #include "sys.h"
 
 #define WRITE_ERRORS_MAX 8
-#define RESERVE_SHARE 32u /* of a backend, for its compaction */
-#define RESERVE_MIN 2ULL  /* segments, of a backend with RESERVE_FROM of them at least */
-#define RESERVE_FROM 16u
 
 struct spill *backend_pin(struct engine *engine, unsigned number)
 {
@@ -76,18 +73,6 @@ void backend_remove(struct engine *engine, unsigned number)
 	spill_destroy(spill);
 }
 
-/*
- * Segments that only a compaction fills. It needs room for a segment before it can free one: without these a
- * backend that is full of dead extents, which needs it most, could not be compacted. The writer and drains that pick
- * at the same moment may each take one too many of them: so there are several, where the backend is not tiny.
- */
-static uint64_t reserve_bytes(const struct spill_statistics *statistics)
-{
-	uint64_t segments = statistics->size_bytes / SEGMENT_BYTES;
-
-	return segments < RESERVE_FROM ? 0 : max_of(segments / RESERVE_SHARE, RESERVE_MIN) * SEGMENT_BYTES;
-}
-
 static bool may_be_written(const struct backend *backend, struct spill *spill)
 {
 	struct spill_statistics statistics;
@@ -96,7 +81,7 @@ static bool may_be_written(const struct backend *backend, struct spill *spill)
 	if (__atomic_load_n(&backend->state, __ATOMIC_SEQ_CST) != BACKEND_ACTIVE)
 		return false;
 	spill_statistics(spill, &statistics);
-	return statistics.used_bytes + reserve_bytes(&statistics) + SEGMENT_BYTES <= statistics.size_bytes;
+	return statistics.used_bytes + spill_reserve_bytes(spill) + SEGMENT_BYTES <= statistics.size_bytes;
 }
 
 int backend_pick(struct engine *engine)
@@ -148,7 +133,7 @@ uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill)
 	uint64_t room, taken;
 
 	spill_statistics(spill, &statistics);
-	taken = statistics.used_bytes + reserve_bytes(&statistics);
+	taken = statistics.used_bytes + spill_reserve_bytes(spill);
 	room = statistics.size_bytes - min_of(taken, statistics.size_bytes);
 	/* What is free but not trimmed yet has its blocks already. */
 	if (!backend->is_device && fstatvfs(spill_fd(spill), &disk) == 0)

@@ -207,15 +207,21 @@ static int out_flush(struct job *job)
 static int out_open(struct job *job)
 {
 	struct engine *engine = job->engine;
-	int number = job->compacts ? (int)job->number : backend_pick(engine), result;
+	unsigned tries = 0;
+	int result;
 
-	if (number < 0)
-		return number;
-	job->out_number = (unsigned)number;
-	result = spill_segment_begin(engine->backends[number].spill, &job->out);
-	if (result < 0)
-		out_close(job);
-	else if (!job->compacts)
+	do {
+		int number = job->compacts ? (int)job->number : backend_pick(engine);
+
+		if (number < 0)
+			return number;
+		job->out_number = (unsigned)number;
+		result = spill_segment_begin(engine->backends[number].spill, job->compacts, &job->out);
+		if (result < 0)
+			out_close(job);
+		/* Others have taken what was free there: is there another backend? */
+	} while (result == -ENOSPC && !job->compacts && ++tries < BACKENDS_MAX);
+	if (result == 0 && !job->compacts)
 		WRITE_ONCE(engine->backend_turn, job->out_number);
 	return result;
 }

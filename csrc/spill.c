@@ -50,6 +50,9 @@
 #define TRIM_REST_NS_MAX 100000000UL
 #define BUFFERS_CACHED_MAX 2
 #define SPARSE_PERCENT 96UL
+#define RESERVE_SHARE 32u /* of a backend, for its compaction */
+#define RESERVE_MIN 2UL   /* segments, of a backend with RESERVE_FROM of them at least */
+#define RESERVE_FROM 16u
 #define TRIMMER_STACK_BYTES 65536UL
 
 #define SEGMENT_MAGIC 0x3147455350575356ULL /* "VSWPSEG1" */
@@ -640,14 +643,25 @@ static int chunk_make(struct spill *spill, uint64_t index)
 	return 0;
 }
 
-/* Take a segment; -EAGAIN: make chunk *ret_chunk first. */
-static int segment_take(struct spill *spill, struct spill_segment *segment, uint64_t *ret_chunk)
+uint64_t spill_reserve_bytes(const struct spill *spill)
 {
-	SCOPED_LOCK(&spill->mutex);
-	int64_t number = segment_lowest(spill, ret_chunk);
+	if (spill->segment_count < RESERVE_FROM)
+		return 0;
+	return max_of(spill->segment_count / RESERVE_SHARE, RESERVE_MIN) * SEGMENT_BYTES;
+}
 
+/* Take a segment; -EAGAIN: make chunk *ret_chunk first. */
+static int segment_take(struct spill *spill, bool compacts, struct spill_segment *segment, uint64_t *ret_chunk)
+{
+	uint64_t reserve = compacts ? 0 : spill_reserve_bytes(spill) / SEGMENT_BYTES;
+	int64_t number;
+
+	SCOPED_LOCK(&spill->mutex);
 	VS_CHECK(!spill->claiming);
 	spill->was_used = true;
+	if (reserve > 0 && spill->used_count + reserve >= spill->segment_count)
+		return -ENOSPC;
+	number = segment_lowest(spill, ret_chunk);
 	while (number == -ENOSPC &&
 	       (spill->trimming_count > 0 || spill->usable_count < spill->segment_count)) {
 		pthread_cond_wait(&spill->trim_done, &spill->mutex);
@@ -661,7 +675,7 @@ static int segment_take(struct spill *spill, struct spill_segment *segment, uint
 	return 0;
 }
 
-int spill_segment_begin(struct spill *spill, struct spill_segment **ret_segment)
+int spill_segment_begin(struct spill *spill, bool compacts, struct spill_segment **ret_segment)
 {
 	struct spill_segment *segment = segment_get(spill);
 	uint64_t chunk;
@@ -669,11 +683,11 @@ int spill_segment_begin(struct spill *spill, struct spill_segment **ret_segment)
 
 	if (!segment)
 		return -ENOMEM;
-	result = segment_take(spill, segment, &chunk);
+	result = segment_take(spill, compacts, segment, &chunk);
 	while (result == -EAGAIN) { /* at most once per chunk */
 		result = chunk_make(spill, chunk);
 		if (result == 0)
-			result = segment_take(spill, segment, &chunk);
+			result = segment_take(spill, compacts, segment, &chunk);
 	}
 	if (result < 0) {
 		segment_put(segment);

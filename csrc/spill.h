@@ -95,9 +95,15 @@ struct spill_segment; /* a FILLING segment, owned by one thread */
 
 /*
  * 0, or -ENOSPC when no segment is free, -ENOMEM without memory for its buffer. May wait for a
- * trim under way when that is the last room there is.
+ * trim under way when that is the last room there is. Without `compacts` the reserve is not free.
  */
-int spill_segment_begin(struct spill *spill, struct spill_segment **ret_segment);
+int spill_segment_begin(struct spill *spill, bool compacts, struct spill_segment **ret_segment);
+
+/*
+ * What is left to compaction: it fills a segment before it can free one, so a backend that is full of dead extents, which
+ * needs it most, could not be compacted without. 0 for a tiny one.
+ */
+uint64_t spill_reserve_bytes(const struct spill *spill);
 
 /*
  * Put an object (1..POOL_UNITS_MAX units) into the segment. Returns its extent (unit offset in the

@@ -221,7 +221,7 @@ static bool write_segment(struct writer *writer, struct group *group)
 	unsigned count;
 	int result;
 
-	if (spill_segment_begin(engine->backends[writer->backend].spill, &writer->segment) < 0)
+	if (spill_segment_begin(engine->backends[writer->backend].spill, false, &writer->segment) < 0)
 		return false;
 	collect(writer, group);
 	count = writer->object_count;

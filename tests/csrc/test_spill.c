@@ -158,7 +158,7 @@ static void model_add(struct model *model, unsigned count)
 static int model_write(struct model *model, unsigned max)
 {
 	struct spill_segment *segment;
-	int result = spill_segment_begin(model->spill, &segment);
+	int result = spill_segment_begin(model->spill, true, &segment);
 	unsigned count;
 
 	if (result < 0)
@@ -397,28 +397,56 @@ static void test_full(void)
 	for (unsigned i = 0; i < SEGMENTS; i++) {
 		unsigned count;
 
-		CHECK(spill_segment_begin(spill, &segments[i]) == 0);
+		CHECK(spill_segment_begin(spill, true, &segments[i]) == 0);
 		count = segment_fill(&model, segments[i], 1);
 		CHECK(count == 1 && model.extents[0].extent == i * SEGMENT_UNITS + 1);
 	}
-	CHECK(spill_segment_begin(spill, &none) == -ENOSPC);
+	CHECK(spill_segment_begin(spill, true, &none) == -ENOSPC);
 	CHECK(statistics_of(spill).used_bytes == SEGMENTS * SEGMENT_BYTES);
 	CHECK(spill_is_valid(spill));
 	spill_segment_abandon(segments[3]);
 	spill_segment_abandon(segments[1]);
-	CHECK(spill_segment_begin(spill, &segments[1]) == 0);
+	CHECK(spill_segment_begin(spill, true, &segments[1]) == 0);
 	CHECK(segment_fill(&model, segments[1], 1) == 1);
 	CHECK(model.extents[0].extent == 1 * SEGMENT_UNITS + 1);
 	for (unsigned i = 0; i < SEGMENTS; i++)
 		if (i != 3)
 			spill_segment_abandon(segments[i]);
-	CHECK(spill_segment_begin(spill, &none) == 0);
+	CHECK(spill_segment_begin(spill, true, &none) == 0);
 	CHECK(spill_segment_write(none) == 0); /* empty: nothing is written */
 	CHECK(statistics_of(spill).used_bytes == 0 && statistics_of(spill).written_bytes == 0);
 	CHECK(statistics_of(spill).untrimmed_bytes == 0);
 	CHECK(spill_is_valid(spill));
 	spill_destroy(spill);
 	free(model.extents);
+}
+
+/* Whoever compacts gets the last segments of all but a tiny backend; nobody else does. */
+static void test_reserve(void)
+{
+	enum { SEGMENTS = 20, RESERVE = 2, TINY = 5 };
+	struct spill *spill = spill_open(file_create(), SEGMENTS), *tiny = spill_open(file_create(), TINY);
+	struct spill_segment *segments[SEGMENTS], *none;
+
+	CHECK(spill_reserve_bytes(spill) == RESERVE * SEGMENT_BYTES);
+	for (unsigned i = 0; i < SEGMENTS - RESERVE; i++)
+		CHECK(spill_segment_begin(spill, false, &segments[i]) == 0);
+	CHECK(spill_segment_begin(spill, false, &none) == -ENOSPC);
+	for (unsigned i = SEGMENTS - RESERVE; i < SEGMENTS; i++)
+		CHECK(spill_segment_begin(spill, true, &segments[i]) == 0);
+	CHECK(spill_segment_begin(spill, true, &none) == -ENOSPC);
+	spill_segment_abandon(segments[0]);
+	CHECK(spill_segment_begin(spill, false, &none) == -ENOSPC);
+	for (unsigned i = 1; i < SEGMENTS; i++)
+		spill_segment_abandon(segments[i]);
+	CHECK(spill_is_valid(spill));
+	spill_destroy(spill);
+	CHECK(spill_reserve_bytes(tiny) == 0);
+	for (unsigned i = 0; i < TINY; i++)
+		CHECK(spill_segment_begin(tiny, false, &segments[i]) == 0);
+	for (unsigned i = 0; i < TINY; i++)
+		spill_segment_abandon(segments[i]);
+	spill_destroy(tiny);
 }
 
 /* The smallest objects fill a segment to the last byte that format allows. */
@@ -430,7 +458,7 @@ static void test_smallest(void)
 	struct spill_segment *segment;
 	unsigned count = 0;
 
-	CHECK(bytes && spill_segment_begin(spill, &segment) == 0);
+	CHECK(bytes && spill_segment_begin(spill, true, &segment) == 0);
 	object_fill(count, 1, object);
 	while (spill_segment_add(segment, count, object, 1) >= 0)
 		object_fill(++count, 1, object);
@@ -627,7 +655,7 @@ static void test_flips(void)
 		secret[i] = (uint8_t)random_next(&seed_state);
 	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
 	buffered = open(path, O_RDWR | O_CLOEXEC); /* the spill's own is O_DIRECT */
-	CHECK(buffered >= 0 && scratch && buffer && spill_segment_begin(spill, &segment) == 0);
+	CHECK(buffered >= 0 && scratch && buffer && spill_segment_begin(spill, true, &segment) == 0);
 	for (unsigned i = 0; i < FLIP_PAGES; i++) {
 		int64_t place;
 
@@ -742,7 +770,7 @@ static void test_unclaimed(void)
 	spill = spill_open(again, SEGMENTS);
 	spill_claims_end(spill);
 	for (uint64_t i = 0; i < SEGMENTS; i++) {
-		CHECK(spill_segment_begin(spill, &segments[i]) == 0);
+		CHECK(spill_segment_begin(spill, true, &segments[i]) == 0);
 		CHECK(is_hole(again, i));
 	}
 	for (unsigned i = 0; i < SEGMENTS; i++)
@@ -789,7 +817,7 @@ static void misuse_do(enum misuse misuse)
 	struct spill_segment *segment;
 	uint64_t extents[3];
 
-	CHECK(spill_segment_begin(spill, &segment) == 0);
+	CHECK(spill_segment_begin(spill, true, &segment) == 0);
 	for (unsigned i = 0; i < 3; i++)
 		extents[i] = (uint64_t)spill_segment_add(segment, i, object, 2);
 	if (misuse == FREE_FILLING)
@@ -1113,7 +1141,7 @@ static void bench(void)
 			struct spill_segment *segment;
 			uint64_t start = test_now_ns();
 
-			CHECK(spill_segment_begin(spill, &segment) == 0);
+			CHECK(spill_segment_begin(spill, true, &segment) == 0);
 			while (spill_segment_add(segment, objects, object, 38) >= 0)
 				objects++;
 			fill_ns += test_now_ns() - start;
@@ -1173,6 +1201,7 @@ int main(int argc, char **argv)
 	}
 	test_create();
 	test_full();
+	test_reserve();
 	test_smallest();
 	test_random(file_create(), IO_THREADS);
 	test_random(file_create(), IO_AUTOMATIC);

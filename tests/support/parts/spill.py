@@ -140,7 +140,7 @@ class Spill:
     def begin(self, writer: int) -> int:
         """spill_segment_begin()."""
         segment = self._ffi.new("struct spill_segment **")
-        result = int(self._c.spill_segment_begin(self._spill, segment))
+        result = int(self._c.spill_segment_begin(self._spill, True, segment))
         if result == 0:
             self._writers[writer] = segment[0]
         return result
