@@ -1027,6 +1027,8 @@ struct clear {
 	slot_visit_fn staged;
 	slot_free_fn free_copy;
 	void *context;
+	uint64_t start_page, end_page; /* of what is cleared */
+	uint32_t list;                 /* of what is detached */
 };
 
 static void slot_drop(struct clear *clear, uint64_t page, struct slot slot)
@@ -1072,8 +1074,8 @@ static bool cluster_leave_shared(struct clear *clear, struct slot_map *map, uint
 }
 
 /* Pages [first, end) of cluster `number`. */
-static void cluster_clear(struct clear *clear, struct slot_map *map, uint64_t number, unsigned first,
-			  unsigned end)
+static void cluster_clear_pages(struct clear *clear, struct slot_map *map, uint64_t number, unsigned first,
+				unsigned end)
 {
 	uint32_t id = index_find(clear->space, map, number);
 	struct cluster *cluster;
@@ -1098,78 +1100,72 @@ static void cluster_clear(struct clear *clear, struct slot_map *map, uint64_t nu
 	cluster_trim(clear->space, map, number, id);
 }
 
-static void cluster_clear_range(struct clear *clear, struct slot_map *map, uint64_t number,
-				uint64_t start_page, uint64_t end_page)
+static void cluster_clear(struct clear *clear, struct slot_map *map, uint64_t number)
 {
-	uint64_t first = max_of(start_page, number * CLUSTER_PAGES);
-	uint64_t end = min_of(end_page, (number + 1) * CLUSTER_PAGES);
+	uint64_t first = max_of(clear->start_page, number * CLUSTER_PAGES);
+	uint64_t end = min_of(clear->end_page, (number + 1) * CLUSTER_PAGES);
 
 	if (first < end)
-		cluster_clear(clear, map, number, first % CLUSTER_PAGES,
-			      (unsigned)(end - number * CLUSTER_PAGES));
+		cluster_clear_pages(clear, map, number, first % CLUSTER_PAGES,
+				    (unsigned)(end - number * CLUSTER_PAGES));
+}
+
+/* Visit each cluster of [first, last) that the map has, in any order. Its entry of the index may be replaced then. */
+static void visit_clusters(struct clear *clear, struct slot_map *map, uint64_t first, uint64_t last,
+			   void (*visit)(struct clear *clear, struct slot_map *map, uint64_t number))
+{
+	if (map->root == 0 || first >= last)
+		return;
+	if (last - first <= 2 * index_capacity(map)) {
+		for (uint64_t number = first; number < last && map->root; number++)
+			visit(clear, map, number);
+		return;
+	}
+	/* A range wider than the index: walk the index. */
+	for (uint64_t i = 0; map->root && i < index_capacity(map); i++) {
+		uint64_t entry = index_entries(clear->space, map->root)[i], number = (entry >> 32) - 1;
+
+		if ((uint32_t)entry != 0 && number >= first && number < last)
+			visit(clear, map, number);
+	}
 }
 
 void slot_map_clear(struct slot_space *space, struct slot_map *map, uint64_t start_page,
 		    uint64_t end_page, slot_visit_fn staged, slot_free_fn free_copy, void *context)
 {
-	struct clear clear = { space, staged, free_copy, context };
-	uint64_t first = start_page >> CLUSTER_SHIFT;
-	uint64_t last = (end_page + CLUSTER_PAGES - 1) >> CLUSTER_SHIFT;
+	struct clear clear = { .space = space, .staged = staged, .free_copy = free_copy, .context = context,
+			       .start_page = start_page, .end_page = end_page };
 
-	if (map->root == 0 || start_page >= end_page)
-		return;
-	if (last - first <= 2 * index_capacity(map)) {
-		for (uint64_t number = first; number < last && map->root; number++)
-			cluster_clear_range(&clear, map, number, start_page, end_page);
-		return;
-	}
-	/* A range wider than the index: walk the index. Entries are only replaced here. */
-	for (uint64_t i = 0; map->root && i < index_capacity(map); i++) {
-		uint64_t entry = index_entries(space, map->root)[i];
-
-		if ((uint32_t)entry != 0)
-			cluster_clear_range(&clear, map, (entry >> 32) - 1, start_page, end_page);
-	}
+	visit_clusters(&clear, map, start_page >> CLUSTER_SHIFT, div_ceil(end_page, CLUSTER_PAGES), cluster_clear);
 }
 
 /* A cluster on a list is no map's: `share` is the next one. */
-static void cluster_detach(struct slot_space *space, struct slot_map *map, uint64_t number, uint32_t *list)
+static void cluster_detach(struct clear *clear, struct slot_map *map, uint64_t number)
 {
-	uint32_t id = index_find(space, map, number);
+	uint32_t id = index_find(clear->space, map, number);
 	struct cluster *cluster;
 
 	if (id == 0)
 		return;
-	cluster = cluster_at(space, id);
+	cluster = cluster_at(clear->space, id);
 	if (__atomic_load_n(&cluster->share, __ATOMIC_ACQUIRE) != 1 || cluster->was_shared)
 		return;
 	for (unsigned e = 0; e < cluster->entries; e++)
 		if (cluster_tag(cluster, e) == SLOT_STAGED)
 			return;
 	counts_add(map, cluster, -1);
-	index_replace(space, map, number, 0);
-	cluster->share = *list;
-	*list = id;
+	index_replace(clear->space, map, number, 0);
+	cluster->share = clear->list;
+	clear->list = id;
 }
 
 void slot_map_detach(struct slot_space *space, struct slot_map *map, uint64_t start_page, uint64_t end_page,
 		     uint32_t *list)
 {
-	uint64_t first = (start_page + CLUSTER_PAGES - 1) >> CLUSTER_SHIFT, last = end_page >> CLUSTER_SHIFT;
+	struct clear clear = { .space = space, .list = *list };
 
-	if (map->root == 0 || first >= last)
-		return;
-	if (last - first <= 2 * index_capacity(map)) {
-		for (uint64_t number = first; number < last && map->root; number++)
-			cluster_detach(space, map, number, list);
-		return;
-	}
-	for (uint64_t i = 0; map->root && i < index_capacity(map); i++) {
-		uint64_t entry = index_entries(space, map->root)[i], number = (entry >> 32) - 1;
-
-		if ((uint32_t)entry != 0 && number >= first && number < last)
-			cluster_detach(space, map, number, list);
-	}
+	visit_clusters(&clear, map, div_ceil(start_page, CLUSTER_PAGES), end_page >> CLUSTER_SHIFT, cluster_detach);
+	*list = clear.list;
 }
 
 uint32_t slot_clusters_free(struct slot_space *space, uint32_t list, unsigned max, slot_free_fn free_copy, void *context)

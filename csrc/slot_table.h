@@ -64,7 +64,8 @@
  *             made clusters and indexes, slots whose last reference had just gone. What no order of stores could
  *             have left behind is -EUCLEAN. One thing is the caller's: a daemon that dies in slot_map_move() may
  *             leave one slot at both pages, until the move is done again (recover.c).
- * Locking     a map, and the clusters only it has, are protected by the gate of its client. Shared
+ * Locking     a map, and the clusters only it has, are protected by the gate of its client; those on a list of
+ *             slot_map_detach() are its owner's alone. Shared
  *             clusters and shared slots are protected by space->share_lock, taken inside the gate.
  * Cost        14 bytes an entry; 28 bytes and 1.5 entries a cluster; 10.7 to 13.3 bytes for its index entry; the
  *             chunks of slot_heap.h that are not full. docs/decisions/0007-packed-clusters.md has the sums.
