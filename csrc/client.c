@@ -370,6 +370,8 @@ void client_bury(struct client *client)
 				      .group = client->group->number, .a = client->record->token };
 
 	pthread_mutex_lock(&client->gate);
+	while (client->freeing > 0) /* into a pool that may end with this client */
+		pthread_cond_wait(&client->batches_changed, &client->gate);
 	/* A forked child is about to share these slots, and would find none: the look thread comes again. */
 	if (READ_ONCE(client->dead) || client->fork_pending || client->recovering) {
 		pthread_mutex_unlock(&client->gate);
@@ -380,8 +382,6 @@ void client_bury(struct client *client)
 	WRITE_ONCE(client->agent_gone, true);
 	client_set_phase(client, CLIENT_DEAD);
 	crash_point(CRASH_CLIENT_DEAD);
-	while (client->freeing > 0) /* into a pool that may end with this client */
-		pthread_cond_wait(&client->batches_changed, &client->gate);
 	(void)slot_clusters_free(engine->slots, client->forgotten, UINT32_MAX, client_free_copy, client);
 	WRITE_ONCE(client->forgotten, 0);
 	slot_map_clear(engine->slots, &client->record->map, 0, 2 * ADDRESS_PAGES_MAX, client_staged_gone,
