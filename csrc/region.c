@@ -86,6 +86,33 @@ static struct slot slot_of(struct client *client, uint64_t page)
 	return slot;
 }
 
+/* ---- calls that move bytes ---- */
+
+struct call {
+	struct client *client;
+	struct region_scratch *scratch;
+};
+
+/* 0: call_end follows; or -ENOENT, -ENOMEM. */
+static int call_begin(struct engine *engine, uint64_t number, struct call *ret_call)
+{
+	struct client *client = region_get(engine, number);
+
+	if (!client)
+		return -ENOENT;
+	*ret_call = (struct call){ client, scratch_take(engine) };
+	if (ret_call->scratch)
+		return 0;
+	client_put(client);
+	return -ENOMEM;
+}
+
+static void call_end(const struct call *call)
+{
+	scratch_give(call->client->engine, call->scratch);
+	client_put(call->client);
+}
+
 /* ---- reading ---- */
 
 /* The extents of the slots of [page, page + max) that one read covers; how many pages. The gate is held. */
@@ -133,7 +160,8 @@ static int read_from_backend(struct client *client, uint64_t page, unsigned max,
 	uint8_t *bytes = NULL;
 	int result = read_span(client, &span, &bytes);
 
-	if (result == -EAGAIN)
+	/* A drain may have moved the first one while the gate was open: that place says nothing about it. */
+	if (result == -EAGAIN || (result < 0 && !slot_is_equal(slot_of(client, page), slots[0])))
 		return 0;
 	if (result < 0) /* an error says nothing about which of the pages is concerned */
 		return count > 1 ? read_from_backend(client, page, 1, pages) : result;
@@ -192,19 +220,16 @@ static int read_bytes(struct client *client, struct evictor *evictor, uint64_t o
 
 int engine_region_read(struct engine *engine, uint64_t number, uint64_t offset, void *buffer, uint32_t bytes)
 {
-	struct client *client = region_get(engine, number);
-	struct region_scratch *scratch = client ? scratch_take(engine) : NULL;
-	int result = client ? -ENOMEM : -ENOENT;
+	struct call call;
+	int result = call_begin(engine, number, &call);
 	uint64_t size;
 
-	if (scratch) {
-		size = READ_ONCE(client->record->region.size_bytes);
-		bytes = (uint32_t)min_of((uint64_t)min_of(bytes, (uint32_t)INT32_MAX), offset < size ? size - offset : 0);
-		result = read_bytes(client, &scratch->evictor, offset, buffer, bytes);
-		scratch_give(engine, scratch);
-	}
-	if (client)
-		client_put(client);
+	if (result < 0)
+		return result;
+	size = READ_ONCE(call.client->record->region.size_bytes);
+	bytes = (uint32_t)min_of((uint64_t)min_of(bytes, (uint32_t)INT32_MAX), offset < size ? size - offset : 0);
+	result = read_bytes(call.client, &call.scratch->evictor, offset, buffer, bytes);
+	call_end(&call);
 	return result < 0 ? result : (int)bytes;
 }
 
@@ -402,21 +427,19 @@ static int write_locked(struct client *client, struct evictor *evictor, uint64_t
 
 int engine_region_write(struct engine *engine, uint64_t number, uint64_t offset, const void *buffer, uint32_t bytes)
 {
-	struct client *client = region_get(engine, number);
-	struct region_scratch *scratch = client ? scratch_take(engine) : NULL;
-	int result = client ? -ENOMEM : -ENOENT;
+	struct call call;
+	int result = call_begin(engine, number, &call);
 
-	if (scratch && (offset > ENGINE_REGION_BYTES_MAX || bytes > ENGINE_REGION_BYTES_MAX - offset)) {
+	if (result < 0)
+		return result;
+	if (offset > ENGINE_REGION_BYTES_MAX || bytes > ENGINE_REGION_BYTES_MAX - offset) {
 		result = -EFBIG;
-	} else if (scratch) {
-		lock_to_write(client, offset, bytes);
-		result = write_locked(client, &scratch->evictor, offset, buffer, bytes);
-		pthread_rwlock_unlock(&client->region_lock);
+	} else {
+		lock_to_write(call.client, offset, bytes);
+		result = write_locked(call.client, &call.scratch->evictor, offset, buffer, bytes);
+		pthread_rwlock_unlock(&call.client->region_lock);
 	}
-	if (scratch)
-		scratch_give(engine, scratch);
-	if (client)
-		client_put(client);
+	call_end(&call);
 	return result;
 }
 
@@ -451,21 +474,19 @@ static int resize(struct client *client, struct evictor *evictor, uint64_t size_
 
 int engine_region_truncate(struct engine *engine, uint64_t number, uint64_t size_bytes)
 {
-	struct client *client = region_get(engine, number);
-	struct region_scratch *scratch = client ? scratch_take(engine) : NULL;
-	int result = client ? -ENOMEM : -ENOENT;
+	struct call call;
+	int result = call_begin(engine, number, &call);
 
-	if (scratch && size_bytes > ENGINE_REGION_BYTES_MAX) {
+	if (result < 0)
+		return result;
+	if (size_bytes > ENGINE_REGION_BYTES_MAX) {
 		result = -EFBIG;
-	} else if (scratch) {
-		pthread_rwlock_wrlock(&client->region_lock);
-		result = resize(client, &scratch->evictor, size_bytes);
-		pthread_rwlock_unlock(&client->region_lock);
+	} else {
+		pthread_rwlock_wrlock(&call.client->region_lock);
+		result = resize(call.client, &call.scratch->evictor, size_bytes);
+		pthread_rwlock_unlock(&call.client->region_lock);
 	}
-	if (scratch)
-		scratch_give(engine, scratch);
-	if (client)
-		client_put(client);
+	call_end(&call);
 	return result;
 }
 
