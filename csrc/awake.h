@@ -4,8 +4,9 @@
  *
  * A CPU of a virtual machine that has nothing to do halts, and to get it back takes its hypervisor ten to forty microseconds:
  * more than the whole fault, which wakes a thread twice. So while less than AWAKE_NS lie between two faults, one thread per CPU
- * runs at SCHED_IDLE: anything else that wants the CPU has it at once. docs/decisions/0013 has the figures. With
- * more than AWAKE_CPUS_MAX CPUs it is not done: most of them would burn for nothing.
+ * runs at SCHED_IDLE: anything else of its control group that wants the CPU has it at once; where others have had it for a
+ * while, the thread rests. docs/decisions/0013 has the figures, and where they have not been reached. With more than
+ * AWAKE_CPUS_MAX CPUs it is not done: most of them would burn for nothing.
  *
  * Threads    awake_note: any. The rest: whoever owns the struct, one at a time.
  */

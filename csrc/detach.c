@@ -73,13 +73,8 @@ static int complete(struct client *client, uint64_t deadline_ns, bool retire)
 			pthread_mutex_unlock(&client->gate);
 			return 0;
 		}
-		if (client->deferred_count == 0 && !client_is_shut(client)) {
-			uint64_t before = cursor;
-
+		if (!client_is_shut(client))
 			engine_ask_for_pages(client, &cursor);
-			if (client->deferred_count == 0 && before > 0)
-				cursor = 0;
-		}
 		pthread_mutex_unlock(&client->gate);
 		client_wake(client);
 		sys_sleep_ms(1);

@@ -763,7 +763,7 @@ int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint6
 	return 0;
 }
 
-void engine_ask_for_pages(struct client *client, uint64_t *cursor)
+static void ask_from(struct client *client, uint64_t *cursor)
 {
 	uint64_t first;
 
@@ -779,6 +779,17 @@ void engine_ask_for_pages(struct client *client, uint64_t *cursor)
 				.page = first + i, .since_ns = sys_now_ns(), .synthetic = true };
 			break; /* the fill takes the rest of the cluster along */
 		}
+}
+
+void engine_ask_for_pages(struct client *client, uint64_t *cursor)
+{
+	uint64_t before = *cursor;
+
+	if (client->deferred_count > 0)
+		return;
+	ask_from(client, cursor);
+	if (client->deferred_count == 0 && before > 0)
+		*cursor = 0;
 }
 
 int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
@@ -797,13 +808,8 @@ int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)
 		else if (group_room_bytes(client->group) + (int64_t)group_reserve_bytes(client->group) <
 			 (int64_t)(min_of(pages, 64UL) * PAGE_BYTES))
 			result = -ENOMEM;
-		else if (client->deferred_count == 0 && pages > 0) {
-			uint64_t before = cursor;
-
+		else if (pages > 0)
 			engine_ask_for_pages(client, &cursor);
-			if (client->deferred_count == 0 && before > 0)
-				cursor = 0;
-		}
 		pthread_mutex_unlock(&client->gate);
 		if (result < 0 || pages == 0)
 			break;

@@ -99,9 +99,10 @@ int client_arm_descriptors(struct client *client, bool events, bool may_be_done)
 void engine_kick_evictors(struct engine *engine);
 void engine_kick_writer(struct engine *engine);
 /* A client is new: do not sleep over its first megabytes. */
-/* Hand the fault threads synthetic faults for swapped pages of the next clusters. The gate is held. */
-void engine_ask_for_pages(struct client *client, uint64_t *cursor);
 void engine_kick_look(struct engine *engine);
+/* Hand the fault threads synthetic faults for swapped pages of the next clusters, once those of the last are answered; at
+ * the end from the begin again. The gate is held. */
+void engine_ask_for_pages(struct client *client, uint64_t *cursor);
 
 /* Wait until *requests is not *seen, the engine stops, or `ms` have passed. */
 void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,

@@ -80,10 +80,11 @@ bool group_is_streaming(const struct group *group)
 
 uint64_t group_pool_cap_bytes(const struct group *group)
 {
-	uint64_t metadata = (uint64_t)max_of(READ_ONCE(group->metadata_bytes), (int64_t)0);
+	if (group->flags & ENGINE_GROUP_REGIONS) {
+		uint64_t limit = READ_ONCE(group->limit_bytes);
 
-	if (group->flags & ENGINE_GROUP_REGIONS)
-		return READ_ONCE(group->limit_bytes) - min_of(metadata, READ_ONCE(group->limit_bytes));
+		return limit - min_of((uint64_t)max_of(READ_ONCE(group->metadata_bytes), (int64_t)0), limit);
+	}
 	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
 	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
 	uint64_t cap = READ_ONCE(group->limit_bytes) / 100 * (80 - (mean - 60) * 2);
