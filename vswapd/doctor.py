@@ -249,8 +249,8 @@ def check_program(facts: Facts) -> Finding | None:  # noqa: PLR0911 -- one for e
             f"{what} is of another architecture: it cannot be managed",
             f"use one for 64-bit {os.uname().machine}",
         )
-    if (not program.loader or "ld-musl" in program.loader) and not program.is_privileged:
-        kind = "uses musl" if program.loader else "is statically linked"
+    if not program.is_preloadable and not program.is_privileged:
+        kind = "uses musl" if program.uses_musl else "is statically linked"
         if os.uname().machine != attachable.MACHINE:
             return Finding(
                 PROBLEM,

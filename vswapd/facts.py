@@ -44,6 +44,16 @@ class Program:
     script: str = ""  # the script it interprets; '' when it is a program itself
     is_privileged: bool = False  # setuid, setgid or with file capabilities
 
+    @property
+    def uses_musl(self) -> bool:
+        """Its loader gives up where a library cannot be loaded, as ours, made for glibc."""
+        return "ld-musl" in self.loader
+
+    @property
+    def is_preloadable(self) -> bool:
+        """Of an ELF file: whether LD_PRELOAD brings our library into it."""
+        return bool(self.loader) and not self.uses_musl
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -10,24 +10,20 @@ from __future__ import annotations
 import os
 import sys
 
-from vswapd import attachable, facts, paths
+from vswapd import attachable, paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
-def is_preloading_fatal(program: str) -> bool:
-    """musl's loader gives up where a library cannot be loaded."""
-    return "ld-musl" in facts.look_at_program(program).loader
+    from vswapd.facts import Program
 
 
-def is_needed(program: str) -> bool:
+def is_needed(program: Program) -> bool:
     """Whether preloading does nothing for it, and this may help. Not for those with rights of their own: the
     kernel takes these from a program that is traced."""
-    found = facts.look_at_program(program)
-    can = os.uname().machine == attachable.MACHINE and found.is_elf and found.is_native and not found.is_privileged
-    return can and (not found.loader or "ld-musl" in found.loader)
+    can = program.is_elf and program.is_native and not program.is_privileged
+    return can and not program.is_preloadable and os.uname().machine == attachable.MACHINE
 
 
 class Injection:

@@ -131,11 +131,12 @@ def command_environment(
 
 def _injection(program: str, environment: dict[str, str], library: str) -> Injection | None:
     """How its agent comes into a program that cannot be preloaded; None: it can, or nothing helps."""
-    from vswapd import injection
+    from vswapd import facts, injection
 
-    if not injection.is_needed(program):
+    found = facts.look_at_program(program)
+    if not injection.is_needed(found):
         return None
-    if injection.is_preloading_fatal(program):
+    if found.uses_musl:  # it would not even start
         rest = [name for name in environment["LD_PRELOAD"].split(":") if name != library]
         environment["LD_PRELOAD"] = ":".join(rest)
     return injection.Injection(environment)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 
-from vswapd import connection
+from vswapd import config, connection
 from vswapd.cli import progress
 from vswapd.sizes import format_size
 
@@ -34,14 +34,13 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 def _memory_table(status: dict[str, Any]) -> Table:
     table = _table("Memory", ("where",), ("pages", "bytes"))
-    page_bytes = 4096
     rows = (
         ("resident", None, status["resident_bytes"]),
         ("compressed pool (RAM)", status["pool_pages"], status["pool_bytes"]),
         ("spill (disk)", status["spill_pages"], status["spill_bytes"]),
         ("all zero", status["zero_pages"], 0),
         ("same-filled", status["same_pages"], 0),
-        ("on the way out", status["staged_pages"], status["staged_pages"] * page_bytes),
+        ("on the way out", status["staged_pages"], status["staged_pages"] * config.PAGE_BYTES),
         ("metadata", None, status["metadata_bytes"]),
         ("daemon itself", None, status["daemon_bytes"]),
     )
@@ -76,11 +75,10 @@ def _group_table(status: dict[str, Any]) -> Table:
 
 
 def _region_table(status: dict[str, Any]) -> Table:
-    page_bytes = 4096
     table = _table("Regions", ("name", "user"), ("size", "same-filled", "pool", "spill", "lost"))
     for region in sorted(status["regions"], key=lambda region: str(region["name"])):
         pages = (region[f"{where}_pages"] for where in ("same", "pool", "spill", "poisoned"))
-        sizes = (region["size_bytes"], *(count * page_bytes for count in pages))
+        sizes = (region["size_bytes"], *(count * config.PAGE_BYTES for count in pages))
         table.add_row(region["name"], str(region["uid"]), *map(format_size, sizes))
     return table
 
