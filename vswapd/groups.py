@@ -229,6 +229,7 @@ class GroupRegistry:
     def _scan_group(
         self, group: Group, managed: set[int], pending: int, all_parents: dict[int, int] | None
     ) -> None:
+        group.excluded = frozenset(filter(processes.exists, group.excluded))  # a number may be another's one day
         members = processes.tree(group.root_pid, group.excluded, all_parents)
         sizes = {pid: processes.anonymous_bytes(pid) for pid in members if pid not in managed}
         group.charged = policy.unmanaged_sizes(sizes, group.sizes, members, managed, pending)
