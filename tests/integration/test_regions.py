@@ -114,24 +114,24 @@ def test_what_finds_no_room_is_an_error_for_ever_after(tmp_path: Path) -> None:
         engine.destroy()
 
 
-_FILL = """
+_OPEN = """
 import os, sys, numpy
 path, cgroup = sys.argv[1:]
 open(cgroup, "w").write(str(os.getpid()))
-array = numpy.memmap(path, "u8", "r+")
 step = 1 << 20
+def content(start):
+    return numpy.arange(start, start + step) // 16 * (start // step % 7 + 1)
+"""
+_FILL = _OPEN + """
+array = numpy.memmap(path, "u8", "r+")
 for start in range(0, len(array), step):
-    array[start:start + step] = numpy.arange(start, start + step) // 16 * (start // step % 7 + 1)
+    array[start:start + step] = content(start)
 array.flush()
 """
-_CHECK = """
-import os, sys, numpy
-path, cgroup = sys.argv[1:]
-open(cgroup, "w").write(str(os.getpid()))
+_CHECK = _OPEN + """
 array = numpy.memmap(path, "u8", "r")
-step = 1 << 20
 for start in range(0, len(array), step):
-    assert (array[start:start + step] == numpy.arange(start, start + step) // 16 * (start // step % 7 + 1)).all(), start
+    assert (array[start:start + step] == content(start)).all(), start
 """
 
 
