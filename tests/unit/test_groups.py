@@ -85,6 +85,19 @@ async def test_excluded_processes_are_no_members(child: subprocess.Popen[str]) -
         assert plane.engine.groups()[0].unmanaged_bytes == 0
 
 
+async def test_detached_process_is_forgotten_when_it_has_ended(child: subprocess.Popen[str]) -> None:
+    async with control_plane() as plane:
+        group = plane.daemon.groups.create("g", 0, 1 << 26, root_pid=os.getpid())
+        plane.daemon.groups.scan()
+        plane.daemon.groups.exclude(child.pid)
+        plane.daemon.groups.scan()
+        assert group.excluded == {child.pid}
+        child.kill()
+        child.wait()
+        plane.daemon.groups.scan()
+        assert not group.excluded, "its number may be another process's"
+
+
 async def test_scan_without_children_lists_finds_the_same(
     child: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
