@@ -237,13 +237,15 @@ uint32_t agent_serve(struct agent_state *state)
 		bool parked = is_parked(state, request);
 		uint32_t posted = atomic_get(&ring->posted);
 
+		/* Before a successor is answered, and read after its epoch: a process that was let go is not taken
+		 * back by one that comes to bury it, and what it forks meanwhile needs nobody. */
+		if (atomic_get(&ring->retired))
+			return atomic_get(&ring->retired);
 		if (epoch != ring->epoch_seen) {
 			atomic_set(&state->leaving, 0);
 			atomic_set(&ring->epoch_seen, epoch);
 			raw_futex_wake(&ring->done, 0);
 		}
-		if (atomic_get(&ring->retired))
-			return atomic_get(&ring->retired);
 		if (posted - state->next_command - 1 >= VSWAP_RING_COMMANDS) {
 			/* nothing posted, or nonsense */
 			sleep_until_posted(state, ring, posted, request);
