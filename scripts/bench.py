@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import plots, scenarios, systems, table
+from benchmarks import gil, plots, scenarios, systems, table
 from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
 from benchmarks.execute import ExecuteError
 from benchmarks.journal import DEFAULT_PATH, STOP_SIGNALS, Journal, JournalError, restore
@@ -102,6 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--vswapd-option", action="append", default=[], metavar="OPTION", help="for vswapctl run, as --no-spill; repeat"
     )
     parser.add_argument("--output", metavar="DIRECTORY", default="build/bench", help="default: %(default)s")
+    parser.add_argument(
+        "--gil", action="store_true", help="instead: the rate of a program that swaps while the daemon's GIL is held"
+    )
     parser.add_argument("--list", action="store_true", help="name the scenarios and end")
     parser.add_argument("--restore", action="store_true", help="put back what a killed run left, and end")
     options = parser.parse_args(arguments)
@@ -303,6 +306,11 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     return 0 if is_good else 130 if not is_complete else 1
 
 
+def _run_gil(rounds: int, console: Console) -> int:
+    console.print(f"bench: {gil.measure(rounds).describe()}")
+    return 0
+
+
 def _restore(console: Console) -> int:
     problems = restore(DEFAULT_PATH)
     console.print("\n".join(f"bench: {problem}" for problem in problems) or "bench: all is as it was")
@@ -318,6 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{scenario.name:12} {scenario.title}")
         return 0
     try:
+        if options.gil:
+            return _run_gil(options.rounds, console)
         return _restore(console) if options.restore else _run(options, console)
     except (BenchError, CgroupError, JournalError, ExecuteError, OSError) as error:
         sys.stderr.write(f"bench: {error}\n")

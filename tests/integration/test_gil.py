@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""No Python on the hot path: with the daemon's GIL held asleep, clients go on."""
+"""No Python on the hot path: with the daemon's GIL held asleep, clients go on (scripts/bench --gil: how fast)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def test_faults_and_evictions_go_on_while_the_gil_is_held(verify_memory: str, tm
     with LimitedProgram(_LIMIT, argv, environment={"VSWAPD_TEST_OPERATIONS": "1"}) as program:
         with ControlClient(program.socket_path, 60.0) as control:
             before = _wait_swapping(control)
-            normal_pages, normal_seconds = _progress_during(progress, 3.0)
             answers: list[dict[str, object]] = []
             holder = threading.Thread(
                 target=lambda: answers.append(control.request("test-hold-gil", 60.0, ms=_HELD_SECONDS * 1000))
@@ -42,7 +41,6 @@ def test_faults_and_evictions_go_on_while_the_gil_is_held(verify_memory: str, tm
             assert program.process.poll() is None, "the program ended too early to judge"
             holder.join()
             assert answers[0].get("ok"), answers
-            again_pages, again_seconds = _progress_during(progress, 3.0)
             after = control.status(30.0)
         result = program.wait()
     assert result.status == 0, result.describe()
@@ -51,13 +49,6 @@ def test_faults_and_evictions_go_on_while_the_gil_is_held(verify_memory: str, tm
     assert held_pages > _MIB * MIB // 4096, f"only {held_pages} pages in {held_seconds:.1f} s"
     for name in ("faults", "evicted_pages"):
         assert after["counters"][name] > before["counters"][name]
-    # Before and after: the rate changes as the program goes on.
-    normally = (normal_pages + again_pages) / (normal_seconds + again_seconds)
-    rate = held_pages / held_seconds
-    print(
-        f"pages/s with the GIL held {rate:.0f}, before {normal_pages / normal_seconds:.0f}, "
-        f"after {again_pages / again_seconds:.0f}: {rate / normally:.0%}"
-    )
 
 
 def _wait_swapping(control: ControlClient, seconds_max: float = 30.0) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.gil import GilResult
 from benchmarks.session import order_of
 from benchmarks.summary import Row, best, goal_of, interval, ratios, spread
 from benchmarks.systems import KERNEL_SYSTEMS, Place, System, Vswapd
@@ -78,3 +79,9 @@ def test_order_alternates(place: Place) -> None:
 @pytest.fixture
 def place() -> Place:
     return Place(None, None, "", 0)  # type: ignore[arg-type] # nothing is run
+
+
+def test_each_hold_of_the_gil_is_compared_with_the_times_around_it() -> None:
+    result = GilResult(held=(90.0, 40.0), free=(120.0, 80.0, 80.0))
+    assert result.ratios() == [0.9, 0.5]
+    assert "70% of the normal rate (50% to 90%, 2 times" in result.describe()
