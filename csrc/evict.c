@@ -118,7 +118,7 @@ struct choice {
 	unsigned window;
 	uint32_t protection;
 	unsigned page_count;
-	bool wrapped;
+	bool wrapped, on_probation;
 	uint64_t pages[BATCH_PAGES_MAX]; /* as they were chosen; mremap changes those of the record */
 	struct slot before[BATCH_PAGES_MAX];
 	struct vswap_command command; /* empty in a successor */
@@ -185,6 +185,7 @@ static void choose_on_probation(struct client *client, struct choice *choice)
 	unsigned left = BATCH_PAGES_MAX, again_count = 0;
 	struct probation_run run;
 
+	choice->on_probation = true;
 	while (left > 0 && probation_peek(&client->probation, &run)) {
 		const struct range *region = range_set_at(&client->regions, address_of(run.page));
 		uint64_t pages;
@@ -610,7 +611,13 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 	/* Once for a place: what is still busy the second time is pinned. */
 	if (client->populated_address == left.command.runs[0].address)
 		return;
-	client->populated_address = client->hand = left.command.runs[0].address;
+	client->populated_address = left.command.runs[0].address;
+	if (choice->on_probation)
+		for (unsigned r = left.command.run_count; r-- > 0;)
+			probation_return(&client->probation, page_of(left.command.runs[r].address),
+					 left.command.runs[r].pages);
+	else
+		client->hand = client->populated_address;
 	WRITE_ONCE(client->pss, true); /* a fork that we did not see, before we managed it */
 	for (unsigned r = 0; r < left.command.run_count; r++)
 		cow_let_through(client, page_of(left.command.runs[r].address), left.command.runs[r].pages);

@@ -93,6 +93,25 @@ void probation_push(struct probation *probation, uint64_t page, uint64_t count)
 	probation->page_count += count;
 }
 
+void probation_return(struct probation *probation, uint64_t page, uint64_t count)
+{
+	if (!probation->runs || probation->count == PROBATION_RUNS_MAX)
+		return; /* then the hand finds them */
+	probation->first = (probation->first + PROBATION_RUNS_MAX - 1) % PROBATION_RUNS_MAX;
+	probation->runs[probation->first] = (struct probation_run){ page, count };
+	probation->count++;
+	probation->page_count += count;
+}
+
+void probation_copy(const struct probation *probation, struct probation *child)
+{
+	for (unsigned i = 0; i < probation->count; i++) {
+		const struct probation_run *run = &probation->runs[(probation->first + i) % PROBATION_RUNS_MAX];
+
+		probation_push(child, run->page, run->count);
+	}
+}
+
 bool probation_is_full(const struct probation *probation, int64_t resident_pages)
 {
 	uint64_t part = (uint64_t)max_of(resident_pages, 0) / PROBATION_PART;

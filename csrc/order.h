@@ -55,6 +55,12 @@ struct probation {
 /* Pages came back. The oldest run is forgotten when there are too many. */
 void probation_push(struct probation *probation, uint64_t page, uint64_t count);
 
+/* A run that was taken goes to the front again: it is the next. Not when there are too many. */
+void probation_return(struct probation *probation, uint64_t page, uint64_t count);
+
+/* The same pages in the same order for a forked child, whose own is empty. */
+void probation_copy(const struct probation *probation, struct probation *child);
+
 /* Are there more on probation than its part of this many resident pages? */
 bool probation_is_full(const struct probation *probation, int64_t resident_pages);
 

@@ -24,6 +24,7 @@
 #define IDLE_MS 100
 #define TORTURE_PAUSE_MS 1
 #define BATCHES_A_TURN 16
+#define BATCHES_A_TURN_SHARED 2 /* one makes pages the client's own, the next takes them */
 #define DROP_PAGES 64 /* kept copies given up in one go */
 #define CLIENTS_A_TURN 16
 #define TURN_NS 50000000ULL /* of one group: clients that answer slowly cost others no more than this */
@@ -194,14 +195,20 @@ static uint64_t torture_hand(const struct client *client)
 	return region->start + (random >> 7) % (region->end - region->start) / PAGE_BYTES * PAGE_BYTES;
 }
 
-/* At most BATCHES_A_TURN batches from one client. Returns pages evicted. */
+/* Relatives let go what they share in turns, for it takes room in the pool, and in memory until all of them have. */
+static unsigned batches_a_turn(const struct client *client)
+{
+	return READ_ONCE(client->pss) && !READ_ONCE(client->is_alone) ? BATCHES_A_TURN_SHARED : BATCHES_A_TURN;
+}
+
+/* A turn of batches from one client. Returns pages evicted. */
 static uint64_t evict_from(struct engine *engine, struct group *group, struct client *client,
 			   struct evictor *evictor, bool desperate, uint64_t end_ns)
 {
 	uint64_t pages = 0;
-	unsigned wraps = 0;
+	unsigned wraps = 0, batches = batches_a_turn(client);
 
-	for (unsigned i = 0; i < BATCHES_A_TURN && wraps < 2 && sys_now_ns() < end_ns; i++) {
+	for (unsigned i = 0; i < batches && wraps < 2 && sys_now_ns() < end_ns; i++) {
 		struct evict_result result;
 		bool torture = group->flags & ENGINE_GROUP_TORTURE;
 
@@ -211,7 +218,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 			pthread_mutex_lock(&client->gate);
 			client->hand = torture_hand(client);
 			pthread_mutex_unlock(&client->gate);
-			i = BATCHES_A_TURN - 1;
+			i = batches - 1;
 		}
 		if (evict_batch(client, evictor, desperate, &result) < 0)
 			break;

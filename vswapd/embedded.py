@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """embedded — start a private daemon for the life of one command.
 
-The daemon's supervisor is a fork of vswapctl, in a session of its own: the terminal's signals never stop it, and
-when vswapctl is killed it goes on serving until the last process it serves has ended. vswapctl (the
+The daemon's supervisor is a fork of vswapctl, in a process group of its own: the terminal's signals never stop it,
+and when vswapctl is killed it goes on serving until the last process it serves has ended. vswapctl (the
 *front*) talks to it over a socket pair with the same requests as to a system daemon; the daemon ends
 some time after the front's end is closed. trio and the engine are imported in the fork only.
 
@@ -21,7 +21,7 @@ import sys
 from vswapd import backends, config, paths
 from vswapd.connection import Connection
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTOU)
 _OOM_SCORE = "-900"  # the last to go when the machine is out of memory: others' memory is in its hands
 
 
@@ -79,7 +79,8 @@ def _be_daemon(
     status = 1
     try:
         gc.disable()  # nothing that imports and start-up make is garbage; run_embedded turns it on
-        os.setsid()
+        # Not a session: the scheduler would weigh it against the command as a whole (docs/decisions/0013).
+        os.setpgid(0, 0)
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         _close_inherited({listener.fileno(), session.fileno(), *(spill.fd for spill in spills)})

@@ -61,6 +61,25 @@ static void check_front(struct probation *probation, const struct model *model)
 		CHECK(model->pages[model->first + i] == run.page + i);
 }
 
+/* As a forked child gets it: the same pages in the same order. */
+static void check_copy(struct probation *probation)
+{
+	struct probation child = { 0 };
+	struct probation_run run, of_child;
+
+	probation_copy(probation, &child);
+	CHECK(child.page_count == probation->page_count);
+	while (probation_peek(probation, &run) && probation_peek(&child, &of_child)) {
+		uint64_t count = min_of(run.count, of_child.count);
+
+		CHECK(run.page == of_child.page);
+		probation_take(probation, count);
+		probation_take(&child, count);
+	}
+	CHECK(child.page_count == 0 && probation->page_count == 0);
+	probation_clear(&child);
+}
+
 static void test_probation(uint64_t *random)
 {
 	struct model *model = calloc(1, sizeof *model);
@@ -76,6 +95,10 @@ static void test_probation(uint64_t *random)
 			count = min_of(count, run.count);
 			probation_take(&probation, count);
 			model->first += (unsigned)count;
+			if (random_next(random) % 4 == 0) {
+				probation_return(&probation, run.page, count);
+				model->first -= (unsigned)count;
+			}
 		} else {
 			next += random_next(random) % 3 ? 0 : 1 + random_next(random) % 100;
 			probation_push(&probation, next, count);
@@ -84,6 +107,7 @@ static void test_probation(uint64_t *random)
 		}
 		check_front(&probation, model);
 	}
+	check_copy(&probation);
 	probation_clear(&probation);
 	CHECK(!probation_peek(&probation, &run) && probation.page_count == 0);
 	free(model);
@@ -98,6 +122,8 @@ static void test_forgetting(void)
 
 	for (uint64_t i = 0; i < PROBATION_RUNS_MAX + 10; i++)
 		probation_push(&probation, i * 100, 1 + i % 3);
+	CHECK(probation_peek(&probation, &run) && run.page == 1000);
+	probation_return(&probation, 0, 1); /* no room in front of them: the hand finds it */
 	CHECK(probation_peek(&probation, &run) && run.page == 1000);
 	while (probation_peek(&probation, &run)) {
 		pages += run.count;

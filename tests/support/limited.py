@@ -176,7 +176,7 @@ class LimitedProgram:
         return self.result
 
     def _kill(self) -> None:
-        """Vswapctl and everything below it, the embedded daemon (a session of its own) included."""
+        """Vswapctl and everything below it, the embedded daemon (a process group of its own) included."""
         victims = [self.process.pid, self.sampler.samples.daemon_pid, *tree(self.process.pid)]
         if self._is_daemon_foreign():
             victims.remove(self.sampler.samples.daemon_pid)
