@@ -91,7 +91,7 @@ static void test_probation(uint64_t *random)
 	for (unsigned step = 0; model->end + 64 < STEPS; step++) {
 		uint64_t count = 1 + random_next(random) % 8;
 
-		if (random_next(random) % 2 && probation_peek(&probation, &run)) {
+		if (random_next(random) % 3 && probation_peek(&probation, &run)) {
 			count = min_of(count, run.count);
 			probation_take(&probation, count);
 			model->first += (unsigned)count;
