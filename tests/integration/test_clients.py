@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.limited import MIB, command_path, run_limited
+from support.sampler import pss_anon_bytes, tree
 
 if TYPE_CHECKING:
     from integration.conftest import DaemonProcess
@@ -78,6 +79,11 @@ def test_many_clients_leave_no_growth(daemon: DaemonProcess, verify_memory: str,
     """Managed ones, four at a time: --torture manages from 1 MiB on."""
     source = f"seq %d | xargs -P 4 -I N {verify_memory} --mib 4 --kind text --passes 1 --seed N >/dev/null"
 
+    def anonymous_bytes() -> int:
+        """Of the supervisor and the daemon. What they map of files counts less the more others run Python."""
+        pids = [daemon.process.pid, *tree(daemon.process.pid)]
+        return sum(map(pss_anon_bytes, pids))
+
     def come_and_go(count: int) -> tuple[int, int, int]:
         result = run_limited(
             "128M", ["sh", "-c", source % count], options=["--socket", daemon.socket_path, "--torture"], seconds_max=900
@@ -86,11 +92,12 @@ def test_many_clients_leave_no_growth(daemon: DaemonProcess, verify_memory: str,
         status = daemon.wait_no_clients()
         _assert_nothing_held(status)
         counters: dict[str, int] = status["counters"]  # type: ignore[assignment]
-        return counters["clients_added"], int(status["daemon_bytes"]), _settled_descriptors(daemon)  # type: ignore[call-overload]
+        return counters["clients_added"], anonymous_bytes(), _settled_descriptors(daemon)
 
-    come_and_go(20)  # what is allocated once is allocated now
-    added_before, bytes_before, descriptors_before = come_and_go(20)
+    # What is allocated once is allocated now, and queues of things long past are as long as they get.
+    come_and_go(20)
+    added_before, bytes_before, descriptors_before = come_and_go(clients)
     added, count_bytes, descriptors = come_and_go(clients)
     assert added - added_before >= clients * 0.9, f"only {added - added_before} of {clients} were managed"
     assert descriptors <= descriptors_before, f"{descriptors_before} -> {descriptors} descriptors"
-    assert count_bytes <= bytes_before + 2 * MIB, f"{bytes_before} -> {count_bytes} bytes"
+    assert count_bytes <= bytes_before + MIB, f"{bytes_before} -> {count_bytes} bytes"

@@ -8,7 +8,9 @@ bounds. Nothing here trusts the daemon about the processes' own memory.
 The daemon and vswapctl themselves are left out: their footprint is reported apart (daemon_bytes).
 
 Two readings are never of one instant: a page that is evicted between them would be counted twice. The
-daemon is asked before and after each walk over the tree, and the smaller answer counts.
+daemon is asked before and after each walk over the tree, and the smaller answer counts. What forked relatives
+share is counted twice by a walk in which one of them ends (half with it, then whole with the other) or begins:
+such a walk is done again.
 
 This module needs neither vswapd nor pytest: scripts/demo uses it too.
 """
@@ -35,6 +37,7 @@ _INTERVAL_SECONDS = 0.01
 _MANAGED_GRACE_SECONDS = 0.5  # a member above the minimum for so long must be a client
 _MIN_BYTES_DEFAULT = 16 << 20
 _STATUS_SECONDS_MAX = 0.25  # a daemon that does not answer (its GIL is held) must not stop the sampling
+_WALKS_MAX = 3  # of a tree that changes each time
 _SYS_KCMP = 312  # x86-64
 _KCMP_VM = 1
 
@@ -294,7 +297,7 @@ class Sampler:
         before = self._cost_of_daemon()
         while not self._stop.is_set():
             started = time.monotonic()
-            resident = self._walk(started)
+            resident = self._resident(started)
             after = self._cost_of_daemon()
             self._note(resident, min(before, after))
             self.samples.history.append((started - self._started, resident, min(before, after)))
@@ -355,6 +358,22 @@ class Sampler:
     def _cost(self) -> int:
         group = self._own_group()
         return int(group.get("pool_bytes", 0)) + int(group.get("metadata_bytes", 0))
+
+    def _resident(self, now: float) -> int:
+        """Of a walk in which nobody ended or began."""
+        fewest = None
+        for _ in range(_WALKS_MAX):
+            alive = self._alive()
+            total = self._walk(now)
+            fewest = total if fewest is None else min(fewest, total)
+            if self._alive() == alive:
+                return total
+        assert fewest is not None
+        return fewest
+
+    def _alive(self) -> set[int]:
+        """Who has memory: at its end a process is without before what it had is its relatives' alone."""
+        return {pid for pid in tree(self._root, self._without) if _read(f"/proc/{pid}/statm")[:2] not in (b"", b"0 ")}
 
     def _walk(self, now: float) -> int:
         """Anonymous bytes of the command and all below it; the daemon is no part of it."""
