@@ -438,13 +438,14 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	result = fill_expand(client, first, scratch->pages);
 	if (result == -EIO && client->dead)
 		result = 0; /* nobody will look */
-	if (result < 0)
+	/* Above 0: relatives share it, and the writer has moved it to a backend since it was looked at. */
+	VS_CHECK(result <= 0 || first.tag == SLOT_INDIRECT);
+	if (result != 0)
 		uncharge(client, window);
-	if (result == -ENOMEM)
+	if (result == -ENOMEM || result > 0)
 		return try_again(client);
 	if (result < 0)
 		return poison(client, fault->page, first, result);
-	VS_CHECK(result == 0);
 	for (count = 1; count < window; count++) {
 		if (slot_get(client->engine->slots, &client->record->map, fault->page + count,
 			     &words[count]) < 0 ||
