@@ -167,9 +167,6 @@ static void inherit_ranges(const struct client *parent, struct client *child)
 	}
 	for (size_t i = 0; i < parent->armed.count; i++)
 		remap_armed(child, parent->armed.ranges[i].start, parent->armed.ranges[i].end);
-	/* What one of them lets go takes room until the other has, too: they go on from the same place. */
-	child->hand = parent->hand;
-	probation_copy(&parent->probation, &child->probation);
 	memcpy(child->remaps, parent->remaps, sizeof child->remaps);
 	child->remap_count = parent->remap_count;
 	remap_settle(child);
@@ -226,6 +223,9 @@ static void apply_fork(struct client *parent, int child_fd)
 	if (result < 0)
 		return;
 	inherit_ranges(parent, child);
+	/* What one of them lets go takes room until the other has, too: they go on from the same place. */
+	child->hand = parent->hand;
+	probation_copy(&parent->probation, &child->probation);
 	cow_note_fork(parent);
 	cow_note_fork(child);
 	WRITE_ONCE(parent->relative, child->record->token);
