@@ -282,8 +282,6 @@ def _write_results(
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     _check_machine(options, console)
-    for number in STOP_SIGNALS:
-        signal.signal(number, _on_signal)
     started = time.monotonic()
     hierarchy = find_hierarchy()
     with Journal() as journal:
@@ -326,9 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{scenario.name:12} {scenario.title}")
         return 0
     try:
-        if options.gil:
-            return _run_gil(options.rounds, console)
-        return _restore(console) if options.restore else _run(options, console)
+        if options.restore:
+            return _restore(console)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _on_signal)
+        return _run_gil(options.rounds, console) if options.gil else _run(options, console)
     except (BenchError, CgroupError, JournalError, ExecuteError, OSError) as error:
         sys.stderr.write(f"bench: {error}\n")
     except subprocess.CalledProcessError as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 _TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
 sys.path.insert(0, str(_TESTS))
 
-from support.sampler import ControlClient
+from support.sampler import ControlClient, answering_pid
 
 from benchmarks.execute import ExecuteError
 
@@ -82,15 +82,24 @@ def _rate_during(path: str, seconds: float) -> float:
     return (verified() - first) / (time.monotonic() - started)
 
 
+def _evicted_pages(control: ControlClient) -> int:
+    return int(control.status(60.0)["counters"]["evicted_pages"])
+
+
 def _rate_held(socket: str, path: str) -> float:
-    """The same while the GIL is held. ExecuteError: it was not, for so long."""
-    with _wait_answering(socket) as control, ThreadPoolExecutor(1) as pool:
+    """The same while the GIL is held. ExecuteError: it was not, for so long, or the program did not swap."""
+    with ControlClient(socket, 60.0) as control, ThreadPoolExecutor(1) as pool:
+        evicted_before = _evicted_pages(control)
         answer = pool.submit(control.request, "test-hold-gil", 60.0, ms=int(_HELD_SECONDS * 1000))
         time.sleep(_MARGIN_SECONDS)
         rate = _rate_during(path, _FREE_SECONDS)
         was_held = not answer.done()
-    if not was_held or not answer.result().get("ok"):
-        raise ExecuteError(f"the GIL was not held for {_HELD_SECONDS:.0f} s: {answer.result()}")
+        held = answer.result()
+        evicted = _evicted_pages(control) - evicted_before
+    if not was_held or not held.get("ok"):
+        raise ExecuteError(f"the GIL was not held for {_HELD_SECONDS:.0f} s: {held}")
+    if evicted < _PROGRAM_MIB << 8:
+        raise ExecuteError(f"only {evicted} pages were evicted while the GIL was held: nothing to judge by")
     return rate
 
 
@@ -104,19 +113,8 @@ def _started(argv: list[str], **environment: str) -> Iterator[subprocess.Popen[b
         process.wait()
 
 
-def _wait_answering(path: str) -> ControlClient:
-    deadline = time.monotonic() + _START_SECONDS_MAX
-    while True:
-        try:
-            return ControlClient(path, 60.0)
-        except OSError:
-            if time.monotonic() > deadline:
-                raise ExecuteError("vswapd did not start") from None
-            time.sleep(0.02)
-
-
 def measure(rounds: int) -> GilResult:
-    """About ten seconds for each round. ExecuteError."""
+    """About ten seconds for each round. ExecuteError, OSError."""
     seconds = round(_SETTLE_SECONDS + (rounds + 1) * 2 * _HELD_SECONDS)
     commands = Path(sys.executable).parent
     held, free = [], []
@@ -128,7 +126,7 @@ def measure(rounds: int) -> GilResult:
         argv += ["--seconds", str(seconds), "--progress", progress]
         with contextlib.ExitStack() as running:
             running.enter_context(_started(daemon_argv, VSWAPD_TEST_OPERATIONS="1"))
-            _wait_answering(socket).close()
+            answering_pid(socket, _START_SECONDS_MAX)
             program = running.enter_context(_started(argv))
             time.sleep(_SETTLE_SECONDS)
             free.append(_rate_during(progress, _FREE_SECONDS))

@@ -55,7 +55,7 @@ def _wait_swapping(control: ControlClient, seconds_max: float = 30.0) -> dict[st
     deadline = time.monotonic() + seconds_max
     while True:
         status = control.status(30.0)
-        # Several times over all there is: the rate of the first rounds is another one.
+        # Several times over all there is: by then it goes round and round.
         if status["counters"]["evicted_pages"] > 3 * _MIB * MIB // 4096:
             return status
         assert time.monotonic() < deadline, f"no swapping: {status}"

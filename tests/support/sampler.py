@@ -361,15 +361,13 @@ class Sampler:
 
     def _resident(self, now: float) -> int:
         """Of a walk in which nobody ended or began."""
-        fewest = None
+        alive, totals = self._alive(), []
         for _ in range(_WALKS_MAX):
-            alive = self._alive()
-            total = self._walk(now)
-            fewest = total if fewest is None else min(fewest, total)
-            if self._alive() == alive:
-                return total
-        assert fewest is not None
-        return fewest
+            totals.append(self._walk(now))
+            alive_before, alive = alive, self._alive()
+            if alive == alive_before:
+                return totals[-1]
+        return min(totals)
 
     def _alive(self) -> set[int]:
         """Who has memory: at its end a process is without before what it had is its relatives' alone."""
