@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 _GROUPS = '[[group]]\nname = "{0}"\nlimit = "{1}"\n'
 
 
-def _row(screen: str, name: str) -> int:
-    """The line that begins with `name`."""
-    return next(index for index, line in enumerate(screen.splitlines()) if re.match(rf"\W*{name}\b", line))
+def _in_order(screen: str, *names: str) -> bool:
+    """Whether there are lines that begin with these names, in this order; not so while a frame is half drawn."""
+    lines = [match[1] for match in re.finditer(rf"^\W*?({'|'.join(names)})\b", screen, re.MULTILINE)]
+    return lines == list(names)
 
 
 def test_top_resize_sort_limit_quit(tmp_path: Path) -> None:
@@ -29,9 +30,9 @@ def test_top_resize_sort_limit_quit(tmp_path: Path) -> None:
             screen = terminal.wait(lambda screen: "python3" in screen and "█" in screen, "the process is shown")
             assert str(pid) in screen
             assert re.search(r"pool +█+░* +\S+ \S+ in ", screen), "a bar of the pool"
-            assert _row(screen, "busy") < _row(screen, "idle"), "sorted by usage"
+            assert _in_order(screen, "busy", "idle"), "sorted by usage"
             terminal.keys("r")
-            terminal.wait(lambda screen: _row(screen, "idle") < _row(screen, "busy"), "sorted the other way")
+            terminal.wait(lambda screen: _in_order(screen, "idle", "busy"), "sorted the other way")
 
             terminal.resize(60, 30)
             terminal.wait(lambda screen: "idle" in screen and len(screen.splitlines()) <= 30, "drawn anew")
@@ -39,7 +40,7 @@ def test_top_resize_sort_limit_quit(tmp_path: Path) -> None:
             terminal.wait(lambda screen: "faults/s" in screen and "python3" in screen, "drawn anew")
 
             terminal.keys("r")
-            terminal.wait(lambda screen: _row(screen, "busy") < _row(screen, "idle"), "sorted by usage")
+            terminal.wait(lambda screen: _in_order(screen, "busy", "idle"), "sorted by usage")
             terminal.keys("Home", "l")
             terminal.wait(lambda screen: "New limit of" in screen, "it asks")
             terminal.keys("-l", "96M")
