@@ -23,6 +23,9 @@ _EXTRA_DECLARATIONS = """
 void hold_gil_ms(int milliseconds);
 int fork_sharing_descriptors(void);
 int supervise_take_descriptors(int pid, int below);
+int shelve_memory(int fd);
+void shelve_unmap_clean(void);
+void shelve_page_out(int fd);
 struct attach_request {
     int pid;
     int held;
@@ -39,6 +42,7 @@ _SOURCE = """
 #include <stdint.h>
 #include "attach.h"
 #include "engine.h"
+#include "shelve.h"
 #include "supervise.h"
 
 static int fork_sharing_descriptors(void)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vswapd import __version__, backends, config, events, machine, notify, paths, processes, takeover
+from vswapd import __version__, backends, config, events, machine, notify, paths, processes, records, shelf, takeover
 from vswapd.accept import Acceptor
 from vswapd.clients import ClientServer
 from vswapd.control import ControlServer
@@ -68,6 +68,7 @@ class Daemon:
         self.control.operations.drain_events = self.drain_events
         self.acceptor = Acceptor(self.clients.serve, self.control.serve, log)
         self.adopt_groups_at_session = False  # embedded: all groups are the session's
+        self.was_near_limit = trio.Event()  # some process's regions were registered
 
     # ---- events ----
 
@@ -82,6 +83,8 @@ class Daemon:
             if self._log_told or not told:
                 getattr(self._log, notice.level)(notice.text, **notice.fields)
             gone = gone or notice.kind == "client-gone"
+            if event.kind == records.EVENT_REGISTERED:
+                self.was_near_limit.set()
         if gone:
             self.groups.note_change()
 
@@ -203,16 +206,17 @@ def run_embedded(
     """Serve for the life of `session`, then until the last client has ended. Exit status; OSError."""
     _raise_descriptor_limit()
     gc.freeze()  # what the start made stays: later collections need not look at it
+    shelf_fd = shelf.shelve_idle_memory() if spills else -1
 
     def serve(inheritance: Inheritance) -> int:
-        keep_fds = [listener.fileno(), session.fileno()]
+        keep_fds = [listener.fileno(), session.fileno(), *([shelf_fd] if shelf_fd >= 0 else [])]
         try:
             engine = make_engine(spills, inheritance, keep_fds)
         except OSError as error:
             report_start_failure(session, error)
             return 1
         gc.enable()
-        trio.run(_serve_embedded, engine, inheritance, listener, session, front_pid)
+        trio.run(_serve_embedded, engine, inheritance, listener, session, front_pid, shelf_fd)
         # No engine.destroy(): joining its threads takes 0.1 s that the user would wait for, and the process
         # ends here, with no client left and nothing in memory or spill that anybody will read again.
         return 0
@@ -226,8 +230,15 @@ async def _serve_embedded(
     listener: socket.socket,
     session: socket.socket,
     front_pid: int,
+    shelf_fd: int,
 ) -> None:
-    async def wait_stop(daemon: Daemon, _: trio.Nursery) -> None:
+    async def page_out_shelf(daemon: Daemon) -> None:
+        await daemon.was_near_limit.wait()  # before that nobody needs the room
+        await shelf.page_out(shelf_fd)
+
+    async def wait_stop(daemon: Daemon, nursery: trio.Nursery) -> None:
+        if shelf_fd >= 0:
+            nursery.start_soon(page_out_shelf, daemon)
         footprint = daemon.control.operations.footprint_pids
         footprint.append(front_pid)
         # A duplicate: the number stays the session's, for a successor, when this one has closed it.

@@ -73,6 +73,21 @@ def take_descriptors(pid: int, below: int) -> None:
     _check(lib.supervise_take_descriptors(pid, below), "descriptors")
 
 
+def shelve_memory(fd: int) -> int:
+    """Keep the idle memory of this process, which has one thread, in an empty file: MiB of it. OSError."""
+    return _check(lib.shelve_memory(fd), "idle memory")
+
+
+def unmap_shelved() -> None:
+    """What was shelved and not written to since need not be mapped while this process, with its one thread, waits."""
+    lib.shelve_unmap_clean()
+
+
+def page_out_shelved(fd: int) -> None:
+    """Begin to write what was shelved to its file, and drop from RAM what has been written. Blocks with the device."""
+    lib.shelve_page_out(fd)
+
+
 def attach_hold(pid: int) -> None:
     """Have a child stop when it executes a program: attach_inject follows, from the same thread. OSError."""
     _check(lib.attach_hold(pid), f"process {pid}")

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from vswapd import command, config, processes
+from vswapd import command, config, processes, shelf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,11 +104,23 @@ class Front:
         lost = "were killed, as their swapped memory is lost with it"
         say(f"the private daemon died; {len(members)} processes {lost}")
 
-    def wait_command(self) -> int:
-        """Until the command has ended; its wait status."""
+    def wait_command(self, *, shelve: bool = False) -> int:
+        """Until the command has ended; its wait status. `shelve`: leave it the memory that waiting does not need."""
+        if shelve:
+            self._step_until_idle()
         while self._status is None:
+            if shelve:
+                shelf.unmap_shelved()
             self._step(None)
         return self._status
+
+    def _step_until_idle(self) -> None:
+        """A command that has ended soon is not worth it."""
+        end = time.monotonic() + config.SHELVE_AFTER_SECONDS
+        while self._status is None and (left := end - time.monotonic()) > 0:
+            self._step(left)
+        if self._status is None:
+            shelf.shelve_idle_memory()
 
     def wait_members(self, group: str, *, for_ever: bool) -> None:
         """Until nobody of the group is left who has memory in the daemon, or just look."""

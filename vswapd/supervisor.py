@@ -118,7 +118,10 @@ def _wait(pid: int, signals: Collection[int], upgrade: Callable[[], int | None] 
     """Wait status of a child, to which signals are passed on. `upgrade`: what UPGRADE_SIGNAL is for; the wait status
     if that was its end.
     """
+    from vswapd import engine
+
     while True:
+        engine.unmap_shelved()
         number = signal.sigwait(signals)
         if number == signal.SIGCHLD:
             ended, status = os.waitpid(pid, os.WNOHANG)

@@ -39,6 +39,15 @@ def fork_sharing_descriptors() -> int:
     return os.fork()
 
 
+def shelve_memory(fd: int) -> int:
+    """All memory stays where it is."""
+    raise _error(errno.EMEDIUMTYPE, "idle memory")
+
+
+def unmap_shelved() -> None:
+    """There is none."""
+
+
 class FakeEngine:
     """The Engine interface. `refuse` maps a method's name to the errno it fails with."""
 

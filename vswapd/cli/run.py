@@ -213,7 +213,7 @@ def _run(
     except BaseException:
         run.finish()
         raise
-    status = run.wait_command()
+    status = run.wait_command(shelve=bool(daemon_pid) and not options.no_spill)
     seconds = time.monotonic() - started
     # A system daemon serves them without us; asked once, so that notices on their way are not missed.
     run.wait_members(group, for_ever=bool(daemon_pid))

@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * shelve — see shelve.h.
+ *
+ * What must hold: between the copy of a mapping and its replacement nothing writes to it. There is one thread, its signals are
+ * blocked, and what it touches meanwhile is its stack and, for errno and the kernel's own notes about the thread (rseq, robust
+ * list), the mapping of its thread control block. Both are left out.
+ */
+#define _GNU_SOURCE
+#include "shelve.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "limits.h"
+
+#define RANGES_MAX 256
+#define RANGE_BYTES_MIN (128UL << 10) /* smaller ones are not worth a mapping */
+#define RANGE_BYTES_MAX (1UL << 30)   /* no interpreter's, but a sanitizer's shadow */
+#define RUN_PAGES_MAX 512
+#define PAGE_OF_FILE (5ULL << 61) /* pagemap: present, and of a file or shared */
+
+struct shelf_range {
+	uint64_t start, end;
+};
+
+/* Where memory was shelved; a fork's child has the same. Some of it may be unmapped by now. */
+static struct shelf_range shelf[RANGES_MAX];
+static int shelf_count;
+
+static bool holds(const struct shelf_range *range, const void *address)
+{
+	return (uintptr_t)address >= range->start && (uintptr_t)address < range->end;
+}
+
+/* One line of /proc/self/maps: private anonymous memory that may be replaced? */
+static bool is_idle_memory(const char *line, struct shelf_range *ret_range)
+{
+	char protection[5], name[16] = "";
+	unsigned long start, end, offset, inode;
+	int fields = sscanf(line, "%lx-%lx %4s %lx %*s %lu %15s", &start, &end, protection, &offset, &inode, name);
+
+	*ret_range = (struct shelf_range){ start, end };
+	return fields >= 5 && strcmp(protection, "rw-p") == 0 && inode == 0 &&
+	       (name[0] == '\0' || strcmp(name, "[heap]") == 0) && end - start >= RANGE_BYTES_MIN &&
+	       end - start <= RANGE_BYTES_MAX &&
+	       !holds(ret_range, __builtin_thread_pointer()) && !holds(ret_range, __builtin_frame_address(0));
+}
+
+/* The list is complete, and its file closed, before anything is copied. */
+static int list_ranges(struct shelf_range ranges[static RANGES_MAX])
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[512];
+	int count = 0;
+
+	if (!maps)
+		return -errno;
+	while (count < RANGES_MAX && fgets(line, sizeof line, maps))
+		if (is_idle_memory(line, &ranges[count]))
+			count++;
+	fclose(maps);
+	return count;
+}
+
+static bool is_only_thread(void)
+{
+	struct stat tasks;
+
+	return stat("/proc/self/task", &tasks) == 0 && tasks.st_nlink == 3; /* ".", ".." and one */
+}
+
+static int write_all(int fd, uint64_t address, uint64_t bytes, uint64_t offset)
+{
+	while (bytes > 0) {
+		/* Not pwrite(3): a sanitizer would look at what lies between allocations. */
+		long count = syscall(SYS_pwrite64, fd, address, bytes, offset);
+
+		if (count < 0 && errno == EINTR)
+			continue;
+		if (count <= 0)
+			return count < 0 ? -errno : -ENOSPC;
+		address += (uint64_t)count;
+		offset += (uint64_t)count;
+		bytes -= (uint64_t)count;
+	}
+	return 0;
+}
+
+/*
+ * Copy the pages of a range that are there to `offset` of the file. What was never touched stays a hole; *ret_end is the end
+ * of the last page that is there, behind which the mapping stays what it is.
+ */
+static int copy_range(int fd, int pagemap_fd, struct shelf_range range, uint64_t offset, uint64_t *ret_end)
+{
+	uint64_t entries[RUN_PAGES_MAX], pages, i, first;
+
+	*ret_end = range.start;
+	for (uint64_t at = range.start; at < range.end; at += pages * PAGE_BYTES) {
+		pages = min_of((range.end - at) / PAGE_BYTES, (uint64_t)RUN_PAGES_MAX);
+		if (pread(pagemap_fd, entries, pages * sizeof *entries, (off_t)(at / PAGE_BYTES * sizeof *entries)) !=
+		    (ssize_t)(pages * sizeof *entries))
+			return -EIO;
+		for (i = 0; i < pages; i++) {
+			int result;
+
+			for (first = i; i < pages && entries[i] >> 62; i++) /* present or swapped */
+				;
+			if (i == first)
+				continue;
+			result = write_all(fd, at + first * PAGE_BYTES, (i - first) * PAGE_BYTES,
+					   offset + (at - range.start) + first * PAGE_BYTES);
+			if (result < 0)
+				return result;
+			*ret_end = at + i * PAGE_BYTES;
+		}
+	}
+	return 0;
+}
+
+static int shelve_ranges(int fd, int pagemap_fd, const struct shelf_range *ranges, int count)
+{
+	uint64_t offset = 0, shelved = 0, end;
+
+	for (int i = 0; i < count; i++) {
+		int result = copy_range(fd, pagemap_fd, ranges[i], offset, &end);
+		uint64_t bytes = end - ranges[i].start;
+		void *at = (void *)(uintptr_t)ranges[i].start;
+
+		if (result < 0)
+			return result;
+		if (bytes < RANGE_BYTES_MIN)
+			continue;
+		/* The file has to reach beyond the last page: the rest of a mapping is SIGBUS. It does: that page was written. */
+		if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, (off_t)offset) != at)
+			return -errno;
+		shelf[shelf_count++] = (struct shelf_range){ ranges[i].start, end };
+		offset += bytes;
+		shelved += bytes;
+	}
+	return (int)(shelved >> 20);
+}
+
+int shelve_memory(int fd)
+{
+	struct shelf_range ranges[RANGES_MAX];
+	sigset_t all, before;
+	struct statfs figures;
+	int count, result, pagemap_fd;
+
+	if (fstatfs(fd, &figures) < 0)
+		return -errno;
+	if (figures.f_type == TMPFS_MAGIC || figures.f_type == RAMFS_MAGIC)
+		return -EMEDIUMTYPE;
+	if (shelf_count > 0 || !is_only_thread())
+		return -EBUSY;
+	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (pagemap_fd < 0)
+		return -errno;
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
+	count = list_ranges(ranges);
+	result = count < 0 ? count : shelve_ranges(fd, pagemap_fd, ranges, count);
+	sigprocmask(SIG_SETMASK, &before, NULL);
+	close(pagemap_fd);
+	return result;
+}
+
+/* Runs of pages that are the file's, not written to since. */
+static void unmap_clean(int pagemap_fd, struct shelf_range range)
+{
+	uint64_t entries[RUN_PAGES_MAX], pages, first;
+
+	for (uint64_t at = range.start; at < range.end; at += pages * PAGE_BYTES) {
+		pages = min_of((range.end - at) / PAGE_BYTES, (uint64_t)RUN_PAGES_MAX);
+		if (pread(pagemap_fd, entries, pages * sizeof *entries, (off_t)(at / PAGE_BYTES * sizeof *entries)) !=
+		    (ssize_t)(pages * sizeof *entries))
+			return;
+		for (uint64_t i = 0; i < pages; i++) {
+			for (first = i; i < pages && (entries[i] & PAGE_OF_FILE) == PAGE_OF_FILE; i++)
+				;
+			if (i > first)
+				(void)madvise((void *)(uintptr_t)(at + first * PAGE_BYTES), (i - first) * PAGE_BYTES,
+					      MADV_DONTNEED);
+		}
+	}
+}
+
+void shelve_unmap_clean(void)
+{
+	int pagemap_fd;
+	sigset_t all, before;
+
+	if (shelf_count == 0 || !is_only_thread())
+		return;
+	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (pagemap_fd < 0)
+		return;
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
+	for (int i = 0; i < shelf_count; i++)
+		unmap_clean(pagemap_fd, shelf[i]);
+	sigprocmask(SIG_SETMASK, &before, NULL);
+	close(pagemap_fd);
+}
+
+void shelve_page_out(int fd)
+{
+	(void)sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+	for (int i = 0; i < shelf_count; i++)
+		(void)madvise((void *)(uintptr_t)shelf[i].start, shelf[i].end - shelf[i].start, MADV_PAGEOUT);
+}

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""shelf — where a private daemon keeps the memory that it does not use (csrc/shelve.h).
+
+What Python and trio take is most of what such a daemon costs, and hardly any of it is touched once it has started. So
+it goes to an unlinked file, of which the page cache holds what is used. Not with --no-spill, which promises no disk.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vswapd import config
+
+
+def shelve_idle_memory() -> int:
+    """For a process with one thread that has loaded what it needs. The file's descriptor; -1: nice to have, but there is
+    no place for it.
+    """
+    from vswapd import engine
+
+    directory = os.environ.get("VSWAPD_SPILL_DIR") or config.SPILL_DIRECTORY
+    try:
+        descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return -1
+    try:
+        engine.shelve_memory(descriptor)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
+
+
+def unmap_shelved() -> None:
+    """This process, with its one thread, is going to wait."""
+    from vswapd import engine
+
+    engine.unmap_shelved()
+
+
+async def page_out(descriptor: int) -> None:
+    """Have what was shelved leave RAM. A process with threads cannot unmap it, as one may be writing to it."""
+    import trio
+
+    from vswapd import engine
+
+    for _ in range(2):
+        await trio.to_thread.run_sync(engine.page_out_shelved, descriptor, abandon_on_cancel=True)
+        await trio.sleep(config.SHELVE_WRITE_SECONDS)
