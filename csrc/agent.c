@@ -547,5 +547,6 @@ void agent_forget_parent(struct agent_state *state)
 	state->forked = 0;
 	state->token = 0;
 	state->said = 0;
+	state->ring_users = 0;
 	state->next_command = 0;
 }

@@ -102,6 +102,7 @@ struct agent_state {
 	uint32_t sandboxed;    /* left for good: seccomp. Forked children have no agent either */
 	uint32_t next_command; /* number of the next command of the ring */
 	uint32_t hurry;        /* futex; enum agent_hurry */
+	uint32_t ring_users;   /* threads of the program that use the ring: it stays mapped meanwhile */
 	uint32_t differed;     /* looks in a row at which the program had other credentials */
 	uint32_t said;         /* bits AGENT_SAID_*: lines not to be repeated */
 	int32_t descriptors[AGENT_DESCRIPTORS];

@@ -23,6 +23,7 @@
 #include "agent_sys.h"
 
 #define WELCOME_DESCRIPTORS 3
+#define RING_USED_NS 100000
 #define STACK_LOCK_LIMIT_MIN (1u << 20) /* do not use up a small RLIMIT_MEMLOCK of the program */
 
 /* Descriptors of a handshake under way; -1 when not open. */
@@ -391,6 +392,12 @@ void agent_unjoin(struct agent_state *state)
 	atomic_set(&state->armed, 0);
 	for (unsigned i = 0; i < AGENT_DESCRIPTORS; i++)
 		close_if_open(&state->descriptors[i]);
+	/* Who has not begun to use it finds that it is not armed. */
+	while (atomic_get(&state->ring_users)) {
+		const struct timespec moment = { .tv_nsec = RING_USED_NS };
+
+		(void)RAW_2(__NR_nanosleep, &moment, 0);
+	}
 	ring_unmap(state);
 }
 

@@ -94,6 +94,7 @@ struct client {
 	bool serving;     /* fault threads run */
 	bool registered;  /* regions are registered with events_fd */
 	bool agent_gone;
+	bool yielding; /* a thread gives up a range of it (yield.h) */
 	bool leaving; /* it is being detached: nothing of it is evicted, nor counted. Changed with the gate */
 	bool dead;
 	bool stopping;    /* workers end */

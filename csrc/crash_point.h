@@ -54,6 +54,9 @@
 	POINT(CLIENT_ARMED, "a client is armed, its record does not say so")                \
 	POINT(DETACH_LEAVING, "all pages of a client are with it, and its agent knows")     \
 	POINT(DETACH_LEFT, "a client's ring is retired, its record says that it lives")     \
+	POINT(YIELD_WITHDRAWN, "nothing of a range is evicted any more, what is out of it is out") \
+	POINT(YIELD_UNREGISTERED, "a range is not registered any more, the checkpoint says it is") \
+	POINT(YIELD_LET_GO, "a range is let go, its client does not know")                  \
 	POINT(CLIENT_DEAD, "a client is DEAD and has its slots")
 
 enum crash_point {

@@ -763,7 +763,7 @@ int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint6
 	return 0;
 }
 
-static void ask_from(struct client *client, uint64_t *cursor)
+static void ask_from(struct client *client, uint64_t *cursor, uint64_t first_page, uint64_t end_page)
 {
 	uint64_t first;
 
@@ -772,6 +772,8 @@ static void ask_from(struct client *client, uint64_t *cursor)
 		for (unsigned i = 0; i < CLUSTER_PAGES && client->deferred_count < DEFERRED_MAX / 2; i++) {
 			struct slot slot;
 
+			if (first + i < first_page || first + i >= end_page)
+				continue;
 			if (slot_get(client->engine->slots, &client->record->map, first + i, &slot) < 0 ||
 			    !slot_is_swapped(slot.tag))
 				continue;
@@ -781,15 +783,20 @@ static void ask_from(struct client *client, uint64_t *cursor)
 		}
 }
 
-void engine_ask_for_pages(struct client *client, uint64_t *cursor)
+void engine_ask_for_range(struct client *client, uint64_t *cursor, uint64_t first_page, uint64_t end_page)
 {
 	uint64_t before = *cursor;
 
 	if (client->deferred_count > 0)
 		return;
-	ask_from(client, cursor);
+	ask_from(client, cursor, first_page, end_page);
 	if (client->deferred_count == 0 && before > 0)
 		*cursor = 0;
+}
+
+void engine_ask_for_pages(struct client *client, uint64_t *cursor)
+{
+	engine_ask_for_range(client, cursor, 0, UINT64_MAX);
 }
 
 int engine_client_pagein(struct engine *engine, int32_t pid, int timeout_ms)

@@ -373,8 +373,9 @@ enum engine_event_kind {
 	ENGINE_EVENT_BACKEND_ERROR, /* a = backend, b = -errno */
 	ENGINE_EVENT_REGISTERED,    /* pid's regions were registered; a = regions, b = bytes */
 	ENGINE_EVENT_FORK_WAITS,    /* pid forks, and waits until its child can be taken over; a = -errno */
-	ENGINE_EVENT_CHILD_REFUSED  /* a forked child of pid cannot be served; a = -errno, b = its PID: it was
+	ENGINE_EVENT_CHILD_REFUSED, /* a forked child of pid cannot be served; a = -errno, b = its PID: it was
 				     * killed; 0: it was not found, and waits where it touches a page that is out */
+	ENGINE_EVENT_YIELD_REFUSED  /* pid registers memory with a userfaultfd of its own, for which it has no room; a = bytes */
 };
 
 struct engine_event {

@@ -103,6 +103,8 @@ void engine_kick_look(struct engine *engine);
 /* Hand the fault threads synthetic faults for swapped pages of the next clusters, once those of the last are answered; at
  * the end from the begin again. The gate is held. */
 void engine_ask_for_pages(struct client *client, uint64_t *cursor);
+/* The same for pages of [first, end) alone. */
+void engine_ask_for_range(struct client *client, uint64_t *cursor, uint64_t first_page, uint64_t end_page);
 
 /* Wait until *requests is not *seen, the engine stops, or `ms` have passed. */
 void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,

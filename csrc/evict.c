@@ -600,12 +600,14 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 	struct choice left = { .command = { .operation = VSWAP_POPULATE } };
 	unsigned i = 0;
 
-	/* What was moved is missing now: to populate that would be to fault it in again. */
+	SCOPED_LOCK(&client->gate);
+	/* What was moved is missing now: to populate that would be to fault it in again. And the gate was open: what was
+	 * given up meanwhile (yield.h) is none of ours. */
 	for (unsigned r = 0; r < choice->command.run_count; r++)
 		for (unsigned k = 0; k < choice->command.runs[r].pages; k++, i++)
-			if (!(moved >> i & 1))
+			if (!(moved >> i & 1) &&
+			    range_set_has(&client->regions, choice->command.runs[r].address + k * PAGE_BYTES))
 				add_to_runs(&left, page_of(choice->command.runs[r].address) + k);
-	SCOPED_LOCK(&client->gate);
 	if (client->dead || client->populating || client_is_shut(client) || left.command.run_count == 0)
 		return;
 	/* Once for a place: what is still busy the second time is pinned. */

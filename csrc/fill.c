@@ -460,12 +460,12 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 
 /* ---- pages on a backend ---- */
 
-static bool read_is_under_way(const struct client *client, uint64_t page)
+bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t end_page)
 {
 	for (unsigned i = 0; i < READS_MAX; i++) {
 		const struct spill_read *read = client->reads[i];
 
-		if (read && page >= read->fault.page && page < read->fault.page + read->page_count)
+		if (read && first_page < read->fault.page + read->page_count && read->fault.page < end_page)
 			return true;
 	}
 	return false;
@@ -543,7 +543,7 @@ static enum fill_result fill_from_spill(struct client *client, const struct faul
 	unsigned slot = 0;
 	int result;
 
-	if (read_is_under_way(client, fault->page))
+	if (fill_is_reading(client, fault->page, fault->page + 1))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
 	if (copy.tag != SLOT_SPILL)
 		return try_again(client); /* a shared slot: a drain has brought it into the pool since it was looked at */

@@ -44,6 +44,9 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch);
 /* Of a client that is dead: take what has completed. True when nothing is in flight any more. */
 bool fill_drop_reads(struct client *client);
 
+/* Whether a read for a page of [first, end) is under way. */
+bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t end_page);
+
 /* Forget reads that will not be delivered; none may be in flight. */
 void fill_free_reads(struct client *client);
 

@@ -28,6 +28,7 @@
 #include "engine_internal.h"
 #include "remap.h"
 #include "sys.h"
+#include "yield.h"
 
 #define LOOK_MS_MIN 1
 #define LOOK_MS_MAX 50
@@ -139,6 +140,20 @@ static uint64_t register_region(struct client *client, uint64_t start, uint64_t 
 	return adopt_pieces(client, start, end);
 }
 
+/* But for what is being given up (yield.h). */
+static uint64_t register_around(struct client *client, uint64_t start, uint64_t end, uint64_t protection)
+{
+	uint64_t held_start, held_end, bytes = 0;
+
+	if (!yield_holds(client, &held_start, &held_end) || held_start >= end || held_end <= start)
+		return register_region(client, start, end, protection);
+	if (start < held_start)
+		bytes += register_region(client, start, held_start & ~(PAGE_BYTES - 1), protection);
+	if (held_end < end)
+		bytes += register_region(client, (held_end + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1), end, protection);
+	return bytes;
+}
+
 void look_discover(struct client *client)
 {
 	struct mapping before = { 0 }, mapping = { 0 };
@@ -159,7 +174,7 @@ void look_discover(struct client *client)
 			continue;
 		start = registrable_start(client, &before, &mapping);
 		if (start < mapping.end)
-			bytes += register_region(client, start, mapping.end, mapping.executable ? 1 : 0);
+			bytes += register_around(client, start, mapping.end, mapping.executable ? 1 : 0);
 	}
 	WRITE_ONCE(client->registered, true);
 	checkpoint_write(client, 0);
@@ -251,6 +266,7 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 	if (size == 0 || READ_ONCE(client->dead) || !serving ||
 	    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 		return;
+	yield_look(client);
 	adapt = cow_is_due(client);
 	if (!READ_ONCE(client->registered) && !near && !adapt)
 		return;

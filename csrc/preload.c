@@ -22,7 +22,9 @@
  *                    limit, however large it is. And the first mapping that is large in itself is not
  *                    returned before the process is managed. Neither behind a seccomp filter, for which
  *                    these are system calls that the program did not make.
- *   syscall          dispatches unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
+ *   ioctl            a program's own userfaultfd: memory that is managed is given up to it
+ *                    (preload_userfaultfd.h).
+ *   syscall          dispatches UFFDIO_REGISTER, unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
  *                    calls seccomp in no other way); anything else goes straight to the kernel.
  *
  * Threads    any.
@@ -48,6 +50,7 @@
 #include "agent.h"
 #include "agent_sys.h"
 #include "preload_replace.h"
+#include "preload_userfaultfd.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define SOCKET_DEFAULT "/run/vswapd/vswapd.sock"
@@ -192,6 +195,20 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
 EXPORT void *mmap64(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 	__attribute__((alias("mmap")));
 
+/* ---- wrappers: a userfaultfd of the program's own ---- */
+
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+	va_list list;
+	void *argument;
+
+	va_start(list, request);
+	argument = va_arg(list, void *);
+	va_end(list);
+	return result_of((uint32_t)request == UFFDIO_REGISTER ? userfaultfd_register(fd, argument)
+							     : RAW_3(__NR_ioctl, fd, request, argument));
+}
+
 /* ---- wrappers: seccomp ---- */
 
 /* With the system call's pointer argument NULL a program only asks whether the call is there. */
@@ -257,6 +274,7 @@ __attribute__((used, visibility("hidden"))) long vswap_syscall(long number, long
 		      : number == __NR_setns ? setns_raw((int)a, (int)b)
 		      : number == __NR_prctl ? prctl_raw(a, b, c, d, e)
 		      : number == __NR_mlockall ? mlockall_raw((int)a)
+		      : number == __NR_ioctl ? userfaultfd_register((int)a, (struct uffdio_register *)c)
 					     : seccomp_raw(a, b, c);
 
 	if (result >= 0)
@@ -276,7 +294,7 @@ __attribute__((used, visibility("hidden"))) long vswap_syscall_failed(long resul
  * In assembly, without a frame, as libc's: a program that makes a system call which returns twice
  * (vfork, clone) finds the stack as it would there.
  */
-_Static_assert(__NR_mlockall == 151 && __NR_prctl == 157 && __NR_unshare == 272 && __NR_setns == 308 &&
+_Static_assert(__NR_ioctl == 16 && UFFDIO_REGISTER == 0xc020aa00 && __NR_mlockall == 151 && __NR_prctl == 157 && __NR_unshare == 272 && __NR_setns == 308 &&
 		       __NR_seccomp == 317,
 	       "numbers in the text below");
 __asm__(".text\n"
@@ -294,6 +312,11 @@ __asm__(".text\n"
 	"je vswap_syscall\n\t"
 	"cmp $151, %rdi\n\t"
 	"je vswap_syscall\n\t"
+	"cmp $16, %rdi\n\t"
+	"jne 1f\n\t"
+	"cmpl $0xc020aa00, %edx\n\t"
+	"je vswap_syscall\n"
+	"1:\n\t"
 	"mov %rdi, %rax\n\t"
 	"mov %rsi, %rdi\n\t"
 	"mov %rdx, %rsi\n\t"
@@ -303,9 +326,9 @@ __asm__(".text\n"
 	"mov 8(%rsp), %r9\n\t"
 	"syscall\n\t"
 	"cmp $-4095, %rax\n\t"
-	"jae 1f\n\t"
+	"jae 2f\n\t"
 	"ret\n"
-	"1:\n\t"
+	"2:\n\t"
 	"mov %rax, %rdi\n\t"
 	"jmp vswap_syscall_failed\n\t"
 	".cfi_endproc\n"

@@ -10,7 +10,7 @@
 #define LIMBO_PAGE ADDRESS_PAGES_MAX /* first page number beyond every address space */
 #define LIMBO_PAGES (ADDRESS_PAGES_MAX / REMAPS_MAX / 2)
 
-static void regions_remove(struct client *client, uint64_t start, uint64_t end)
+void remap_withdraw(struct client *client, uint64_t start, uint64_t end)
 {
 	/* A range not in the set is merely not evicted; one wrongly in it would be a lost page. */
 	if (range_set_remove(&client->regions, start, end, 2 * REGIONS_MAX) < 0)
@@ -27,6 +27,11 @@ static bool is_armed(const struct client *client, uint64_t start, uint64_t end)
 void remap_armed(struct client *client, uint64_t start, uint64_t end)
 {
 	(void)range_set_add(&client->armed, start, end, 0, 2 * REGIONS_MAX);
+}
+
+void remap_disarmed(struct client *client, uint64_t start, uint64_t end)
+{
+	(void)range_set_remove(&client->armed, start, end, 4 * REGIONS_MAX);
 }
 
 static void drop_slots(struct client *client, uint64_t page, uint64_t pages)
@@ -114,7 +119,7 @@ void remap_unmap(struct client *client, uint64_t start, uint64_t end)
 {
 	bool armed = is_armed(client, start, end);
 
-	regions_remove(client, start, end);
+	remap_withdraw(client, start, end);
 	WRITE_ONCE(client->size_pages_seen, 0); /* what comes in its place may be just as large */
 	for (unsigned i = 0; !armed && i < client->remap_count;) {
 		struct waiting_remap *remap = &client->remaps[i];
@@ -126,7 +131,7 @@ void remap_unmap(struct client *client, uint64_t start, uint64_t end)
 		i++;
 	}
 	drop_slots(client, page_of(start), page_of(end - start));
-	(void)range_set_remove(&client->armed, start, end, 4 * REGIONS_MAX);
+	remap_disarmed(client, start, end);
 	if (client->quarantine.count)
 		(void)range_set_remove(&client->quarantine, start, end, QUARANTINE_MAX);
 	attach_vacated(client);
@@ -161,8 +166,8 @@ void remap_move(struct client *client, uint64_t from, uint64_t to, uint64_t byte
 		remap.protection = region->value;
 		remap.region_bytes = min_of(region->end, from + bytes) - from;
 	}
-	regions_remove(client, from, from + bytes);
-	regions_remove(client, to, to + bytes);
+	remap_withdraw(client, from, from + bytes);
+	remap_withdraw(client, to, to + bytes);
 	/* Not armed here, and waited for: the same mapping moves on before it arrived. */
 	for (unsigned i = 0; !is_armed(client, from, from + bytes) && i < client->remap_count; i++)
 		if (client->remaps[i].to == from && client->remaps[i].bytes == bytes) {

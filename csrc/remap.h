@@ -29,6 +29,10 @@
 void remap_unmap(struct client *client, uint64_t start, uint64_t end);
 void remap_move(struct client *client, uint64_t from, uint64_t to, uint64_t bytes);
 void remap_armed(struct client *client, uint64_t start, uint64_t end);
+/* It is registered no more, and there was no event: its slots are gone already. */
+void remap_disarmed(struct client *client, uint64_t start, uint64_t end);
+/* Nothing of it may be evicted. */
+void remap_withdraw(struct client *client, uint64_t start, uint64_t end);
 
 /* True when slots wait for this page's address. */
 bool remap_is_waiting(const struct client *client, uint64_t page);

@@ -38,6 +38,12 @@
  * the successor sets `retired` to RETIRED_VOID (before `epoch`), and the agent begins anew. RETIRED_LEFT, after
  * LEAVE, ends the agent: it closes what it has, so that the kernel serves the client's faults again.
  *
+ * A range given up: a program registers memory that is managed with a userfaultfd of its own. Its library writes
+ * yield_start and yield_bytes, then the number of the request to yield_asked; the daemon brings back what is out there,
+ * lets go of the range, writes yield_error, then the number to yield_answered; the library has the program's call
+ * repeated and writes the number to yield_over. While yield_over differs from yield_asked the daemon registers nothing
+ * in that range. One request at a time, and only of a daemon that says VSWAP_FEATURE_YIELD.
+ *
  * The agent's arena in the client, one reservation made before HELLO, told in ARM:
  *     beacon   1 page, registered, never touched in the process that armed it. In a forked child
  *              the daemon answers its fault with a page whose first 8 bytes are the child's
@@ -52,6 +58,7 @@
 #ifndef VSWAP_WIRE_H
 #define VSWAP_WIRE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #define VSWAP_MAGIC 0x50575356u /* "VSWP" */
@@ -132,6 +139,8 @@ enum vswap_operation {
 #define VSWAP_RETIRED_VOID 1u
 #define VSWAP_RETIRED_LEFT 2u
 
+#define VSWAP_FEATURE_YIELD 1u
+
 struct vswap_run {
 	uint64_t address;
 	uint32_t pages;
@@ -160,10 +169,16 @@ struct vswap_ring {
 	uint32_t posted;         /* daemon; futex */
 	uint32_t agent_sleeping; /* agent: 1 while it is, or is about to be, in futex wait */
 	uint32_t retired;        /* daemon: VSWAP_RETIRED_*, nobody serves this ring; 0: somebody does */
-	uint8_t pad0[36];
+	uint32_t features;       /* daemon: VSWAP_FEATURE_* */
+	uint8_t pad0[32];
 	uint32_t done;           /* agent; futex */
 	uint32_t daemon_waiting; /* daemon: 1 while it is, or is about to be, in futex wait */
-	uint8_t pad1[56];
+	uint64_t yield_start, yield_bytes; /* client: a range to be given up */
+	uint32_t yield_asked;    /* client */
+	uint32_t yield_answered; /* daemon; futex */
+	uint32_t yield_error;    /* daemon: errno, 0: the range is the program's */
+	uint32_t yield_over;     /* client */
+	uint8_t pad1[24];
 	struct vswap_command commands[VSWAP_RING_COMMANDS];
 };
 
@@ -172,6 +187,7 @@ _Static_assert(sizeof(struct vswap_welcome) == 16, "wire layout");
 _Static_assert(sizeof(struct vswap_arm) == 64, "wire layout");
 _Static_assert(sizeof(struct vswap_ready) == 8, "wire layout");
 _Static_assert(sizeof(struct vswap_run) == 24, "wire layout");
+_Static_assert(offsetof(struct vswap_ring, done) == 64 && offsetof(struct vswap_ring, commands) == 128, "wire layout");
 _Static_assert(sizeof(struct vswap_ring) <= VSWAP_RING_BYTES, "ring fits its memfd");
 
 /*

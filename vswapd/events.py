@@ -74,6 +74,12 @@ def describe(  # noqa: PLR0911 -- one for each kind
         fate = f"{event.b} killed" if event.b else "it waits where it touches a page that is out"
         text = f"a forked child of process {process} cannot be served: {_cause(event.a)}; {fate}"
         return Notice("error", "child-refused", text, name, event.pid)
+    if event.kind == records.EVENT_YIELD_REFUSED:
+        text = (
+            f"process {process} registers {format_size(event.a)} with a userfaultfd of its own, which must stay in memory "
+            f"and do not fit: it gets ENOMEM; raise the limit"
+        )
+        return Notice("warning", "userfaultfd-refused", text, name, event.pid)
     if event.kind == records.EVENT_CLIENT_GONE:
         return Notice("info", "client-gone", f"process {process} ended", name, event.pid)
     if event.kind == records.EVENT_REGISTERED:

@@ -44,7 +44,6 @@ _FULL = {("torture", "zero"), ("torture", "same"), ("torture", "raw"), ("torture
 
 # (row, mode) → why it cannot be right yet. Mode "*": managed, in any way.
 _XFAIL: dict[tuple[str, str], str] = {
-    ("own_userfaultfd_while_out", "*"): "a range that is managed already cannot be registered by the program: EBUSY",
     ("thread_clear_tid_out", "*"): "the kernel answers no userfault of a thread that ends (README: limits)",
     ("thread_robust_mutex_out", "*"): "the kernel answers no userfault of a thread that ends (README: limits)",
 }

@@ -65,13 +65,7 @@ def test_cpython(name: str, tmp_path: Path) -> None:
 # ---- stress-ng ----
 
 _BAD_LINE = re.compile(r"stress-ng: (fail|error):|unsuccessful|terminated on signal|aborted", re.IGNORECASE)
-_OWN_USERFAULTFD = pytest.mark.xfail(
-    strict=True, reason="a range that is managed already cannot be registered by the program: EBUSY"
-)
-_CLASSES = [
-    "vm", "mmap", "mremap", "fork", "madvise", "brk", "mprotect",
-    pytest.param("userfaultfd", marks=_OWN_USERFAULTFD), "vforkmany",
-]  # fmt: skip
+_CLASSES = ["vm", "mmap", "mremap", "fork", "madvise", "brk", "mprotect", "userfaultfd", "vforkmany"]
 # What a program has registered with a userfaultfd of its own cannot be evicted: it has to fit. 256 MiB are its default.
 _SIZES = {"userfaultfd": ["--userfaultfd-bytes", "48M"]}
 

@@ -4,21 +4,26 @@
  *
  *   churn MIB SECONDS SEED [THREADS] [FORKS] [WITHOUT]
  *
- * WITHOUT leaves operations out, to narrow a finding down: d DONTNEED, u munmap, r mremap, p mprotect.
+ * WITHOUT leaves operations out, to narrow a finding down: d DONTNEED, u munmap, r mremap, p mprotect, o a userfaultfd of
+ * its own.
  *
  * Each thread owns blocks of pages. A page's content is a function of (block, page, version, kind), so it
  * can be checked at any time: version 0 reads as zeros. Operations, by chance: write, verify, scan,
- * madvise DONTNEED, munmap and map again, mremap (move, grow), mprotect and back, fork with a child that
- * verifies, changes and verifies its copy. Exit status 0: every byte was right. A wrong byte is printed
+ * madvise DONTNEED, munmap and map again, mremap (move, grow), mprotect and back, a userfaultfd of the program's own over a
+ * block and away again, fork with a child that verifies, changes and verifies its copy. Exit status 0: every byte was right. A wrong byte is printed
  * with all there is to know about it, and ends the program with status 3.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -141,6 +146,34 @@ static void remap(struct worker *w, struct block *b)
 	(void)w;
 }
 
+/* Where only what is protected faults, and nothing is: so all there is to see is what was there. */
+static void watch(struct worker *w, struct block *b, uint32_t n, uint32_t count)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register range = { .range = { (uintptr_t)b->base, b->pages * PAGE },
+					 .mode = UFFDIO_REGISTER_MODE_WP };
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0 || ioctl(fd, UFFDIO_REGISTER, &range) != 0) {
+		perror("churn: userfaultfd");
+		_exit(4);
+	}
+	for (uint32_t i = 0; i < b->pages; i++)
+		verify(w, b, i, "watched by the program");
+	for (uint32_t i = 0; i < count; i++)
+		write_page(b, n + i);
+	for (uint32_t i = 0; i < count; i++)
+		verify(w, b, n + i, "written to, watched by the program");
+	drop(b, n, count / 2);
+	if (n % 2 && ioctl(fd, UFFDIO_UNREGISTER, &range.range) != 0) {
+		perror("churn: UFFDIO_UNREGISTER");
+		_exit(4);
+	}
+	verify(w, b, n, "no longer watched");
+	close(fd);
+	verify(w, b, n, "its descriptor closed");
+}
+
 static void child(struct worker *w, struct block *b)
 {
 	for (int i = 0; i < 200; i++) {
@@ -193,7 +226,7 @@ static void operate(struct worker *w)
 	if ((what >= 930 && what < 960 && strchr(without, 'd')) ||
 	    (what >= 960 && what < 970 && strchr(without, 'u')) ||
 	    (what >= 970 && what < 985 && strchr(without, 'r')) ||
-	    (what >= 985 && what < 995 && strchr(without, 'p')))
+	    (what >= 985 && what < 993 && strchr(without, 'p')) || (what >= 993 && what < 995 && strchr(without, 'o')))
 		return;
 	if (what < 350) {
 		for (uint32_t i = 0; i < count; i++)
@@ -212,10 +245,12 @@ static void operate(struct worker *w)
 		b->base = map(b->pages);
 	} else if (what < 985) {
 		remap(w, b);
-	} else if (what < 995) {
+	} else if (what < 993) {
 		mprotect(b->base + n * PAGE, count * PAGE, PROT_READ);
 		verify(w, b, n, "read-only");
 		mprotect(b->base + n * PAGE, count * PAGE, PROT_READ | PROT_WRITE);
+	} else if (what < 995) {
+		watch(w, b, n, count);
 	} else if (w->forks) {
 		fork_one(w, b);
 	}

@@ -35,7 +35,7 @@ extern char **environ;
 
 static const char *const backing_names[BACKING_COUNT] = { "zero", "same", "pool", "raw",
 							  "spill", "kept", "resident" };
-static const struct row *const tables[] = { fork_rows, map_rows, advice_rows, lock_rows, io_rows,
+static const struct row *const tables[] = { fork_rows, map_rows, advice_rows, lock_rows, io_rows, userfaultfd_rows,
 					    process_rows };
 const char *program_path;
 static const char *row_name = "-";

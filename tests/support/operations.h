@@ -37,7 +37,8 @@ struct row {
 };
 
 /* One table for each file, ended by a row without a name. */
-extern const struct row fork_rows[], map_rows[], advice_rows[], lock_rows[], io_rows[], process_rows[];
+extern const struct row fork_rows[], map_rows[], advice_rows[], lock_rows[], io_rows[], process_rows[],
+	userfaultfd_rows[];
 
 __attribute__((format(printf, 2, 3))) void must(bool condition, const char *format, ...);
 /* condition, with errno in the message */

@@ -4,12 +4,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/io_uring.h>
-#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -341,65 +339,6 @@ static void io_process_vm(void)
 	area_free(&area);
 }
 
-/* ---- a userfaultfd of the program's own ---- */
-
-struct own_faults {
-	int fd;
-	const struct area *area;
-	volatile unsigned answered;
-};
-
-static void *answer_faults(void *argument)
-{
-	struct own_faults *own = argument;
-	static uint8_t page[PAGE] __attribute__((aligned(4096)));
-	struct uffd_msg message;
-
-	while (read(own->fd, &message, sizeof message) == (ssize_t)sizeof message) {
-		uint64_t address = message.arg.pagefault.address & ~(PAGE - 1);
-		struct uffdio_copy copy = { .dst = address, .src = (uintptr_t)page, .len = PAGE };
-
-		if (message.event != UFFD_EVENT_PAGEFAULT)
-			break;
-		area_content(own->area, (address - (uintptr_t)own->area->at) / PAGE, 3, page);
-		if (ioctl(own->fd, UFFDIO_COPY, &copy) != 0 && errno != EEXIST)
-			break;
-		if (++own->answered == own->area->pages)
-			break;
-	}
-	return NULL;
-}
-
-static void own_userfaultfd(bool managed_before)
-{
-	struct area area = managed_before ? area_make(AREA_PAGES) : area_map(AREA_PAGES);
-	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register range = { .range = { (uintptr_t)area.at, area.pages * PAGE },
-					 .mode = UFFDIO_REGISTER_MODE_MISSING };
-	struct own_faults own = { .area = &area };
-	pthread_t thread;
-
-	own.fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
-	must_call(own.fd >= 0 && ioctl(own.fd, UFFDIO_API, &api) == 0, "userfaultfd");
-	must_call(ioctl(own.fd, UFFDIO_REGISTER, &range) == 0, "UFFDIO_REGISTER");
-	if (managed_before)
-		area_check(&area, 0, area.pages, 0, "what was there");
-	must_call(madvise(area.at, area.pages * PAGE, MADV_DONTNEED) == 0, "DONTNEED");
-	must(pthread_create(&thread, NULL, answer_faults, &own) == 0, "no thread");
-	area_check(&area, 0, HALF, 3, "answered by the program");
-	page_out_try();
-	area_check(&area, 0, area.pages, 3, "answered by the program, after eviction was tried");
-	pthread_join(thread, NULL);
-	must(own.answered == area.pages, "%u of %zu faults were the program's", own.answered, area.pages);
-	close(own.fd);
-	page_out(area.at, area.pages);
-	area_check(&area, 0, area.pages, 3, "without userfaultfd, out and back");
-	area_free(&area);
-}
-
-static void own_userfaultfd_fresh(void) { own_userfaultfd(false); }
-static void own_userfaultfd_while_out(void) { own_userfaultfd(true); }
-
 const struct row io_rows[] = {
 	{ "io_file", io_file, 0 },
 	{ "io_vectors", io_vectors, 0 },
@@ -411,7 +350,5 @@ const struct row io_rows[] = {
 	{ "io_uring_registered", io_uring_registered, 0 },
 	{ "io_uring_plain", io_uring_plain, 0 },
 	{ "io_process_vm", io_process_vm, 0 },
-	{ "own_userfaultfd_fresh", own_userfaultfd_fresh, ROW_BOTH },
-	{ "own_userfaultfd_while_out", own_userfaultfd_while_out, ROW_OWN },
 	{ NULL, NULL, 0 },
 };
