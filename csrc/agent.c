@@ -383,7 +383,7 @@ static void come_under_management(struct agent_state *state)
 static void ask_beacon(struct agent_state *state)
 {
 	const volatile uint64_t *beacon = (const volatile uint64_t *)(state->arena + ARENA_BEACON);
-	uint64_t token = *beacon;
+	uint64_t token = *beacon, waited_ns = 0;
 	enum join_outcome outcome;
 
 	/* Its parent is managed, and it is not: nobody watches the memory that was swapped out of it. */
@@ -396,10 +396,14 @@ static void ask_beacon(struct agent_state *state)
 	state->forked = 1;
 	atomic_set(&state->phase, AGENT_JOINING);
 	while ((outcome = agent_join(state, token)) == JOIN_ABSENT) {
-		if (state->config.verbose && !(state->said & AGENT_SAID_ABSENT))
+		bool is_due = state->config.absent_ns && waited_ns >= state->config.absent_ns;
+
+		if ((state->config.verbose || is_due) && !(state->said & AGENT_SAID_ABSENT)) {
 			agent_say(state, "waits for the daemon at ", state->config.socket_path);
-		state->said |= AGENT_SAID_ABSENT;
+			state->said |= AGENT_SAID_ABSENT;
+		}
 		wait_for(state, ADOPT_RETRY_NS);
+		waited_ns += ADOPT_RETRY_NS;
 	}
 	if (outcome == JOIN_REFUSED)
 		agent_kill_process(state, "the daemon does not take this forked process");
@@ -548,5 +552,6 @@ void agent_forget_parent(struct agent_state *state)
 	state->token = 0;
 	state->said = 0;
 	state->ring_users = 0;
+	state->absent_looks = 0;
 	state->next_command = 0;
 }

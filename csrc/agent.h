@@ -78,6 +78,7 @@ struct agent_config {
 	char group[VSWAP_GROUP_BYTES];
 	uint64_t minimum_bytes;
 	uint64_t look_ns;
+	uint64_t absent_ns; /* without a daemon for so long, it says so; 0: never */
 	uint64_t stderr_device, stderr_inode; /* of descriptor 2 at the start; 0, 0: it had none */
 	uint32_t verbose;
 	uint32_t is_injected; /* by attach.c: nobody but the agent knows of the arena */
@@ -104,12 +105,15 @@ struct agent_state {
 	uint32_t hurry;        /* futex; enum agent_hurry */
 	uint32_t ring_users;   /* threads of the program that use the ring: it stays mapped meanwhile */
 	uint32_t differed;     /* looks in a row at which the program had other credentials */
+	uint32_t beat;         /* of the ring, when it was last looked at */
+	uint32_t absent_looks; /* in a row, AGENT_SLOW_NS apart, at which it was the same */
 	uint32_t said;         /* bits AGENT_SAID_*: lines not to be repeated */
 	int32_t descriptors[AGENT_DESCRIPTORS];
 };
 
 #define AGENT_SAID_ABSENT 1u
 #define AGENT_SAID_HANGUP 2u
+#define AGENT_SAID_WAITS 4u
 
 _Static_assert(sizeof(struct agent_state) <= AGENT_PAGE, "the state is one page of the arena");
 _Static_assert(ARENA_STATE % AGENT_PAGE == 0 && ARENA_TRASH1 % AGENT_PAGE == 0, "page aligned");

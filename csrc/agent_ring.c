@@ -6,7 +6,7 @@
  * Order     commands one after the other, in the order of their numbers.
  * Sleeping  agent_sleeping is set, then posted, epoch and preload.c's request are read again, then
  *           the futex waits for `posted`: a command posted in between is either seen or wakes. At
- *           most a second, then the agent looks whether the daemon hung up. If it did, nothing is
+ *           most a second, then the agent looks whether a daemon is there. If none is, nothing is
  *           closed: as long as a userfaultfd is open, faults wait and nobody reads zeros.
  * Trust     addresses and lengths come from the daemon, whom the process trusts with its memory
  *           anyway; they are checked against the window so that a bug there stays a refused
@@ -194,6 +194,36 @@ static bool is_hung_up(const struct agent_state *state)
 	return got == 0 || (got < 0 && got != -EAGAIN && got != -EINTR);
 }
 
+static void daemon_is_there(struct agent_state *state)
+{
+	if (!(state->said & AGENT_SAID_WAITS))
+		return;
+	agent_say(state, "a daemon is there again", "");
+	state->said &= ~AGENT_SAID_WAITS;
+}
+
+/* About once a second, while nothing is asked for. By the beat, for others may keep the socket of a dead daemon open. */
+static void look_for_daemon(struct agent_state *state, struct vswap_ring *ring)
+{
+	uint32_t beat = atomic_get(&ring->beat);
+	bool is_hung = is_hung_up(state);
+	bool is_absent = ring->features & VSWAP_FEATURE_BEAT ? beat == state->beat : is_hung;
+
+	state->beat = beat;
+	state->absent_looks = is_absent ? state->absent_looks + 1 : 0;
+	if (is_hung && state->config.verbose && !(state->said & AGENT_SAID_HANGUP)) {
+		agent_say(state, "the daemon is gone; waits for another", "");
+		state->said |= AGENT_SAID_HANGUP;
+	}
+	if (is_absent && state->config.absent_ns && !(state->said & AGENT_SAID_WAITS) &&
+	    state->absent_looks * AGENT_SLOW_NS >= state->config.absent_ns) {
+		agent_say(state, "no daemon answers; what is swapped out waits for one", "");
+		state->said |= AGENT_SAID_WAITS;
+	}
+	if (!is_absent)
+		daemon_is_there(state);
+}
+
 /* `posted`, `request`: what they were when there was nothing to do. */
 static void sleep_until_posted(struct agent_state *state, struct vswap_ring *ring, uint32_t posted,
 			       uint32_t request)
@@ -208,11 +238,7 @@ static void sleep_until_posted(struct agent_state *state, struct vswap_ring *rin
 	atomic_set(&ring->agent_sleeping, 0);
 	if (result != -ETIMEDOUT || request != AGENT_GO_ON)
 		return;
-	if (is_hung_up(state)) {
-		if (state->config.verbose && !(state->said & AGENT_SAID_HANGUP))
-			agent_say(state, "the daemon is gone; waits for another", "");
-		state->said |= AGENT_SAID_HANGUP;
-	}
+	look_for_daemon(state, ring);
 	agent_look_around(state);
 }
 
@@ -251,6 +277,7 @@ uint32_t agent_serve(struct agent_state *state)
 			sleep_until_posted(state, ring, posted, request);
 			continue;
 		}
+		daemon_is_there(state);
 		execute(state, &ring->commands[state->next_command % VSWAP_RING_COMMANDS], parked);
 		state->next_command++;
 		atomic_set(&ring->done, state->next_command);

@@ -292,7 +292,7 @@ int client_make_ring(struct client *client)
 	ring = map;
 	ring->magic = VSWAP_MAGIC;
 	ring->version = VSWAP_WIRE_VERSION;
-	ring->features = VSWAP_FEATURE_YIELD;
+	ring->features = VSWAP_FEATURES;
 	ring->epoch = client->engine->state->epoch;
 	client->ring_fd = client->record->ring_fd = fd;
 	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE);

@@ -266,6 +266,7 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 	if (size == 0 || READ_ONCE(client->dead) || !serving ||
 	    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 		return;
+	WRITE_ONCE(client->ring->beat, (uint32_t)(now / 1000000));
 	yield_look(client);
 	adapt = cow_is_due(client);
 	if (!READ_ONCE(client->registered) && !near && !adapt)

@@ -57,6 +57,8 @@
 #define MINIMUM_BYTES_DEFAULT (16ULL << 20)
 #define LOOK_US_DEFAULT 10000
 #define LOOK_US_MAX 1000000
+#define ABSENT_S_DEFAULT 10
+#define ABSENT_S_MAX 86400
 #define POPULATE_BYTES (2UL << 20) /* a huge page; at most so much is populated before others get the lock */
 #define ERRNO_MAX 4095
 #define SINGLE_TASK_FLAGS \
@@ -413,6 +415,7 @@ static void config_read(struct agent_config *ret_config)
 {
 	const char *path = getenv("VSWAPD_SOCKET"), *group = getenv("VSWAP_GROUP");
 	uint64_t look_us = number_from("VSWAP_LOOK_US", LOOK_US_DEFAULT);
+	uint64_t absent_s = number_from("VSWAP_ABSENT_S", ABSENT_S_DEFAULT);
 	struct stat status;
 
 	memset(ret_config, 0, sizeof *ret_config);
@@ -426,6 +429,8 @@ static void config_read(struct agent_config *ret_config)
 	ret_config->minimum_bytes = number_from("VSWAP_MIN_BYTES", MINIMUM_BYTES_DEFAULT);
 	look_us = look_us < 100 ? 100 : look_us > LOOK_US_MAX ? LOOK_US_MAX : look_us;
 	ret_config->look_ns = look_us * 1000;
+	absent_s = absent_s > ABSENT_S_MAX ? ABSENT_S_MAX : absent_s;
+	ret_config->absent_ns = absent_s * AGENT_SLOW_NS;
 	ret_config->verbose = number_from("VSWAP_VERBOSE", 0) != 0;
 	if (RAW_2(__NR_fstat, 2, &status) == 0) {
 		ret_config->stderr_device = status.st_dev;

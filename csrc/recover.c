@@ -411,7 +411,7 @@ static int attach_ring(struct client *client)
 	if (ring == MAP_FAILED)
 		return -errno;
 	client->posted = ring->posted;
-	ring->features = VSWAP_FEATURE_YIELD; /* the daemon before may have been another version */
+	ring->features = VSWAP_FEATURES; /* the daemon before may have been another version */
 	ring->epoch = client->engine->state->epoch;
 	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE);
 	return 0;

@@ -140,6 +140,8 @@ enum vswap_operation {
 #define VSWAP_RETIRED_LEFT 2u
 
 #define VSWAP_FEATURE_YIELD 1u
+#define VSWAP_FEATURE_BEAT 2u
+#define VSWAP_FEATURES (VSWAP_FEATURE_YIELD | VSWAP_FEATURE_BEAT)
 
 struct vswap_run {
 	uint64_t address;
@@ -170,7 +172,8 @@ struct vswap_ring {
 	uint32_t agent_sleeping; /* agent: 1 while it is, or is about to be, in futex wait */
 	uint32_t retired;        /* daemon: VSWAP_RETIRED_*, nobody serves this ring; 0: somebody does */
 	uint32_t features;       /* daemon: VSWAP_FEATURE_* */
-	uint8_t pad0[32];
+	uint32_t beat;           /* daemon: another number at least every second, while it looks after its clients */
+	uint8_t pad0[28];
 	uint32_t done;           /* agent; futex */
 	uint32_t daemon_waiting; /* daemon: 1 while it is, or is about to be, in futex wait */
 	uint64_t yield_start, yield_bytes; /* client: a range to be given up */
@@ -196,6 +199,7 @@ _Static_assert(sizeof(struct vswap_ring) <= VSWAP_RING_BYTES, "ring fits its mem
  *   VSWAP_GROUP         group name for HELLO
  *   VSWAP_MIN_BYTES     anonymous resident size from which the agent asks to be managed (default 16 MiB)
  *   VSWAP_LOOK_US       longest time between two looks of the agent at its own size (default 10000)
+ *   VSWAP_ABSENT_S      seconds without a daemon after which a managed process says so on stderr (default 10; 0: never)
  *   VSWAP_VERBOSE       1: say on stderr, in one line, when the daemon is absent or refuses
  */
 

@@ -376,6 +376,27 @@ def test_figures_are_whole_after_deaths(verify_memory: str) -> None:
     assert result.stats["run"]["faults"] <= counters["faults"]
 
 
+def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str) -> None:
+    """A client that meets no daemon says so after a while, once, and waits; and says when there is one again."""
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--"]
+    argv += [verify_memory, "--mib", "64", "--seconds", "8"]
+    pid = Killer(daemon.socket_path, 0.0, seed=1).answering()
+    with subprocess.Popen(
+        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "VSWAP_ABSENT_S": "1"}
+    ) as command:
+        client = _managed_pid(daemon)
+        assert command.stderr is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            first = command.stderr.readline().decode()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        _, rest = command.communicate(timeout=_SECONDS_MAX * 3)
+        assert command.returncode == 0, rest.decode()
+    assert first == f"vswap[{client}]: no daemon answers; what is swapped out waits for one\n"
+    assert rest.decode() == f"vswap[{client}]: a daemon is there again\n"
+
+
 def test_run_without_deaths_says_nothing(verify_memory: str) -> None:
     """The line of the tests above comes from deaths only."""
     result = run_limited("24M", [verify_memory, "--mib", "48", "--passes", "1"])
