@@ -62,15 +62,18 @@ static long ask(struct vswap_ring *ring, const struct uffdio_range *range)
 	return -(long)ring->yield_error;
 }
 
-/* The daemon and the agent close their userfaultfd. */
+/* Detached, or about to be: the daemon and the agent close their userfaultfd. Waited for once: afterwards what is busy is
+ * so for another reason. */
 static long try_until_left(int fd, struct uffdio_register *argument)
 {
-	long result = -EBUSY;
+	static uint32_t left_tgid; /* the process for which it was waited for */
+	long result = try_once(fd, argument);
 
-	for (unsigned i = 0; result == -EBUSY && i < LEFT_TRIES; i++) {
+	for (unsigned i = 0; result == -EBUSY && i < LEFT_TRIES && left_tgid != agent->tgid; i++) {
 		wait_a_moment();
 		result = try_once(fd, argument);
 	}
+	left_tgid = agent->tgid;
 	return result;
 }
 
@@ -79,8 +82,8 @@ static long have_it_given_up(int fd, struct uffdio_register *argument)
 	struct vswap_ring *ring = wait_until_armed() ? ring_enter() : NULL;
 	long result = -EBUSY;
 
-	if (!ring)
-		return try_once(fd, argument); /* by now it may be let go */
+	if (!ring) /* by now it may be let go */
+		return atomic_get(&agent->leaving) ? try_until_left(fd, argument) : try_once(fd, argument);
 	if (ring->features & VSWAP_FEATURE_YIELD) {
 		result = ask(ring, &argument->range);
 		if (result == 0)

@@ -52,13 +52,16 @@ static bool is_sane(const struct client_record *record, uint64_t start, uint64_t
 
 /* ---- one look; the gate is held ---- */
 
-/* The next part of the range, from `at` on, that is one mapping or none. Returns its end. */
+/* The next part of the range, from `at` on, that is one mapping or none. Returns its end; 0: it cannot be seen now. */
 static uint64_t next_part(const struct yield *yield, uint64_t at, bool *ret_is_anonymous)
 {
 	struct mapping mapping;
+	int result = sys_mapping_next(yield->client->maps_fd, at, &mapping);
 
 	*ret_is_anonymous = false;
-	if (sys_mapping_next(yield->client->maps_fd, at, &mapping) != 1 || mapping.start >= yield->end)
+	if (result < 0)
+		return 0;
+	if (result == 0 || mapping.start >= yield->end)
 		return yield->end;
 	if (mapping.start > at)
 		return mapping.start;
@@ -80,10 +83,13 @@ static int survey(const struct yield *yield)
 
 		end = next_part(yield, at, &is_anonymous);
 		result = is_anonymous ? sys_userfaultfd_covers(client->events_fd, at) : 0;
-		if (result < 0)
+		if (end == 0 || result < 0)
 			return -EAGAIN;
 		/* Another descriptor's is covered, too, but cannot be had. */
 		result = result ? sys_userfaultfd_register(client->events_fd, at, end - at) : -EBUSY;
+		/* A part of ours that was unmapped since would make all of it look like the program's. */
+		if (result == -EBUSY && sys_userfaultfd_is_changing(client->events_fd))
+			return -EAGAIN;
 		if (result == -EBUSY)
 			client_forget_slots(client, page_of(at), page_of(end - at));
 		else if (result < 0)
@@ -204,6 +210,8 @@ static int unregister(const struct yield *yield)
 
 	for (uint64_t at = yield->start, end; at < yield->end && (result == 0 || result == -EBUSY); at = end) {
 		end = next_part(yield, at, &is_anonymous);
+		if (end == 0)
+			return -EAGAIN;
 		result = is_anonymous ? sys_userfaultfd_register(events_fd, at, end - at) : 0;
 		if (is_anonymous && result == 0)
 			result = sys_userfaultfd_unregister(events_fd, at, end - at);

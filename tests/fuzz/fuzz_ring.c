@@ -2,12 +2,13 @@
 /*
  * fuzz_ring — the daemon's side of the ring that it shares with a client, and of all it asks the client's kernel.
  *
- * evict.c and client.c run as they are; sys.c is replaced by what is below. The input is a program: each byte the
+ * evict.c, yield.c and client.c run as they are; sys.c is replaced by what is below. The input is a program: each byte the
  * daemon's next step, or what a call answers; and at every call the client writes to its ring whatever it likes.
  * What must hold whatever it wrote: the slot map is valid, a slot is STAGED exactly when a batch names its page
  * (client.h), and nothing is in the pool that no slot names.
  */
 #include "evict.c"
+#include "yield.c"
 
 #include <sys/eventfd.h>
 
@@ -19,6 +20,7 @@
 #define REGION 0x10000000UL
 #define REGION_PAGES 512UL
 #define STAGING 0x40000000UL
+#define AGENT_BYTES (VSWAP_WINDOWS * VSWAP_WINDOW_PAGES * PAGE_BYTES)
 #define RING_WORDS (sizeof(struct vswap_ring) / 4)
 
 static const uint8_t *input, *input_end;
@@ -70,6 +72,41 @@ void sys_eventfd_signal(int fd) { (void)fd; }
 void sys_futex_wake(const uint32_t *word) { (void)word; }
 bool sys_pidfd_is_dead(int fd) { return (void)fd, take() % 16 == 1; }
 bool sys_userfaultfd_is_gone(int fd) { return (void)fd, false; }
+int sys_userfaultfd_covers(int fd, uint64_t address) { return (void)fd, (void)address, (int)(take() % 3) ? 1 : 0; }
+bool sys_userfaultfd_is_changing(int fd) { return (void)fd, take() % 8 == 1; }
+int sys_userfaultfd_poison(int fd, uint64_t address, uint64_t bytes) { return (void)fd, (void)address, (void)bytes, 0; }
+int sys_userfaultfd_wake(int fd, uint64_t address, uint64_t bytes) { return (void)fd, (void)address, (void)bytes, 0; }
+
+/* Nothing of the agent's own may ever be let go. */
+static void must_be_outside_of_arena(uint64_t address, uint64_t bytes)
+{
+	MUST(address + bytes <= STAGING || address >= STAGING * 2 + AGENT_BYTES);
+}
+
+int sys_userfaultfd_register(int fd, uint64_t address, uint64_t bytes)
+{
+	(void)fd;
+	must_be_outside_of_arena(address, bytes);
+	return take() % 8 == 1 ? -EBUSY : 0;
+}
+
+int sys_userfaultfd_unregister(int fd, uint64_t address, uint64_t bytes)
+{
+	(void)fd;
+	must_be_outside_of_arena(address, bytes);
+	client_writes();
+	return take() % 16 == 1 ? -ENOMEM : 0;
+}
+
+int sys_mapping_next(int fd, uint64_t address, struct mapping *ret_mapping)
+{
+	(void)fd;
+	client_writes();
+	*ret_mapping = (struct mapping){ .start = address, .anonymous = true, .readable = true, .writable = true,
+					 .end = address + (1 + take() % 64) * PAGE_BYTES };
+	return input < input_end;
+}
+
 int sys_pidfd(pid_t pid) { return (void)pid, -1; }
 pid_t sys_live_thread(pid_t pid) { return pid; }
 uint64_t sys_process_start(pid_t pid) { return (uint64_t)pid; }
@@ -154,6 +191,26 @@ int madvise(void *address, size_t bytes, int advice)
 void checkpoint_discard(struct state *state, unsigned client_index) { (void)state, (void)client_index; }
 void engine_event_push(struct engine *e, const struct engine_event *event) { (void)e, (void)event; }
 void engine_room_made(struct engine *e, struct group *g) { (void)e, (void)g; }
+void checkpoint_write(struct client *c, uint32_t applied) { (void)c, (void)applied; }
+bool fill_is_reading(const struct client *c, uint64_t first, uint64_t end) { return (void)c, (void)first, (void)end, false; }
+void engine_kick_evictors(struct engine *e) { (void)e; }
+void remap_disarmed(struct client *c, uint64_t start, uint64_t end) { (void)c, (void)start, (void)end; }
+
+void remap_withdraw(struct client *c, uint64_t start, uint64_t end)
+{
+	(void)range_set_remove(&c->regions, start, end, REGIONS_MAX);
+}
+
+/* The fault threads bring a page back, or are late. */
+void engine_ask_for_range(struct client *c, uint64_t *cursor, uint64_t first_page, uint64_t end_page)
+{
+	uint64_t page = first_page + take() % REGION_PAGES;
+
+	(void)cursor;
+	if (page < end_page)
+		client_forget_slots(c, page, 1 + take());
+}
+
 void reclaim_kill_largest(struct engine *e, struct group *g) { (void)e, (void)g; }
 void fill_free_reads(struct client *c) { (void)c; }
 void cow_let_through(struct client *c, uint64_t page, uint64_t count) { (void)c, (void)page, (void)count; }
@@ -183,6 +240,8 @@ static void set_up(void)
 	MUST(client->ring);
 	client->record->staging[0] = STAGING;
 	client->record->staging[1] = STAGING * 2;
+	client->record->arena = STAGING;
+	client->record->arena_bytes = STAGING + AGENT_BYTES;
 }
 
 static void reset(void)
@@ -222,6 +281,31 @@ static void change_memory(void)
 				    QUARANTINE_MAX);
 }
 
+/* A range that the client names is given up, some looks later. */
+static void give_up(void)
+{
+	struct yield yield = { .client = client };
+	int result = -EAGAIN;
+
+	if (take() % 2) { /* one that means something */
+		client->ring->yield_start = REGION + take() * PAGE_BYTES;
+		client->ring->yield_bytes = (1 + take()) * PAGE_BYTES;
+		client->ring->yield_asked++;
+	}
+	client_writes();
+	if (!yield_holds(client, &yield.start, &yield.end) || !is_sane(client->record, yield.start, yield.end))
+		return;
+	for (unsigned look = 0; look < 4 && result == -EAGAIN; look++)
+		result = client_is_shut(client) ? -EAGAIN : advance(&yield);
+	for (uint64_t page = page_of(yield.start); result == 0 && page < page_of(yield.end) && page < page_of(REGION) + 1024;
+	     page++) {
+		struct slot slot;
+
+		MUST(slot_get(engine.slots, &client->record->map, page, &slot) == 0 && slot.tag == SLOT_NONE);
+		MUST(!range_set_has(&client->regions, address_of(page)));
+	}
+}
+
 static void check(void)
 {
 	uint64_t staged = 0;
@@ -256,7 +340,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	for (unsigned step = 0; input < input_end && step < 12; step++) {
 		uint64_t cursor = 0;
 
-		switch (take() % 8) {
+		switch (take() % 9) {
+		case 8:
+			give_up();
+			break;
 		case 0:
 			(void)evict_resume(client, &evictor);
 			break;
