@@ -7,7 +7,9 @@ a skip there is turned into a failure.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from support.sampler import ControlClient
 from vswapd import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 _SUPPORT = Path(__file__).parent.parent / "support"
 _KERNEL_MIN = (6, 12)
@@ -163,15 +165,22 @@ class DaemonProcess:
                 time.sleep(0.02)  # polling another process's state
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
-    """A system daemon of the test's own, with a spill file; stopped in order at the end."""
-    socket_path = str(tmp_path / "vswapd.sock")
-    log = tmp_path / "vswapd.log"
-    command = [command_path("vswapd"), "--socket", socket_path, "--spill", f"{tmp_path / 'spill'}:1G"]
+@contextlib.contextmanager
+def _daemon(directory: Path, options: list[str], descriptors: int = 0) -> Iterator[DaemonProcess]:
+    """A system daemon; stopped in order at the end. `descriptors`: how many it may have open."""
+    socket_path = str(directory / "vswapd.sock")
+    log = directory / "vswapd.log"
+    command = [command_path("vswapd"), "--socket", socket_path, *options]
     environment = {**os.environ, "VSWAPD_TEST_OPERATIONS": "1"}
+    limits = (descriptors, descriptors) if descriptors else resource.getrlimit(resource.RLIMIT_NOFILE)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits),
+        )
     running = DaemonProcess(process, socket_path, log)
     try:
         _wait_answering(running)
@@ -186,6 +195,25 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
             status = -1
         sys.stderr.write(log.read_text(errors="replace"))
     assert status == 0, f"vswapd ended with {status}"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A system daemon of the test's own, with a spill file."""
+    with _daemon(tmp_path, ["--spill", f"{tmp_path / 'spill'}:1G"]) as running:
+        yield running
+
+
+@pytest.fixture
+def daemon_with(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
+    """The same with other options, in which {directory} is one of the test's own: a function that starts it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str, descriptors: int = 0) -> DaemonProcess:
+            texts = [option.format(directory=tmp_path) for option in options]
+            return stack.enter_context(_daemon(tmp_path, texts, descriptors))
+
+        yield start
 
 
 def _wait_answering(running: DaemonProcess, seconds_max: float = 20.0) -> None:

@@ -5,16 +5,32 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from support import header
-from support.limited import MIB, LimitedProgram, LimitedResult, assert_honest, python_argv, run_limited, run_native
+from support.limited import (
+    MIB,
+    LimitedProgram,
+    LimitedResult,
+    assert_honest,
+    command_path,
+    python_argv,
+    run_limited,
+    run_native,
+)
 from support.sampler import ControlClient
 from vswapd import paths
+
+if TYPE_CHECKING:
+    from integration.conftest import DaemonProcess
 
 _INTERLEAVE = Path(__file__).parent.parent / "support" / "interleave.py"
 
@@ -223,6 +239,49 @@ def test_forks_while_memory_is_being_registered(fork_early: str, attempt: int) -
     result = run_limited("32M", [fork_early, "64"])
     assert result.status == 0, result.describe()
     assert result.faults > 0, result.describe()
+
+
+_FILLED = '''
+import ctypes, mmap, sys, time
+area = mmap.mmap(-1, 40 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(0, len(area), 4096):
+    area[page : page + 4096] = page.to_bytes(8, "little") * 512
+print(ctypes.addressof(ctypes.c_char.from_buffer(area)), flush=True)
+sys.stdin.read()
+'''
+
+
+def test_debugger_and_core_dump_see_all_after_pagein(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """What gdb reads, /proc/PID/mem, fails where pages are out, and a core dump lacks them: `pagein` first."""
+    wanted = b"".join(page.to_bytes(8, "little") * 512 for page in range(0, 40 << 20, 4096))
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "80M", "--"]
+    with subprocess.Popen(
+        [*argv, *python_argv(_FILLED)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)),
+    ) as command:
+        assert command.stdout is not None
+        address = int(command.stdout.readline())
+        with daemon.control() as control:
+            [client] = control.status()["clients"]
+            pid = int(client["pid"])
+            assert control.request("pageout", pid=pid)["ok"]
+            with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+                memory.seek(address)
+                with pytest.raises(OSError, match="Input/output"):
+                    memory.read(4096)
+            assert control.request("pagein", pid=pid)["ok"]
+            with Path(f"/proc/{pid}/mem").open("rb") as memory:
+                memory.seek(address)
+                assert memory.read(len(wanted)) == wanted
+        os.kill(pid, signal.SIGABRT)
+        command.communicate(timeout=60)
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+    if pattern == "core":  # else somebody else of the machine takes it
+        [core] = tmp_path.glob("core*")
+        assert wanted in core.read_bytes()
 
 
 def test_out_of_memory_is_a_clear_end(verify_memory: str) -> None:

@@ -128,6 +128,57 @@ static void signal_stack_out(void)
 	area_free(&area);
 }
 
+#define TLS_WORDS 1024
+
+static _Thread_local uint64_t tls_words[TLS_WORDS];
+
+struct sleeper {
+	pthread_barrier_t barrier;
+	bool is_right;
+};
+
+static void *sleep_on_own_stack(void *argument)
+{
+	struct sleeper *sleeper = argument;
+	volatile uint64_t mine = 0x1234567;
+	bool is_right = true;
+
+	for (uint64_t i = 0; i < TLS_WORDS; i++)
+		tls_words[i] = i * 3;
+	for (unsigned round = 0; round < 3; round++) {
+		pthread_barrier_wait(&sleeper->barrier); /* the main thread pages out */
+		pthread_barrier_wait(&sleeper->barrier);
+		for (uint64_t i = 0; i < TLS_WORDS; i++)
+			is_right = is_right && tls_words[i] == i * 3;
+	}
+	sleeper->is_right = is_right && mine == 0x1234567;
+	return NULL;
+}
+
+/* Stack, thread-local storage, rseq area and robust list of a thread, in memory that the program has chosen for them. */
+static void thread_stack_and_tls_out(void)
+{
+	struct area area = area_map(AREA_PAGES);
+	struct sleeper sleeper = { .is_right = false };
+	pthread_attr_t attributes;
+	pthread_t thread;
+
+	pthread_barrier_init(&sleeper.barrier, NULL, 2);
+	pthread_attr_init(&attributes);
+	must(pthread_attr_setstack(&attributes, area.at, area.pages * PAGE) == 0, "pthread_attr_setstack");
+	must(pthread_create(&thread, &attributes, sleep_on_own_stack, &sleeper) == 0, "no thread");
+	for (unsigned round = 0; round < 3; round++) {
+		pthread_barrier_wait(&sleeper.barrier);
+		page_out(area.at, area.pages);
+		pthread_barrier_wait(&sleeper.barrier);
+	}
+	pthread_join(thread, NULL);
+	must(sleeper.is_right, "the stack or the thread-local storage has changed while it was out");
+	pthread_attr_destroy(&attributes);
+	pthread_barrier_destroy(&sleeper.barrier);
+	area_free(&area);
+}
+
 static ucontext_t main_context, other_context;
 static const struct area *context_area;
 
@@ -558,6 +609,7 @@ const struct row process_rows[] = {
 	{ "threads_write_one_word", threads_write_one_word, 0 },
 	{ "signal_stack_out", signal_stack_out, 0 },
 	{ "coroutine_stack_out", coroutine_stack_out, 0 },
+	{ "thread_stack_and_tls_out", thread_stack_and_tls_out, ROW_CALM },
 	{ "thread_clear_tid_out", thread_clear_tid_out, 0 },
 	{ "thread_robust_mutex", thread_robust_mutex, ROW_CALM },
 	{ "thread_clear_tid", thread_clear_tid, ROW_CALM },
