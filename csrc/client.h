@@ -144,7 +144,7 @@ struct client {
 	bool waiting;     /* counted in group->waiting */
 
 	struct io_queue *io;
-	unsigned io_depth;
+	unsigned io_requests; /* of it, on their way */
 	struct spill_read *reads[READS_MAX];
 
 	uint32_t forgotten;     /* clusters of memory that is gone, on their way to be freed (slot_table.h) */

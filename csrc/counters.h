@@ -37,6 +37,8 @@
 	COUNTER(events_unmap, "munmap events")                                                     \
 	COUNTER(spill_written_pages, "pages written to a spill backend")                           \
 	COUNTER(spill_read_pages, "pages read from a spill backend")                               \
+	COUNTER(spill_read_ranges, "ranges read from spill backends for page faults")              \
+	COUNTER(fill_mixed, "fills whose pages came from several ranges, or from a backend and from memory") \
 	COUNTER(drained_pages, "pages moved off a backend by swapoff")                             \
 	COUNTER(compacted_pages, "pages moved by compaction of a backend")                         \
 	COUNTER(check_failures, "objects whose check did not match after expansion")               \

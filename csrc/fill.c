@@ -7,8 +7,8 @@
  *
  *   untouched  NONE and ZERO: zero page for a read, zeroed memory for a write (a write to the zero
  *              page would fault a second time in the kernel and escape the budget)
- *   expanded   SAME, POOL, STAGED, INDIRECT: expanded into the thread's buffer, one COPY
- *   read       SPILL: one asynchronous read that covers the run's extents, then COPY
+ *   expanded   SAME, POOL, STAGED, INDIRECT, and a few ZERO between them: expanded into the thread's buffer, one COPY
+ *   read       SPILL: asynchronous reads that cover the run's extents, then as the one above (fill_read.c)
  *
  * and faults for which nothing is missing: writes to zero pages from before the region was registered, and to what
  * forked relatives share (cow.c).
@@ -19,7 +19,7 @@
  * slots are compared, whole, when it is back.
  */
 #define _GNU_SOURCE
-#include "fill.h"
+#include "fill_internal.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -34,22 +34,11 @@
 #include "sys.h"
 
 #define STREAM_GAP_PAGES 4
-#define READ_AROUND_PAGES 8
+#define STREAM_BACK_PAGES 64 /* behind where it goes on: what it skipped, or has lost again */
+#define ZERO_GAP_PAGES 8     /* more of them are cheaper by themselves */
 #define STREAM_RUNS_LET_IN 4 /* one in so many */
 
 static const uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];
-
-struct spill_read {
-	struct fault fault;
-	unsigned page_count;
-	unsigned backend;
-	struct spill *spill;                /* pinned until the read is freed */
-	uint64_t range_start;               /* bytes in the backend */
-	struct slot words[FILL_PAGES_MAX];  /* as in the map: SPILL or INDIRECT */
-	struct slot copies[FILL_PAGES_MAX]; /* behind them: SPILL */
-	uint8_t *buffer;
-	uint32_t buffer_bytes;
-};
 
 /* ---- streams ---- */
 
@@ -62,7 +51,7 @@ static unsigned stream_window(struct client *client, const struct fault *fault)
 		struct stream *stream = &client->streams[i];
 
 		if (stream->window && stream->thread == fault->thread &&
-		    fault->page + FILL_PAGES_MAX > stream->next_page &&
+		    fault->page + STREAM_BACK_PAGES > stream->next_page &&
 		    fault->page <= stream->next_page + STREAM_GAP_PAGES) {
 			if (fault->page >= stream->next_page)
 				stream->window = min_of(stream->window * 2, (uint32_t)FILL_PAGES_MAX);
@@ -77,6 +66,13 @@ static unsigned stream_window(struct client *client, const struct fault *fault)
 	*oldest = (struct stream){ fault->thread, 1, fault->page + 1, client->stream_clock };
 	group_note_stream(client->group, false);
 	return 1;
+}
+
+void fill_stream_ends(struct client *client, const struct fault *fault, uint64_t end_page)
+{
+	for (unsigned i = 0; i < STREAMS_MAX && !fault->synthetic; i++)
+		if (client->streams[i].used == client->stream_clock)
+			client->streams[i].next_page = end_page;
 }
 
 /* Its instruction may need several pages at once: none of the last few may go before it has run. */
@@ -104,15 +100,13 @@ static void wake(struct client *client, uint64_t page)
 	(void)sys_userfaultfd_wake(client->events_fd, address_of(page), PAGE_BYTES);
 }
 
-/* Nothing will tell when: after a moment. */
-static enum fill_result try_again(struct client *client)
+enum fill_result fill_try_again(struct client *client)
 {
 	WRITE_ONCE(client->retry_soon, true);
 	return FILL_DEFER;
 }
 
-/* What a fill that made no progress means for its fault. `count` was charged. */
-static enum fill_result unfilled(struct client *client, enum fill_outcome outcome, uint64_t page)
+enum fill_result fill_unfilled(struct client *client, enum fill_outcome outcome, uint64_t page)
 {
 	switch (outcome) {
 	case FILL_PRESENT:
@@ -126,15 +120,15 @@ static enum fill_result unfilled(struct client *client, enum fill_outcome outcom
 		return FILL_ANSWERED;
 	case FILL_AGAIN:
 		counter_add(client->engine, fill_retries, 1);
-		return try_again(client);
+		return fill_try_again(client);
 	default:
 		/* ENOMEM: the client's cgroup or the machine. BROKEN: nothing known; trying again
 		 * loses nothing, and the thread waits rather than reads a wrong byte. */
-		return try_again(client);
+		return fill_try_again(client);
 	}
 }
 
-static enum fill_result poison(struct client *client, uint64_t page, struct slot slot, int cause)
+enum fill_result fill_poison(struct client *client, uint64_t page, struct slot slot, int cause)
 {
 	struct engine_event event = {
 		.kind = ENGINE_EVENT_POISONED,
@@ -175,7 +169,7 @@ static bool charge(struct client *client, uint64_t pages)
 	return true;
 }
 
-static void uncharge(struct client *client, uint64_t pages)
+void fill_uncharge(struct client *client, uint64_t pages)
 {
 	if (client->leaving)
 		return;
@@ -183,8 +177,7 @@ static void uncharge(struct client *client, uint64_t pages)
 	__atomic_fetch_sub(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
 }
 
-/* Charge as many of `want` pages as there is room for, at least 1; 0 when there is none. */
-static unsigned charge_some(struct client *client, unsigned want)
+unsigned fill_charge_some(struct client *client, unsigned want)
 {
 	for (; want > 0; want /= 2)
 		if (charge(client, want))
@@ -234,7 +227,7 @@ static bool may_map_zero_page(struct client *client, const struct fault *fault, 
 
 static enum fill_result fill_zeros(struct client *client, const struct fault *fault, unsigned window)
 {
-	unsigned count = charge_some(client, run_of_zeros(client, fault->page, window));
+	unsigned count = fill_charge_some(client, run_of_zeros(client, fault->page, window));
 	bool zero_page = may_map_zero_page(client, fault, count);
 	enum fill_outcome outcome;
 	uint64_t bytes, done;
@@ -249,14 +242,14 @@ retry:
 	else
 		outcome = sys_userfaultfd_zero(client->events_fd, address_of(fault->page), bytes, &done);
 	if (outcome == FILL_MOVED && count > 1) { /* the run crosses a mapping's end */
-		uncharge(client, count - 1);
+		fill_uncharge(client, count - 1);
 		count = 1;
 		goto retry;
 	}
 	done /= PAGE_BYTES;
-	uncharge(client, count - done);
+	fill_uncharge(client, count - done);
 	if (done == 0)
-		return unfilled(client, outcome, fault->page);
+		return fill_unfilled(client, outcome, fault->page);
 	for (uint64_t i = 0; i < done; i++)
 		(void)slot_set(client->engine->slots, &client->record->map, fault->page + i,
 			       (struct slot){ .tag = SLOT_NONE });
@@ -270,14 +263,14 @@ retry:
 static enum fill_result fill_protected(struct client *client, const struct fault *fault)
 {
 	unsigned window = window_in_region(client, fault->page, stream_window(client, fault));
-	unsigned count = charge_some(client, window);
+	unsigned count = fill_charge_some(client, window);
 	enum fill_outcome outcome;
 
 	if (count == 0)
 		return FILL_DEFER;
 	outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), count * PAGE_BYTES);
 	if (outcome == FILL_MOVED && count > 1) { /* the run crosses a mapping's end */
-		uncharge(client, count - 1);
+		fill_uncharge(client, count - 1);
 		count = 1;
 		outcome = sys_userfaultfd_unprotect(client->events_fd, address_of(fault->page), PAGE_BYTES);
 	}
@@ -286,8 +279,8 @@ static enum fill_result fill_protected(struct client *client, const struct fault
 		note_recent(client, fault->page);
 		return FILL_ANSWERED;
 	}
-	uncharge(client, count);
-	return unfilled(client, outcome, fault->page);
+	fill_uncharge(client, count);
+	return fill_unfilled(client, outcome, fault->page);
 }
 
 /* ---- expanded pages ---- */
@@ -377,33 +370,27 @@ static void settle(struct client *client, uint64_t page, struct slot word, bool 
 		client_free_copy(client, word);
 }
 
-/* COPY `count` expanded pages at `page` and settle those that arrived; charged pages that did not
- * are given back. */
-static enum fill_result copy_run(struct client *client, const uint8_t *pages, uint64_t page,
-				 unsigned count, const struct slot *words, bool on_probation, bool keep)
+uint64_t fill_copy_run(struct client *client, const uint8_t *pages, uint64_t page, const struct fill_run *run,
+		       bool on_probation, enum fill_outcome *ret_outcome)
 {
-	enum fill_outcome outcome;
-	unsigned charged = count;
 	uint64_t done;
 
-	outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, count * PAGE_BYTES,
-				       &done);
-	if (outcome == FILL_MOVED && count > 1)
-		outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, PAGE_BYTES,
-					       &done);
+	*ret_outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, run->count * PAGE_BYTES, &done);
+	if (*ret_outcome == FILL_MOVED && run->count > 1)
+		*ret_outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, PAGE_BYTES, &done);
 	done /= PAGE_BYTES;
-	uncharge(client, charged - done);
+	fill_uncharge(client, run->count - done);
 	if (done == 0)
-		return unfilled(client, outcome, page);
+		return 0;
 	crash_point(CRASH_FILL_COPIED);
 	for (unsigned i = 0; i < done; i++) {
-		settle(client, page + i, words[i], keep);
+		settle(client, page + i, run->words[i], run->keep[i]);
 		crash_point(CRASH_FILL_SETTLED_ONE);
 	}
 	filled(client, page, done);
 	if (on_probation)
 		probation_push(&client->probation, page, done);
-	return FILL_ANSWERED;
+	return done;
 }
 
 /*
@@ -411,7 +398,7 @@ static enum fill_result copy_run(struct client *client, const uint8_t *pages, ui
  * fits would have all of its pages change places for nothing: of a stream's runs only some are let in, enough
  * for the main part to become another one in time.
  */
-static bool goes_on_probation(struct client *client, const struct fault *fault, unsigned window)
+bool fill_goes_on_probation(struct client *client, const struct fault *fault, unsigned window)
 {
 	struct group *group = client->group;
 
@@ -423,278 +410,60 @@ static bool goes_on_probation(struct client *client, const struct fault *fault, 
 				 (uint64_t)max_of(READ_ONCE(group->resident_pages), 0) / 2);
 }
 
+/* Go on with a run whose first page is expanded, up to `window` pages. What is ZERO at its end is left for a fill of zeros. */
+static void expand_more(struct client *client, uint64_t page, unsigned window, uint8_t *pages, struct fill_run *run)
+{
+	for (unsigned i = 1; i < window && i <= run->count + ZERO_GAP_PAGES; i++) {
+		struct slot *word = &run->words[i];
+
+		if (slot_get(client->engine->slots, &client->record->map, page + i, word) < 0 ||
+		    !slot_is_swapped(word->tag))
+			break;
+		if (word->tag == SLOT_ZERO)
+			continue;
+		if (fill_expand(client, *word, pages + i * PAGE_BYTES) != 0)
+			break;
+		memset(pages + run->count * PAGE_BYTES, 0, (i - run->count) * PAGE_BYTES);
+		run->count = i + 1;
+	}
+}
+
 static enum fill_result fill_expanded(struct client *client, struct fill_scratch *scratch,
 				      const struct fault *fault, struct slot first, unsigned window)
 {
-	bool on_probation = goes_on_probation(client, fault, window);
-	struct slot words[FILL_PAGES_MAX];
-	unsigned count = 0;
+	bool on_probation = fill_goes_on_probation(client, fault, window);
+	enum fill_outcome outcome;
+	struct fill_run run;
 	int result;
 
-	window = charge_some(client, window);
+	window = fill_charge_some(client, window);
 	if (window == 0)
 		return FILL_DEFER;
-	words[0] = first;
+	run.count = 1;
+	run.words[0] = first;
 	result = fill_expand(client, first, scratch->pages);
 	if (result == -EIO && client->dead)
 		result = 0; /* nobody will look */
 	/* Above 0: relatives share it, and the writer has moved it to a backend since it was looked at. */
 	VS_CHECK(result <= 0 || first.tag == SLOT_INDIRECT);
 	if (result != 0)
-		uncharge(client, window);
+		fill_uncharge(client, window);
 	if (result == -ENOMEM || result > 0)
-		return try_again(client);
+		return fill_try_again(client);
 	if (result < 0)
-		return poison(client, fault->page, first, result);
-	for (count = 1; count < window; count++) {
-		if (slot_get(client->engine->slots, &client->record->map, fault->page + count,
-			     &words[count]) < 0 ||
-		    !slot_is_swapped(words[count].tag) || words[count].tag == SLOT_ZERO ||
-		    fill_expand(client, words[count], scratch->pages + count * PAGE_BYTES) != 0)
-			break;
-	}
-	uncharge(client, window - count);
-	return copy_run(client, scratch->pages, fault->page, count, words, on_probation,
-			on_probation && group_keeps_copies(client->group));
+		return fill_poison(client, fault->page, first, result);
+	expand_more(client, fault->page, window, scratch->pages, &run);
+	fill_uncharge(client, window - run.count);
+	fill_stream_ends(client, fault, fault->page + run.count);
+	memset(run.keep, on_probation && group_keeps_copies(client->group), run.count);
+	if (fill_copy_run(client, scratch->pages, fault->page, &run, on_probation, &outcome) == 0)
+		return fill_unfilled(client, outcome, fault->page);
+	return FILL_ANSWERED;
 }
 
-/* ---- pages on a backend ---- */
-
-bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t end_page)
-{
-	for (unsigned i = 0; i < READS_MAX; i++) {
-		const struct spill_read *read = client->reads[i];
-
-		if (read && first_page < read->fault.page + read->page_count && read->fault.page < end_page)
-			return true;
-	}
-	return false;
-}
-
-static void read_free(struct client *client, unsigned i)
-{
-	if (client->reads[i]->spill)
-		backend_unpin(client->engine, client->reads[i]->backend);
-	free(client->reads[i]->buffer);
-	free(client->reads[i]);
-	client->reads[i] = NULL;
-}
-
-/* The extent behind a word: SPILL itself, or what an INDIRECT one names. */
-static struct slot copy_of(struct client *client, struct slot word)
+struct slot fill_copy_of(struct client *client, struct slot word)
 {
 	return word.tag == SLOT_INDIRECT ? slot_shared_get(client->engine->slots, word.location) : word;
-}
-
-bool fill_span_add(struct fill_span *span, struct slot copy)
-{
-	struct spill_range range = spill_range_of(copy.location, copy.units);
-	uint64_t end = range.offset_bytes + range.length_bytes;
-
-	if (copy.tag != SLOT_SPILL)
-		return false;
-	if (span->end_bytes == 0)
-		*span = (struct fill_span){ .start_bytes = range.offset_bytes, .backend = copy.backend };
-	else if (copy.backend != span->backend || copy.location < span->last_location ||
-		 end - span->start_bytes > FILL_READ_BYTES_MAX)
-		return false;
-	span->last_location = copy.location;
-	span->end_bytes = max_of(span->end_bytes, end);
-	return true;
-}
-
-/* Widen the read over the following pages while their extents lie close behind each other. */
-static void read_plan(struct client *client, struct spill_read *read, unsigned window)
-{
-	struct fill_span span = { 0 };
-
-	VS_CHECK(fill_span_add(&span, read->copies[0]));
-	for (read->page_count = 1; read->page_count < window; read->page_count++) {
-		unsigned i = read->page_count;
-		struct slot word;
-
-		if (slot_get(client->engine->slots, &client->record->map, read->fault.page + i, &word) < 0 ||
-		    (word.tag != SLOT_SPILL && word.tag != SLOT_INDIRECT))
-			break;
-		read->words[i] = word;
-		read->copies[i] = copy_of(client, word);
-		if (!fill_span_add(&span, read->copies[i]))
-			break;
-	}
-	read->range_start = span.start_bytes;
-	read->buffer_bytes = (uint32_t)(span.end_bytes - span.start_bytes);
-}
-
-/* The client's queue, made at its first read. Other fault threads poll it without the gate. */
-static struct io_queue *io_queue_of(struct client *client)
-{
-	struct io_queue *queue = client->io;
-
-	if (!queue && io_queue_create(READS_MAX, IO_AUTOMATIC, &queue) == 0)
-		__atomic_store_n(&client->io, queue, __ATOMIC_RELEASE);
-	return client->io;
-}
-
-static enum fill_result fill_from_spill(struct client *client, const struct fault *fault,
-					struct slot word, unsigned window)
-{
-	struct slot copy = copy_of(client, word);
-	struct spill_read *read;
-	unsigned slot = 0;
-	int result;
-
-	if (fill_is_reading(client, fault->page, fault->page + 1))
-		return FILL_PENDING; /* its COPY will wake this waiter too */
-	if (copy.tag != SLOT_SPILL)
-		return try_again(client); /* a shared slot: a drain has brought it into the pool since it was looked at */
-	/* A device takes hardly longer for eight pages than for one. */
-	window = fault->alone ? 1 : max_of(window, (unsigned)READ_AROUND_PAGES);
-	while (slot < READS_MAX && client->reads[slot])
-		slot++;
-	if (slot == READS_MAX || !io_queue_of(client))
-		return try_again(client);
-	window = charge_some(client, window);
-	if (window == 0)
-		return FILL_DEFER;
-	read = calloc(1, sizeof *read);
-	if (!read) {
-		uncharge(client, window);
-		return try_again(client);
-	}
-	client->reads[slot] = read;
-	read->fault = *fault;
-	read->words[0] = word;
-	read->copies[0] = copy;
-	read->backend = copy.backend;
-	read_plan(client, read, window);
-	uncharge(client, window - read->page_count);
-	/* A shared slot may have been migrated since it was looked at, and the backend be gone. */
-	read->spill = backend_pin(client->engine, read->backend);
-	result = read->spill ? posix_memalign((void **)&read->buffer, PAGE_BYTES, read->buffer_bytes) : -EAGAIN;
-	if (result == 0)
-		result = io_read(client->io, spill_fd(read->spill), read->buffer, read->buffer_bytes,
-				 read->range_start, slot);
-	if (result != 0) {
-		uncharge(client, read->page_count);
-		read_free(client, slot);
-		return try_again(client);
-	}
-	return FILL_PENDING;
-}
-
-static bool word_is_unchanged(struct client *client, const struct spill_read *read, unsigned i)
-{
-	struct slot word;
-
-	return slot_get(client->engine->slots, &client->record->map, read->fault.page + i, &word) == 0 &&
-	       slot_is_equal(word, read->words[i]) && slot_is_equal(copy_of(client, word), read->copies[i]);
-}
-
-/*
- * The first page of a read is not there. A device's error says nothing about which of its pages is concerned, and a
- * want of memory nothing about any: those are read again, the page alone. `error` 0: it is another slot by now.
- */
-static enum fill_result read_failed(struct client *client, struct spill_read *read, int error)
-{
-	if (error == -ENOMEM || error == -EAGAIN)
-		return try_again(client);
-	if (error == 0 || !word_is_unchanged(client, read, 0))
-		return FILL_DEFER; /* look it up again */
-	if (error != -EBADMSG && read->page_count > 1) {
-		read->fault.alone = true;
-		return FILL_DEFER;
-	}
-	return poison(client, read->fault.page, read->words[0], error);
-}
-
-/* Expand and COPY the pages of a completed read that are still where they were. */
-static enum fill_result read_deliver(struct client *client, struct fill_scratch *scratch,
-				     struct spill_read *read)
-{
-	struct spill_statistics statistics;
-	bool keep;
-	unsigned count;
-	int result = 0;
-
-	spill_statistics(read->spill, &statistics);
-	keep = statistics.used_bytes < statistics.size_bytes / 4 * 3 &&
-	       READ_ONCE(client->engine->backends[read->backend].state) == BACKEND_ACTIVE;
-	for (count = 0; count < read->page_count; count++) {
-		struct slot copy = read->copies[count];
-		uint64_t offset = copy.location * POOL_UNIT_BYTES - read->range_start;
-
-		if (!word_is_unchanged(client, read, count))
-			break;
-		result = fill_expand_object(client, read->buffer + offset, copy,
-				       scratch->pages + count * PAGE_BYTES);
-		if (result < 0)
-			break;
-	}
-	uncharge(client, read->page_count - count);
-	if (count == 0)
-		return read_failed(client, read, result);
-	counter_add(client->engine, spill_read_pages, count);
-	return copy_run(client, scratch->pages, read->fault.page, count, read->words,
-			goes_on_probation(client, &read->fault, count), keep);
-}
-
-static void defer(struct client *client, const struct fault *fault)
-{
-	if (client->deferred_count < DEFERRED_MAX)
-		client->deferred[client->deferred_count++] = *fault;
-	else
-		wake(client, fault->page); /* it will fault again */
-}
-
-void fill_reap_reads(struct client *client, struct fill_scratch *scratch)
-{
-	struct io_completion completions[8];
-	unsigned count;
-
-	while (client->io && (count = io_reap(client->io, completions, 8)) > 0) {
-		for (unsigned i = 0; i < count; i++) {
-			unsigned slot = (unsigned)completions[i].cookie;
-			struct spill_read *read = client->reads[slot];
-			enum fill_result result;
-
-			spill_count_read(read->spill, read->buffer_bytes, (int)min_of(completions[i].result, 0));
-			if (completions[i].result < 0) {
-				uncharge(client, read->page_count);
-				result = read_failed(client, read, (int)completions[i].result);
-			} else {
-				result = read_deliver(client, scratch, read);
-			}
-			if (result == FILL_DEFER)
-				defer(client, &read->fault);
-			else
-				engine_latency_add(client->engine, ENGINE_BACKING_SPILL,
-						   sys_now_ns() - read->fault.since_ns);
-			/* Faults that found this read under way wait for its pages; those that it did not
-			 * bring must be raised again. */
-			(void)sys_userfaultfd_wake(client->events_fd, address_of(read->fault.page),
-						   read->page_count * PAGE_BYTES);
-			read_free(client, slot);
-		}
-	}
-}
-
-bool fill_drop_reads(struct client *client)
-{
-	struct io_completion completion;
-
-	while (client->io && io_reap(client->io, &completion, 1) > 0)
-		read_free(client, (unsigned)completion.cookie);
-	for (unsigned i = 0; i < READS_MAX; i++)
-		if (client->reads[i])
-			return false;
-	return true;
-}
-
-void fill_free_reads(struct client *client)
-{
-	for (unsigned i = 0; i < READS_MAX; i++)
-		if (client->reads[i])
-			read_free(client, i);
 }
 
 /* ---- one fault ---- */
@@ -709,7 +478,7 @@ static enum fill_result fill_beacon(struct client *client, struct fill_scratch *
 	memcpy(scratch->pages, &client->record->token, sizeof client->record->token);
 	outcome = sys_userfaultfd_copy(client->events_fd, client->record->beacon, scratch->pages,
 				       PAGE_BYTES, &done);
-	return done ? FILL_ANSWERED : unfilled(client, outcome, page_of(client->record->beacon));
+	return done ? FILL_ANSWERED : fill_unfilled(client, outcome, page_of(client->record->beacon));
 }
 
 /* A page that we hold to be resident faulted: it was filled between the fault and now, or it went
@@ -723,7 +492,7 @@ static enum fill_result fill_resident(struct client *client, const struct fault 
 		wake(client, fault->page);
 		return FILL_ANSWERED;
 	}
-	return poison(client, fault->page, slot, -ENODATA);
+	return fill_poison(client, fault->page, slot, -ENODATA);
 }
 
 static void note_answered(struct client *client, const struct fault *fault, enum slot_tag tag)
@@ -762,7 +531,7 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 	if (fault->page == page_of(record->beacon))
 		return fill_beacon(client, scratch);
 	if (client->remap_count > 0 && remap_is_waiting(client, fault->page))
-		return try_again(client);
+		return fill_try_again(client);
 	if (fault->is_protected) {
 		result = fill_protected(client, fault);
 		if (result == FILL_ANSWERED)
@@ -774,7 +543,7 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 	if (fault->synthetic && !slot_is_swapped(slot.tag))
 		return FILL_ANSWERED;
 	if (client->wiped_unknown && slot.tag != SLOT_NONE && slot.tag != SLOT_ZERO)
-		return try_again(client);
+		return fill_try_again(client);
 	window = fault->synthetic ? FILL_PAGES_MAX : stream_window(client, fault);
 	switch (slot.tag) {
 	case SLOT_NONE:
@@ -785,9 +554,9 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 	case SLOT_KEPT_SPILL:
 		return fill_resident(client, fault, slot);
 	case SLOT_POISONED:
-		return poison(client, fault->page, slot, 0);
+		return fill_poison(client, fault->page, slot, 0);
 	default:
-		if (copy_of(client, slot).tag == SLOT_SPILL) {
+		if (fill_copy_of(client, slot).tag == SLOT_SPILL) {
 			result = fill_from_spill(client, fault, slot, window);
 			if (result == FILL_PENDING)
 				counter_add(client->engine, faults_spill, 1);

@@ -16,8 +16,8 @@ struct fill_span {
 	unsigned backend;
 };
 
-/* One more, if it lies on the same backend and not far behind the last. */
-bool fill_span_add(struct fill_span *span, struct slot copy);
+/* One more, if it lies on the same backend, not before the last and not further behind it than that. */
+bool fill_span_add(struct fill_span *span, struct slot copy, uint64_t gap_bytes_max);
 
 /* The page of a slot: 0; 1 when its backing is not in memory (SPILL) or it has none; or -errno. */
 int fill_expand(struct client *client, struct slot slot, void *page);

@@ -36,7 +36,8 @@
 #define PROBATION_PAGES_MAX 4096UL
 #define MESSAGES_MAX 64      /* userfaultfd messages read at once */
 #define DEFERRED_MAX 256     /* faults of one client waiting for room or for a device */
-#define FILL_PAGES_MAX 64    /* pages given back by one fault */
+#define FILL_PAGES_MAX 128   /* pages given back by one fault */
+#define FILL_RANGES_MAX 32   /* ranges of backends that are read for it */
 #define BATCH_PAGES_MAX 64   /* pages moved out under one closing of the gate */
 
 /* Pool: objects are multiples of a unit, cut from slabs of one size class. */
@@ -54,6 +55,6 @@ static_assert(BATCH_PAGES_MAX <= 64, "a batch is described by 64-bit masks");
 static_assert(POOL_UNIT_BYTES * POOL_UNITS_MAX == PAGE_BYTES, "raw object is one page");
 static_assert(POOL_SLAB_BYTES % PAGE_BYTES == 0, "slabs are whole pages");
 static_assert(SEGMENT_BYTES % PAGE_BYTES == 0, "segments are whole pages");
-static_assert(FILL_PAGES_MAX >= 1 && FILL_PAGES_MAX <= 64, "a fill is described by a 64-bit mask");
+static_assert(FILL_PAGES_MAX >= 1 && FILL_RANGES_MAX < 255, "a byte names the range of a page");
 
 #endif

@@ -123,7 +123,7 @@ static unsigned plan_read(struct client *client, uint64_t page, unsigned max, st
 
 	for (; count < max; count++) {
 		slots[count] = slot_of(client, page + count);
-		if (!fill_span_add(span, slots[count]))
+		if (!fill_span_add(span, slots[count], FILL_READ_BYTES_MAX))
 			break;
 	}
 	return count;

@@ -72,7 +72,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the C programs of tests/support that are clients."""
     directory = tmp_path_factory.mktemp("programs")
-    for name in ("verify_memory", "churn", "fork_early", "races"):
+    for name in ("verify_memory", "churn", "fork_early", "races", "puppet"):
         command = [
             "cc",
             "-std=gnu11",
@@ -126,6 +126,12 @@ def empty_library(tmp_path_factory: pytest.TempPathFactory) -> str:
 def drive(tmp_path_factory: pytest.TempPathFactory) -> str:
     """tests/support/drive.c with fault and crash points: the data plane without Python."""
     return build_drive(tmp_path_factory.mktemp("drive") / "drive")
+
+
+@pytest.fixture(scope="session")
+def stage_programs(drive: str, compiled: Path) -> dict[str, str]:
+    """What support/puppets.py runs."""
+    return {"drive": drive, "puppet": str(compiled / "puppet")}
 
 
 @pytest.fixture(scope="session")

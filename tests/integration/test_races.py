@@ -52,10 +52,10 @@ class Race:
 _UNLOCK = "\tpthread_mutex_unlock(&client->gate);\n"
 _LOCK = "\tpthread_mutex_lock(&client->gate);\n"
 _COPY = (
-    "\toutcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, count * PAGE_BYTES,\n"
-    "\t\t\t\t       &done);\n"
+    "\t*ret_outcome = sys_userfaultfd_copy(client->events_fd, address_of(page), pages, run->count * PAGE_BYTES, "
+    "&done);\n"
 )
-_COPY_AGAIN = f"\tdo {{\n{_COPY}{_UNLOCK}\tsys_sleep_ms(1);\n{_LOCK}\t}} while (outcome == FILL_AGAIN);\n"
+_COPY_AGAIN = f"\tdo {{\n{_COPY}{_UNLOCK}\tsys_sleep_ms(1);\n{_LOCK}\t}} while (*ret_outcome == FILL_AGAIN);\n"
 _ZERO = "\t\toutcome = sys_userfaultfd_zero(client->events_fd, address_of(fault->page), bytes, &done);\n"
 _POST = '\t(void)fault_point("evict/post");\n'
 _TORTURE = ("--torture", "--limit", str(64 * MIB))

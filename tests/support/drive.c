@@ -4,7 +4,7 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--detach-every MS] [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
+ *         [--detach-every MS] [--commands] [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
@@ -14,7 +14,7 @@
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
- * nobody served. --slow-arm has every handshake rest for so long between WELCOME and ARM.
+ * nobody served. --commands: see drive_commands.h. --slow-arm has every handshake rest for so long between WELCOME and ARM.
  *
  * SIGUSR1 has the command paged out, SIGUSR2 paged in. --fail makes the N-th call at a fault point fail (`all`: and
  * all later ones; ERRNO 0 only counts), --delay makes it late, and the calls are printed at the end: debug builds only.
@@ -38,6 +38,7 @@
 #include <unistd.h>
 
 #include "crash_point.h"
+#include "drive_commands.h"
 #include "engine.h"
 #include "fault_point.h"
 #include "supervise.h"
@@ -307,7 +308,7 @@ struct options {
 		detach_every_ms;
 	const char *library, *crash;
 	char *spill;
-	int torture, stats;
+	int torture, stats, commands;
 	char **command;
 };
 
@@ -315,19 +316,23 @@ static char *spill_path;
 static uint64_t spill_bytes = 4ULL << 30;
 
 /* A backend on the spill file itself, or on one of the same name with a number behind it. */
-static int add_spill(int number)
+static int add_spill(int number, int priority)
 {
 	char path[256];
 	int fd, backend;
 
 	snprintf(path, sizeof path, number ? "%s.%d" : "%s", spill_path, number);
 	fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, 0, 0);
+	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, 0);
 	if (number)
 		unlink(path);
-	if (backend < 0)
-		fail(path);
 	return backend;
+}
+
+static void spill_must(int backend)
+{
+	if (backend < 0)
+		fail(spill_path);
 }
 
 static void parse_spill(char *spill)
@@ -377,7 +382,7 @@ static void *drain_main(void *argument)
 		int count = engine_backend_list(engine, backends, 16);
 
 		if (count < 2)
-			(void)add_spill((int)(now_ms() % 1000000000) + 1);
+			spill_must(add_spill((int)(now_ms() % 1000000000) + 1, 0));
 		else
 			drain_one(backends[turn++ % 2].backend);
 		usleep((useconds_t)(uintptr_t)argument * 1000);
@@ -425,10 +430,16 @@ static pid_t start_command(const struct options *options, const char *socket_pat
 	_exit(127);
 }
 
+/* The daemon is a child that may die. */
+static int is_supervised(const struct options *options)
+{
+	return options->kill_every_ms || options->crash || options->commands;
+}
+
 /* The command is a child of the supervisor, when there is one. */
 static int command_has_ended(const struct options *options, pid_t command, int *status)
 {
-	if (!options->kill_every_ms && !options->crash)
+	if (!is_supervised(options))
 		return waitpid(command, status, WNOHANG) == command;
 	*status = shared->status;
 	return (int)__atomic_load_n(&shared->is_ended, __ATOMIC_ACQUIRE);
@@ -438,7 +449,7 @@ static int command_has_ended(const struct options *options, pid_t command, int *
 static int serve(const struct options *options, int listener, pid_t command)
 {
 	uint64_t next_pageout = now_ms() + options->pageout_every_ms, next_check = now_ms();
-	struct pollfd fds[PEERS_MAX + 1];
+	struct pollfd fds[PEERS_MAX + 2];
 	int status = 0;
 
 	for (;;) {
@@ -447,7 +458,10 @@ static int serve(const struct options *options, int listener, pid_t command)
 		fds[0] = (struct pollfd){ listener, POLLIN, 0 };
 		for (int i = 0; i < PEERS_MAX; i++)
 			fds[i + 1] = (struct pollfd){ peers[i].fd, POLLIN, 0 };
-		(void)poll(fds, PEERS_MAX + 1, 5);
+		fds[PEERS_MAX + 1] = (struct pollfd){ options->commands ? STDIN_FILENO : -1, POLLIN, 0 };
+		(void)poll(fds, PEERS_MAX + 2, 5);
+		if (fds[PEERS_MAX + 1].revents & POLLIN)
+			command_take(engine, group);
 		if (fds[0].revents)
 			accept_peer(listener, (unsigned)options->slow_arm_ms);
 		for (int i = 0; i < PEERS_MAX; i++)
@@ -487,7 +501,7 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
-		{ "drain-every", 1, 0, 'd' }, { "slow-arm", 1, 0, 'a' }, { "detach-every", 1, 0, 'e' }, { 0, 0, 0, 0 } };
+		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' }, { "detach-every", 1, 0, 'e' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -507,6 +521,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'D': set_fault_point(optarg, 1); break;
 		case 'd': options->drain_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'e': options->detach_every_ms = strtoull(optarg, NULL, 0); break;
+		case 'm': options->commands = 1; break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
 		}
@@ -547,7 +562,7 @@ static int run_daemon(const struct options *options, const struct engine_config 
 		group = engine_group_create(engine, "drive", options->limit_bytes, options->pool_bytes,
 					    options->torture ? ENGINE_GROUP_TORTURE : 0);
 		if (options->spill)
-			(void)add_spill(0);
+			spill_must(add_spill(0, 0));
 	}
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)
@@ -649,6 +664,10 @@ static int supervise(const struct options *options, struct engine_config *config
 			return WIFEXITED(status) ? WEXITSTATUS(status) : 98;
 		}
 		kills++;
+		if (options->commands) {
+			printf("died\n");
+			fflush(stdout);
+		}
 		died_us = died_us ? died_us : now_us();
 	}
 }
@@ -676,7 +695,7 @@ int main(int argc, char **argv)
 	signal(SIGINT, SIG_IGN);
 	signal(SIGUSR1, on_signal);
 	signal(SIGUSR2, on_signal);
-	if (options.kill_every_ms || options.crash)
+	if (is_supervised(&options))
 		status = supervise(&options, &config, listener);
 	else
 		status = run_daemon(&options, &config, listener, start_command(&options, address.sun_path));
