@@ -71,6 +71,10 @@ void backend_remove(struct engine *engine, unsigned number)
 		sys_sleep_ms(1);
 	(void)spill_erase(spill); /* what cannot be erased is overwritten by whoever uses it next */
 	spill_destroy(spill);
+	pthread_mutex_lock(&engine->registry);
+	if (!engine->state->backends[number].used) /* else it is another's already */
+		spill_lineage_wipe(&engine->state->backends[number].lineage);
+	pthread_mutex_unlock(&engine->registry);
 }
 
 static bool may_be_written(const struct backend *backend, struct spill *spill)
@@ -155,6 +159,7 @@ static void describe(const struct backend *backend, struct spill *spill, unsigne
 		.priority = backend->priority,
 		.state = READ_ONCE(backend->state),
 		.is_device = backend->is_device,
+		.is_encrypted = spill_is_sealed(spill),
 		.size_bytes = statistics.size_bytes,
 		.used_bytes = statistics.used_bytes,
 		.room_bytes = backend_room_bytes(backend, spill),

@@ -35,6 +35,7 @@
 	POINT(FILL_COPIED, "pages are back, no slot says so")                               \
 	POINT(FILL_SETTLED_ONE, "the slot of one page that is back says so")                \
 	POINT(WRITEBACK_COLLECTED, "objects are in a segment that is not written")          \
+	POINT(SEGMENT_NUMBERED, "a segment has its generation, and is not written")         \
 	POINT(WRITEBACK_WRITTEN, "a segment is written, no slot says so")                   \
 	POINT(WRITEBACK_SETTLED_ONE, "one slot says that its object is on disk")            \
 	POINT(DRAIN_STORED, "objects have a new place, no slot says so")                    \

@@ -43,6 +43,7 @@
 #include "sys.h"
 
 #define READS_AHEAD 2u /* faults read from the same disk: a megabyte is what they wait for anyway */
+#define BUFFER_BYTES (READS_AHEAD * SEGMENT_BYTES + 5 * PAGE_BYTES)
 #define MOVES_MAX 8192u    /* of a segment that is not written yet */
 #define MOVES_A_TURN 64u
 #define CLUSTERS_A_TURN 16u
@@ -77,7 +78,7 @@ struct job {
 	struct client *held[HELD_MAX];
 	unsigned held_count;
 
-	uint8_t *buffers; /* READS_AHEAD segments, then a page, then room for one object and its surroundings */
+	uint8_t *buffers; /* READS_AHEAD segments, then a page, one for an object, room for an extent and its surroundings */
 	struct io_queue *queue;
 	uint64_t extents_bad; /* failed their check in this round */
 	bool lacks_room;      /* some had nowhere to go in this round */
@@ -258,14 +259,17 @@ static bool is_cancelled(const struct job *job)
 	       READ_ONCE(job->engine->stopping);
 }
 
-static int object_check(struct job *job, const struct move *move, const uint8_t *object)
+/* The object in bytes that were read from its place on: sound, or NULL. */
+static const uint8_t *object_check(struct job *job, const struct move *move, const uint8_t *bytes)
 {
 	uint8_t *page = job->buffers + READS_AHEAD * SEGMENT_BYTES;
-	int result = codec_expand(object, move->copy.units, page);
+	const uint8_t *object;
 
-	if (result == 0 && codec_check(page, job->engine->state->secret) != move->copy.check)
-		result = -EBADMSG;
-	return result;
+	if (spill_object_open(job->spill, move->copy.location, move->copy.units, bytes, page + PAGE_BYTES, &object) < 0 ||
+	    codec_expand(object, move->copy.units, page) < 0 ||
+	    codec_check(page, job->engine->state->secret) != move->copy.check)
+		return NULL;
+	return object;
 }
 
 /* Does the page still have the slot that was looked up? */
@@ -286,20 +290,22 @@ static bool is_unchanged(struct job *job, const struct move *move)
  * The object, sound, or NULL. What was read ahead may have been overwritten since, if the page was freed:
  * so it is read once more, and only an unchanged slot makes it a bad object.
  */
-static const uint8_t *object_get(struct job *job, const struct move *move, const uint8_t *object)
+static const uint8_t *object_get(struct job *job, const struct move *move, const uint8_t *bytes)
 {
-	struct spill_range range = spill_range_of(move->copy.location, move->copy.units);
-	uint8_t *buffer = job->buffers + READS_AHEAD * SEGMENT_BYTES + PAGE_BYTES;
+	struct spill_range range = spill_range_of(job->spill, move->copy.location, move->copy.units);
+	uint8_t *buffer = job->buffers + READS_AHEAD * SEGMENT_BYTES + 2 * PAGE_BYTES;
+	const uint8_t *object = bytes ? object_check(job, move, bytes) : NULL;
 	int result;
 
-	if (object && object_check(job, move, object) == 0)
+	if (object)
 		return object;
 	result = io_read_wait(spill_fd(job->spill), buffer, range.length_bytes, range.offset_bytes);
 	spill_count_read(job->spill, range.length_bytes, result);
-	if (result == 0 && object_check(job, move, buffer + range.object_bytes_in) == 0)
-		return buffer + range.object_bytes_in;
-	job->extents_bad += is_unchanged(job, move);
-	return NULL;
+	if (result == 0)
+		object = object_check(job, move, buffer + range.object_bytes_in);
+	if (!object)
+		job->extents_bad += is_unchanged(job, move);
+	return object;
 }
 
 /* Has the pool of the group room for a turn's objects, for as long as nobody else takes it? */
@@ -438,7 +444,7 @@ static int move_entries(struct job *job, const uint8_t *bytes, unsigned first, u
 	return count > 0 ? move_turn(job, moves, count, bytes, start) : 0;
 }
 
-static int move_segment(struct job *job, uint64_t number, const uint8_t *bytes)
+static int move_segment(struct job *job, uint64_t number, uint8_t *bytes)
 {
 	int count = spill_table_verify(job->spill, number, bytes), result = 0;
 
@@ -636,7 +642,7 @@ static int pass_by_slot(struct job *job)
 
 static int job_open(struct job *job, struct engine *engine, unsigned number, bool compacts, bool force)
 {
-	size_t bytes = READS_AHEAD * SEGMENT_BYTES + 4 * PAGE_BYTES;
+	size_t bytes = BUFFER_BYTES;
 	int result = -ENOMEM;
 
 	*job = (struct job){ .engine = engine, .number = number, .compacts = compacts, .force = force,
@@ -661,7 +667,7 @@ static void job_close(struct job *job)
 	}
 	release_held(job);
 	io_queue_destroy(job->queue);
-	munmap(job->buffers, READS_AHEAD * SEGMENT_BYTES + 4 * PAGE_BYTES);
+	munmap(job->buffers, BUFFER_BYTES);
 	free(job->moves);
 }
 

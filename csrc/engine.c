@@ -149,6 +149,7 @@ static int make_state(struct engine *engine, char *message)
 
 	if (state == MAP_FAILED)
 		return -errno;
+	(void)madvise(state, STATE_BYTES, MADV_DONTDUMP); /* there are keys in it */
 	engine->state = state;
 	engine->is_successor = __atomic_load_n(&state->magic, __ATOMIC_ACQUIRE) == STATE_MAGIC;
 	if (engine->is_successor && state->version != STATE_VERSION) {
@@ -494,7 +495,7 @@ int engine_group_set_unmanaged(struct engine *engine, int number, uint64_t bytes
 
 /* ---- backends ---- */
 
-static int backend_make(const struct backend_record *record, struct backend *ret_backend)
+static int backend_make(struct backend_record *record, struct backend *ret_backend)
 {
 	struct backend backend = { .priority = record->priority };
 	struct stat status;
@@ -504,9 +505,11 @@ static int backend_make(const struct backend_record *record, struct backend *ret
 		return -errno;
 	backend.is_device = S_ISBLK(status.st_mode);
 	memcpy(backend.path, record->path, sizeof backend.path);
-	result = spill_create(record->fd, record->size_bytes, &backend.spill);
+	result = spill_create(record->fd, record->size_bytes, &record->lineage, &backend.spill);
 	if (result < 0)
 		return result;
+	if (spill_is_sealed(backend.spill))
+		sys_refuse_core_dumps(); /* the cipher's working state and pages on their way are all over the memory */
 	if (record->flags & ENGINE_BACKEND_KEEP_BLOCKS)
 		spill_keep_blocks(backend.spill);
 	*ret_backend = backend;
@@ -526,23 +529,26 @@ int backend_adopt(struct engine *engine, unsigned number)
 int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
 		       int32_t priority, uint32_t flags)
 {
-	struct backend_record record = { .fd = fd, .priority = priority, .flags = flags,
-					 .size_bytes = size_bytes };
+	struct backend_record *record;
 	struct backend backend;
 	unsigned number = 0;
 	int result;
 
-	snprintf(record.path, sizeof record.path, "%s", path);
 	SCOPED_LOCK(&engine->registry);
 	while (number < BACKENDS_MAX && engine->backends[number].spill)
 		number++;
 	if (number == BACKENDS_MAX)
 		return -EMFILE;
-	result = backend_make(&record, &backend);
-	if (result < 0)
+	record = &engine->state->backends[number];
+	*record = (struct backend_record){ .fd = fd, .priority = priority, .flags = flags, .size_bytes = size_bytes };
+	record->lineage.is_sealed = flags & ENGINE_BACKEND_ENCRYPT ? 1 : 0;
+	snprintf(record->path, sizeof record->path, "%s", path);
+	result = backend_make(record, &backend);
+	if (result < 0) {
+		spill_lineage_wipe(&record->lineage);
 		return result;
-	engine->state->backends[number] = record;
-	__atomic_store_n(&engine->state->backends[number].used, 1, __ATOMIC_RELEASE);
+	}
+	__atomic_store_n(&record->used, 1, __ATOMIC_RELEASE);
 	backend_install(engine, number, &backend);
 	return (int)number;
 }

@@ -97,10 +97,11 @@ int engine_group_set_unmanaged(struct engine *engine, int group, uint64_t bytes)
 /* ---- backends ---- */
 
 #define ENGINE_BACKEND_KEEP_BLOCKS 1u /* do not discard freed segments of a device */
+#define ENGINE_BACKEND_ENCRYPT 2u     /* under a key of its own that is nowhere but in the state memfd */
 
 /*
  * Use descriptor `fd` (ownership passes on success) as a spill backend. Higher priority first; backends of
- * equal priority are written to in turn. Returns the backend's number (>= 0), or -EMFILE.
+ * equal priority are written to in turn. Returns the backend's number (>= 0), -EMFILE, or -ENOTSUP: libcrypto cannot encrypt it.
  */
 int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
 		       int32_t priority, uint32_t flags);
@@ -332,6 +333,7 @@ struct engine_backend_statistics {
 	uint32_t state; /* 0 active, 1 draining, 2 failed */
 	uint32_t is_device;
 	char path[256];
+	uint32_t is_encrypted;
 	uint64_t size_bytes;
 	uint64_t used_bytes;   /* segments in use, whole */
 	uint64_t room_bytes;   /* what can still be written: less than the rest of the size when the disk is full */

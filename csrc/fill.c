@@ -296,6 +296,20 @@ int fill_expand_object(struct client *client, const void *object, struct slot sl
 	return result;
 }
 
+int fill_expand_read(struct client *client, const struct fill_span *span, const uint8_t *bytes, struct slot slot,
+		     void *page)
+{
+	const uint8_t *object = bytes + slot.location * POOL_UNIT_BYTES - span->start_bytes;
+	uint8_t room[PAGE_BYTES];
+	int result = spill_object_open(span->spill, slot.location, slot.units, object, room, &object);
+
+	if (result == 0)
+		return fill_expand_object(client, object, slot, page);
+	if (result == -EBADMSG)
+		counter_add(client->engine, check_failures, 1);
+	return result;
+}
+
 /* Bytes of a page on its way out: from the evictor's buffer, or from staging itself. */
 static int read_staged(struct client *client, struct slot slot, void *page)
 {

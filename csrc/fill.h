@@ -9,20 +9,24 @@
 
 #define FILL_READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
 
-/* Extents of one backend that are read at once. Zeroed means none. */
+/* Extents of one backend, pinned, that are read at once. With only that filled in: none. */
 struct fill_span {
+	struct spill *spill;
+	unsigned backend;
 	uint64_t start_bytes, end_bytes; /* in the backend, aligned as a read has to be */
 	uint64_t last_location;
-	unsigned backend;
 };
 
-/* One more, if it lies on the same backend, not before the last and not further behind it than that. */
+/* One more, if it lies on the backend, not before the last and not further behind it than that. */
 bool fill_span_add(struct fill_span *span, struct slot copy, uint64_t gap_bytes_max);
 
 /* The page of a slot: 0; 1 when its backing is not in memory (SPILL) or it has none; or -errno. */
 int fill_expand(struct client *client, struct slot slot, void *page);
-/* The page of an object that was read: 0, -EBADMSG or -ENOMEM. */
+/* The page of an object in memory: 0, -EBADMSG or -ENOMEM. */
 int fill_expand_object(struct client *client, const void *object, struct slot slot, void *page);
+/* The page of a SPILL slot, of which a span was read into `bytes`: as fill_expand_object. */
+int fill_expand_read(struct client *client, const struct fill_span *span, const uint8_t *bytes, struct slot slot,
+		     void *page);
 
 enum fill_result {
 	FILL_ANSWERED, /* the fault is answered, or needs no answer any more */

@@ -33,8 +33,7 @@ static_assert(READS_MAX <= 1 << COOKIE_RANGE_SHIFT, "a cookie names a read and i
 static_assert(FILL_RANGES_MAX <= IO_DEPTH_MAX / 2, "a run leaves room in the queue for others");
 
 struct read_range {
-	struct fill_span span;
-	struct spill *spill;  /* pinned until the read is freed; NULL: not asked for */
+	struct fill_span span; /* its backend is pinned until the read is freed */
 	uint32_t buffer_at;
 	unsigned first_page;  /* of the run */
 	int error;
@@ -61,14 +60,16 @@ static uint64_t span_bytes(const struct fill_span *span)
 
 bool fill_span_add(struct fill_span *span, struct slot copy, uint64_t gap_bytes_max)
 {
-	struct spill_range range = spill_range_of(copy.location, copy.units);
-	uint64_t end = range.offset_bytes + range.length_bytes;
+	struct spill_range range;
+	uint64_t end;
 
-	if (copy.tag != SLOT_SPILL)
+	if (copy.tag != SLOT_SPILL || copy.backend != span->backend)
 		return false;
+	range = spill_range_of(span->spill, copy.location, copy.units);
+	end = range.offset_bytes + range.length_bytes;
 	if (span->end_bytes == 0)
-		*span = (struct fill_span){ .start_bytes = range.offset_bytes, .backend = copy.backend };
-	else if (copy.backend != span->backend || copy.location < span->last_location ||
+		span->start_bytes = range.offset_bytes;
+	else if (copy.location < span->last_location ||
 		 range.offset_bytes > span->end_bytes + gap_bytes_max ||
 		 end - span->start_bytes > FILL_READ_BYTES_MAX)
 		return false;
@@ -92,8 +93,16 @@ static bool range_add(struct spill_read *read, unsigned r, struct slot copy)
 	return true;
 }
 
+static void range_unpin(struct client *client, struct read_range *range)
+{
+	if (range->span.spill)
+		backend_unpin(client->engine, range->span.backend);
+	range->span.spill = NULL;
+}
+
 /* Page i of the run is at `copy`: read it with a range that there is, or with one more. */
-static bool plan_extent(struct spill_read *read, unsigned i, struct slot copy, unsigned ranges_max)
+static bool plan_extent(struct client *client, struct spill_read *read, unsigned i, struct slot copy,
+			unsigned ranges_max)
 {
 	unsigned r = read->range_count;
 
@@ -106,8 +115,13 @@ static bool plan_extent(struct spill_read *read, unsigned i, struct slot copy, u
 	if (r == ranges_max)
 		return false;
 	read->ranges[r].first_page = i;
-	if (!range_add(read, r, copy))
+	read->ranges[r].span = (struct fill_span){ .spill = backend_pin(client->engine, copy.backend),
+						   .backend = copy.backend };
+	/* A shared slot may have been migrated since it was looked at, and the backend be gone. */
+	if (!read->ranges[r].span.spill || !range_add(read, r, copy)) {
+		range_unpin(client, &read->ranges[r]);
 		return false;
+	}
 	read->range_of[i] = (uint8_t)r;
 	read->range_count++;
 	return true;
@@ -146,12 +160,16 @@ static unsigned ranges_allowed(const struct client *client, bool is_stream)
 	return is_stream ? min_of(max_of(left / 2, 1u), (unsigned)FILL_RANGES_MAX) : 1;
 }
 
-/* Widen the read over the following pages. What is in memory at its end needs no read and waits for none. */
+/*
+ * Widen the read over the following pages. What is in memory at its end needs no read and waits for none. No page: the
+ * backend of the first is gone.
+ */
 static void read_plan(struct client *client, struct spill_read *read, unsigned window, bool is_stream)
 {
 	unsigned ranges_max = ranges_allowed(client, is_stream);
 
-	VS_CHECK(plan_extent(read, 0, read->copies[0], 1));
+	if (!plan_extent(client, read, 0, read->copies[0], 1))
+		return;
 	read->page_count = 1;
 	for (unsigned i = 1; i < window; i++) {
 		struct slot *word = &read->words[i], *copy = &read->copies[i];
@@ -165,7 +183,7 @@ static void read_plan(struct client *client, struct spill_read *read, unsigned w
 			break;
 		if (copy->tag != SLOT_SPILL)
 			continue;
-		if (!plan_extent(read, i, *copy, ranges_max))
+		if (!plan_extent(client, read, i, *copy, ranges_max))
 			break;
 		read->page_count = i + 1;
 	}
@@ -178,8 +196,7 @@ static void read_free(struct client *client, unsigned i)
 	struct spill_read *read = client->reads[i];
 
 	for (unsigned r = 0; r < read->range_count; r++)
-		if (read->ranges[r].spill)
-			backend_unpin(client->engine, read->ranges[r].span.backend);
+		range_unpin(client, &read->ranges[r]);
 	free(read->buffer);
 	free(read);
 	client->reads[i] = NULL;
@@ -199,19 +216,11 @@ static int range_submit(struct client *client, unsigned i, unsigned r)
 {
 	struct spill_read *read = client->reads[i];
 	struct read_range *range = &read->ranges[r];
-	int result;
+	int result = io_read(client->io, spill_fd(range->span.spill), read->buffer + range->buffer_at,
+			     span_bytes(&range->span), range->span.start_bytes, i | (uint64_t)r << COOKIE_RANGE_SHIFT);
 
-	/* A shared slot may have been migrated since it was looked at, and the backend be gone. */
-	range->spill = backend_pin(client->engine, range->span.backend);
-	if (!range->spill)
-		return -EAGAIN;
-	result = io_read(client->io, spill_fd(range->spill), read->buffer + range->buffer_at, span_bytes(&range->span),
-			 range->span.start_bytes, i | (uint64_t)r << COOKIE_RANGE_SHIFT);
-	if (result < 0) {
-		backend_unpin(client->engine, range->span.backend);
-		range->spill = NULL;
+	if (result < 0)
 		return result;
-	}
 	client->io_requests++;
 	read->pending++;
 	counter_add(client->engine, spill_read_ranges, 1);
@@ -232,7 +241,8 @@ static int read_submit(struct client *client, unsigned i)
 		if (result < 0 && r > 0) {
 			fill_uncharge(client, read->page_count - read->ranges[r].first_page);
 			read->page_count = read->ranges[r].first_page;
-			read->range_count = r;
+			while (read->range_count > r)
+				range_unpin(client, &read->ranges[--read->range_count]);
 			return 0;
 		}
 	}
@@ -270,7 +280,7 @@ enum fill_result fill_from_spill(struct client *client, const struct fault *faul
 	read_plan(client, read, window, is_stream);
 	fill_uncharge(client, window - read->page_count);
 	client->reads[slot] = read;
-	if (read_submit(client, slot) != 0) {
+	if (read->page_count == 0 || read_submit(client, slot) != 0) {
 		fill_uncharge(client, read->page_count);
 		read_free(client, slot);
 		return fill_try_again(client);
@@ -311,11 +321,11 @@ static int expand_extent(struct client *client, const struct spill_read *read, u
 {
 	const struct read_range *range = &read->ranges[read->range_of[i]];
 	struct slot copy = read->copies[i];
-	uint64_t at = range->buffer_at + copy.location * POOL_UNIT_BYTES - range->span.start_bytes;
+	const uint8_t *bytes = read->buffer + range->buffer_at;
 
 	if (range->error < 0)
 		return range->error;
-	return word_is_unchanged(client, read, i) ? fill_expand_object(client, read->buffer + at, copy, page) : 1;
+	return word_is_unchanged(client, read, i) ? fill_expand_read(client, &range->span, bytes, copy, page) : 1;
 }
 
 /* Expand page i, which was in memory, from wherever in memory it is now: 0, or it is not to be had. */
@@ -338,7 +348,7 @@ static uint32_t ranges_kept(struct client *client, const struct spill_read *read
 		const struct read_range *range = &read->ranges[r];
 		struct spill_statistics statistics;
 
-		spill_statistics(range->spill, &statistics);
+		spill_statistics(range->span.spill, &statistics);
 		if (statistics.used_bytes < statistics.size_bytes / 4 * 3 &&
 		    READ_ONCE(client->engine->backends[range->span.backend].state) == BACKEND_ACTIVE)
 			kept |= 1u << r;
@@ -454,7 +464,7 @@ static bool range_completed(struct client *client, const struct io_completion *c
 	struct read_range *range = &read->ranges[completion->cookie >> COOKIE_RANGE_SHIFT];
 
 	range->error = (int)min_of(completion->result, 0);
-	spill_count_read(range->spill, span_bytes(&range->span), range->error);
+	spill_count_read(range->span.spill, span_bytes(&range->span), range->error);
 	client->io_requests--;
 	*ret_i = i;
 	return --read->pending == 0;

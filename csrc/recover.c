@@ -381,6 +381,8 @@ int recover_engine(struct engine *engine)
 	for (unsigned i = 0; result == 0 && i < BACKENDS_MAX; i++)
 		if (engine->state->backends[i].used)
 			result = backend_adopt(engine, i);
+		else /* the daemon before may just have removed it */
+			spill_lineage_wipe(&engine->state->backends[i].lineage);
 	if (result == 0)
 		result = recover_clients(engine);
 	forget_clients(engine);

@@ -129,51 +129,66 @@ static unsigned plan_read(struct client *client, uint64_t page, unsigned max, st
 	return count;
 }
 
-/* Read a span without the gate, which is held before and after. 0; -EAGAIN: there is no such backend any more. */
+/* Read a span without the gate, which is held before and after. 0 or -errno. */
 static int read_span(struct client *client, const struct fill_span *span, uint8_t **ret_bytes)
 {
-	struct spill *spill = backend_pin(client->engine, span->backend);
 	size_t length = span->end_bytes - span->start_bytes;
 	int result;
 
-	if (!spill)
-		return -EAGAIN;
 	pthread_mutex_unlock(&client->gate);
 	result = -posix_memalign((void **)ret_bytes, PAGE_BYTES, length);
 	if (result == 0) {
-		result = io_read_wait(spill_fd(spill), *ret_bytes, length, span->start_bytes);
-		spill_count_read(spill, length, result);
+		result = io_read_wait(spill_fd(span->spill), *ret_bytes, length, span->start_bytes);
+		spill_count_read(span->spill, length, result);
 		if (result < 0)
 			free(*ret_bytes);
 	}
-	backend_unpin(client->engine, span->backend);
 	pthread_mutex_lock(&client->gate);
 	return result;
+}
+
+/* Expand what was read of the pages whose slots are what they were: how many, or -errno of the first. */
+static int expand_span(struct client *client, const struct fill_span *span, const uint8_t *bytes, uint64_t page,
+		       const struct slot *slots, unsigned count, uint8_t *pages)
+{
+	unsigned done = 0;
+	int result = 0;
+
+	for (; done < count && slot_is_equal(slot_of(client, page + done), slots[done]); done++) {
+		result = fill_expand_read(client, span, bytes, slots[done], pages + done * PAGE_BYTES);
+		if (result < 0)
+			break;
+	}
+	counter_add(client->engine, spill_read_pages, done);
+	return result < 0 && done == 0 ? result : (int)done;
 }
 
 /* Expand pages that a backend has, up to `max`: how many, 0 when the slots have changed meanwhile, or -errno. */
 static int read_from_backend(struct client *client, uint64_t page, unsigned max, uint8_t *pages)
 {
 	struct slot slots[FILL_PAGES_MAX];
-	struct fill_span span = { 0 };
-	unsigned count = plan_read(client, page, min_of(max, (unsigned)FILL_PAGES_MAX), slots, &span), done = 0;
+	struct fill_span span = { .backend = slot_of(client, page).backend };
+	unsigned count;
 	uint8_t *bytes = NULL;
-	int result = read_span(client, &span, &bytes);
+	int result;
 
-	/* A drain may have moved the first one while the gate was open: that place says nothing about it. */
-	if (result == -EAGAIN || (result < 0 && !slot_is_equal(slot_of(client, page), slots[0])))
-		return 0;
-	if (result < 0) /* an error says nothing about which of the pages is concerned */
-		return count > 1 ? read_from_backend(client, page, 1, pages) : result;
-	for (; done < count && slot_is_equal(slot_of(client, page + done), slots[done]); done++) {
-		result = fill_expand_object(client, bytes + slots[done].location * POOL_UNIT_BYTES - span.start_bytes,
-					    slots[done], pages + done * PAGE_BYTES);
-		if (result < 0)
-			break;
+	span.spill = backend_pin(client->engine, span.backend);
+	if (!span.spill)
+		return 0; /* there is no such backend any more */
+	count = plan_read(client, page, min_of(max, (unsigned)FILL_PAGES_MAX), slots, &span);
+	result = read_span(client, &span, &bytes);
+	if (result == 0) {
+		result = expand_span(client, &span, bytes, page, slots, count, pages);
+		free(bytes);
+		backend_unpin(client->engine, span.backend);
+		return result;
 	}
-	free(bytes);
-	counter_add(client->engine, spill_read_pages, done);
-	return result < 0 && done == 0 ? result : (int)done;
+	backend_unpin(client->engine, span.backend);
+	/* A drain may have moved the first one while the gate was open: that place says nothing about it. */
+	if (!slot_is_equal(slot_of(client, page), slots[0]))
+		return 0;
+	/* An error says nothing about which of the pages is concerned. */
+	return count > 1 ? read_from_backend(client, page, 1, pages) : result;
 }
 
 /* Whole pages. 0, -EIO: one of them is lost; -ENOENT. */

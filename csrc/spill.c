@@ -37,6 +37,7 @@
 #include <xxhash.h>
 
 #include "base.h"
+#include "crash_point.h"
 #include "fault_point.h"
 #include "io.h"
 
@@ -55,7 +56,8 @@
 #define RESERVE_FROM 16u
 #define TRIMMER_STACK_BYTES 65536UL
 
-#define SEGMENT_MAGIC 0x3147455350575356ULL /* "VSWPSEG1" */
+#define SEGMENT_MAGIC 0x3247455350575356ULL /* "VSWPSEG2" */
+#define SEALED_MAGIC 0x4c41455350575356ULL  /* "VSWPSEAL" */
 
 struct segment_header {
 	uint64_t magic;
@@ -66,20 +68,36 @@ struct segment_header {
 	uint64_t identity;
 	uint32_t table_bytes_in;
 	uint32_t segment;
-	uint8_t zero[16];
+	uint8_t tag[SEAL_TAG_BYTES]; /* of a sealed table */
 };
 
 struct table_entry {
 	uint64_t owner;
-	uint32_t unit;
+	uint16_t unit;
 	uint16_t units;
-	uint16_t zero;
+	uint32_t checksum;
+};
+
+/* The last unit of a sealed extent. */
+struct object_seal {
+	uint64_t generation;
+	uint8_t tag[SEAL_TAG_BYTES];
+	uint8_t zero[40];
+};
+
+/* What a sealed object is bound to, beside its nonce. */
+struct object_place {
+	uint64_t extent;
+	uint32_t units;
+	uint32_t zero;
 };
 
 #define HEADER_UNITS (sizeof(struct segment_header) / POOL_UNIT_BYTES)
 
 static_assert(sizeof(struct segment_header) == POOL_UNIT_BYTES, "the header is one unit");
 static_assert(sizeof(struct table_entry) == 16, "format");
+static_assert(sizeof(struct object_seal) == POOL_UNIT_BYTES, "a seal is one unit");
+static_assert(sizeof(struct object_place) == 16, "without padding: it is authenticated");
 static_assert(POOL_UNIT_BYTES % sizeof(struct table_entry) == 0, "the table is aligned");
 static_assert(SEGMENT_UNITS <= UINT16_MAX, "units of a segment fit a record");
 static_assert(SEGMENTS_MAX - 1 <= UINT32_MAX, "segment numbers fit the header");
@@ -115,7 +133,10 @@ struct spill {
 	int fd;
 	bool is_device;
 	bool can_allocate; /* relaxed: only ever goes false */
-	uint64_t identity;
+	struct spill_lineage *lineage;
+	struct spill_lineage own; /* where the caller has none */
+	struct seal *seal;        /* NULL: objects are written as they are */
+	unsigned seal_units;      /* of an extent, beside its object's: 1 or 0 */
 	uint64_t segment_count;
 
 	pthread_mutex_t mutex;
@@ -133,7 +154,6 @@ struct spill {
 	uint64_t first_empty;    /* no chunk before it has EMPTY segments */
 	uint64_t empty_count, trimming_count, used_count, quarantined_count;
 	uint64_t live_units, live_count;
-	uint64_t generation;
 	struct spill_segment *cached; /* for reuse */
 	unsigned cached_count;
 	uint64_t written_bytes, write_errors, trimmed_bytes, trim_errors;
@@ -503,6 +523,8 @@ static void locks_create(struct spill *spill)
 
 static void spill_free_memory(struct spill *spill)
 {
+	seal_destroy(spill->seal);
+	spill_lineage_wipe(&spill->own);
 	pthread_cond_destroy(&spill->trim_work);
 	pthread_cond_destroy(&spill->trim_done);
 	pthread_mutex_destroy(&spill->mutex);
@@ -510,7 +532,43 @@ static void spill_free_memory(struct spill *spill)
 	free(spill);
 }
 
-int spill_create(int fd, uint64_t size_bytes, struct spill **ret_spill)
+void spill_lineage_wipe(struct spill_lineage *lineage)
+{
+	explicit_bzero(lineage, sizeof *lineage);
+}
+
+/* Complete a new lineage, the identity last: a key under an identity is whole. */
+static int lineage_begin(struct spill_lineage *lineage)
+{
+	uint64_t identity;
+
+	if (lineage->is_sealed && getrandom(lineage->key, SEAL_KEY_BYTES, 0) != SEAL_KEY_BYTES)
+		return -EIO;
+	if (getrandom(&identity, sizeof identity, 0) != sizeof identity)
+		return -EIO;
+	__atomic_store_n(&lineage->identity, max_of(identity, (uint64_t)1), __ATOMIC_RELEASE);
+	return 0;
+}
+
+static int lineage_take(struct spill *spill, struct spill_lineage *lineage)
+{
+	int result = 0;
+
+	spill->lineage = lineage ? lineage : &spill->own;
+	if (spill->lineage->identity == 0)
+		result = lineage_begin(spill->lineage);
+	if (result == 0 && spill->lineage->is_sealed)
+		result = seal_create(spill->lineage->key, &spill->seal);
+	spill->seal_units = spill->seal ? 1 : 0;
+	return result;
+}
+
+bool spill_is_sealed(const struct spill *spill)
+{
+	return spill->seal;
+}
+
+int spill_create(int fd, uint64_t size_bytes, struct spill_lineage *lineage, struct spill **ret_spill)
 {
 	struct spill *spill;
 	bool is_device = false;
@@ -529,11 +587,8 @@ int spill_create(int fd, uint64_t size_bytes, struct spill **ret_spill)
 	spill->chunk_count = div_ceil(spill->segment_count, CHUNK_SEGMENTS);
 	spill->chunks = calloc(spill->chunk_count, sizeof *spill->chunks);
 	locks_create(spill);
-	if (!spill->chunks)
-		result = -ENOMEM;
-	else if (getrandom(&spill->identity, sizeof spill->identity, 0) != sizeof spill->identity)
-		result = -EIO;
-	else
+	result = spill->chunks ? lineage_take(spill, lineage) : -ENOMEM;
+	if (result == 0)
 		result = trimmer_start(spill);
 	if (result < 0) {
 		spill_free_memory(spill);
@@ -707,20 +762,21 @@ static uint64_t table_bytes(unsigned extent_count)
 int64_t spill_segment_add(struct spill_segment *segment, uint64_t owner, const void *object,
 			  unsigned units)
 {
+	unsigned extent_units = units + segment->spill->seal_units;
 	struct table_entry entry = {
 		.owner = owner,
-		.unit = segment->end_unit,
-		.units = (uint16_t)units,
+		.unit = (uint16_t)segment->end_unit,
+		.units = (uint16_t)extent_units,
 	};
 	uint64_t table = table_bytes(segment->extent_count + 1);
-	uint64_t start = segment->end_unit * POOL_UNIT_BYTES, bytes = units * POOL_UNIT_BYTES;
+	uint64_t start = segment->end_unit * POOL_UNIT_BYTES;
 
 	VS_CHECK(units >= 1 && units <= POOL_UNITS_MAX);
-	if (start + bytes + table > SEGMENT_BYTES)
+	if (start + extent_units * POOL_UNIT_BYTES + table > SEGMENT_BYTES)
 		return -ENOSPC;
-	memcpy(segment->buffer + start, object, bytes);
+	memcpy(segment->buffer + start, object, units * POOL_UNIT_BYTES);
 	memcpy(segment->buffer + SEGMENT_BYTES - table, &entry, sizeof entry);
-	segment->end_unit += units;
+	segment->end_unit += extent_units;
 	segment->extent_count++;
 	return (int64_t)(segment->number * SEGMENT_UNITS + entry.unit);
 }
@@ -732,40 +788,108 @@ unsigned spill_segment_count(const struct spill_segment *segment)
 
 /* ---- the format ---- */
 
-static uint64_t segment_checksum(struct segment_header header, const void *table, size_t length)
+static uint64_t segment_checksum(struct segment_header header, const void *rest, size_t length)
 {
 	XXH3_state_t state;
 
 	header.checksum = 0;
 	XXH3_64bits_reset(&state);
 	XXH3_64bits_update(&state, &header, sizeof header);
-	XXH3_64bits_update(&state, table, length);
+	XXH3_64bits_update(&state, rest, length);
 	return XXH3_64bits_digest(&state);
 }
 
-/* Put table and header in place; returns the bytes to write. */
-static uint64_t segment_seal(struct spill_segment *segment, uint64_t generation)
+static struct seal_nonce table_nonce(const struct segment_header *header)
+{
+	return (struct seal_nonce){ .generation = header->generation };
+}
+
+/* What a sealed table is bound to: the header, as it is before it is sealed. */
+static struct segment_header table_context(struct segment_header header)
+{
+	header.checksum = 0;
+	memset(header.tag, 0, sizeof header.tag);
+	return header;
+}
+
+/* Encrypt the object of an extent, which begins at `unit` of the segment, and put its seal behind it. */
+static int object_seal(const struct spill_segment *segment, const struct table_entry *entry, uint64_t generation)
+{
+	unsigned units = entry->units - segment->spill->seal_units;
+	uint8_t *object = segment->buffer + entry->unit * POOL_UNIT_BYTES;
+	struct object_place place = { .extent = segment->number * SEGMENT_UNITS + entry->unit, .units = units };
+	struct seal_context context = { &place, sizeof place };
+	struct seal_nonce nonce = { .generation = generation, .unit = entry->unit };
+	struct object_seal seal = { .generation = generation };
+	int result = seal_encrypt(segment->spill->seal, nonce, context, object, units * POOL_UNIT_BYTES, seal.tag);
+
+	if (result == 0)
+		memcpy(object + units * POOL_UNIT_BYTES, &seal, sizeof seal);
+	return result;
+}
+
+/* Each extent as it is to be on disk. */
+static int objects_finish(const struct spill_segment *segment, uint64_t generation)
+{
+	uint8_t *last = segment->buffer + SEGMENT_BYTES;
+	int result = 0;
+
+	for (unsigned i = 1; i <= segment->extent_count && result == 0; i++) {
+		struct table_entry entry;
+
+		memcpy(&entry, last - table_bytes(i), sizeof entry);
+		if (segment->spill->seal)
+			result = object_seal(segment, &entry, generation);
+		else
+			entry.checksum = (uint32_t)XXH3_64bits(segment->buffer + entry.unit * POOL_UNIT_BYTES,
+							       entry.units * POOL_UNIT_BYTES);
+		memcpy(last - table_bytes(i), &entry, sizeof entry);
+	}
+	return result;
+}
+
+/* The header's checksum, and of a sealed segment its table. */
+static int header_finish(struct spill_segment *segment, struct segment_header *header, uint8_t *table,
+			 uint64_t table_length)
+{
+	struct segment_header bound = table_context(*header);
+	struct seal_context context = { &bound, sizeof bound };
+	int result = 0;
+
+	if (!segment->spill->seal) {
+		header->checksum = segment_checksum(*header, table, table_length);
+		return 0;
+	}
+	result = seal_encrypt(segment->spill->seal, table_nonce(header), context, table, table_length, header->tag);
+	header->checksum = segment_checksum(*header, segment->buffer + sizeof *header, header->used_bytes - sizeof *header);
+	return result;
+}
+
+/* Put table and header in place, encrypted where the backend is sealed: the bytes to write, or -ENOMEM. */
+static int64_t segment_finish(struct spill_segment *segment, uint64_t generation)
 {
 	uint64_t table_length = table_bytes(segment->extent_count);
 	uint64_t table_bytes_in = segment->end_unit * POOL_UNIT_BYTES;
 	uint64_t used_bytes = table_bytes_in + table_length;
 	uint64_t write_bytes = align_up(used_bytes, PAGE_BYTES);
 	uint8_t *table = segment->buffer + table_bytes_in;
+	int result = objects_finish(segment, generation);
 	struct segment_header header = {
-		.magic = SEGMENT_MAGIC,
+		.magic = segment->spill->seal ? SEALED_MAGIC : SEGMENT_MAGIC,
 		.generation = generation,
 		.extent_count = segment->extent_count,
 		.used_bytes = (uint32_t)used_bytes,
-		.identity = segment->spill->identity,
+		.identity = segment->spill->lineage->identity,
 		.table_bytes_in = (uint32_t)table_bytes_in,
 		.segment = (uint32_t)segment->number,
 	};
 
 	memmove(table, segment->buffer + SEGMENT_BYTES - table_length, table_length);
 	memset(segment->buffer + used_bytes, 0, write_bytes - used_bytes);
-	header.checksum = segment_checksum(header, table, table_length);
+	if (result == 0)
+		result = header_finish(segment, &header, table, table_length);
 	memcpy(segment->buffer, &header, sizeof header);
-	return write_bytes;
+	return result < 0 ? result : (int64_t)write_bytes;
 }
 
 static struct table_entry table_entry_get(const uint8_t *bytes, unsigned index_from_end)
@@ -778,11 +902,12 @@ static struct table_entry table_entry_get(const uint8_t *bytes, unsigned index_f
 	return entry;
 }
 
-static bool header_is_sound(const struct segment_header *header)
+static bool header_is_sound(const struct segment_header *header, bool sealed)
 {
-	static const uint8_t zero[sizeof header->zero];
+	static const uint8_t zero[sizeof header->tag];
 
-	return header->magic == SEGMENT_MAGIC && memcmp(header->zero, zero, sizeof zero) == 0 &&
+	return header->magic == (sealed ? SEALED_MAGIC : SEGMENT_MAGIC) &&
+	       (sealed || memcmp(header->tag, zero, sizeof zero) == 0) &&
 	       header->used_bytes <= SEGMENT_BYTES && header->extent_count >= 1 &&
 	       header->extent_count <= SEGMENT_BYTES / sizeof(struct table_entry) &&
 	       header->table_bytes_in >= sizeof *header &&
@@ -791,14 +916,14 @@ static bool header_is_sound(const struct segment_header *header)
 }
 
 /* Entries come last object first and leave no gap between header and table. */
-static bool table_is_sound(const uint8_t *bytes, const struct segment_header *header)
+static bool table_is_sound(const uint8_t *bytes, const struct segment_header *header, unsigned seal_units)
 {
 	uint64_t end_unit = header->table_bytes_in / POOL_UNIT_BYTES;
 
 	for (unsigned i = 0; i < header->extent_count; i++) {
 		struct table_entry entry = table_entry_get(bytes, i);
 
-		if (entry.zero != 0 || entry.units < 1 || entry.units > POOL_UNITS_MAX ||
+		if (entry.units < 1 + seal_units || entry.units > POOL_UNITS_MAX + seal_units ||
 		    (uint64_t)entry.unit + entry.units != end_unit)
 			return false;
 		end_unit = entry.unit;
@@ -806,25 +931,38 @@ static bool table_is_sound(const uint8_t *bytes, const struct segment_header *he
 	return end_unit == HEADER_UNITS;
 }
 
-/* Of a claimed segment it is only known that it is well formed: its entries may be a stale table's. */
-static int segment_verify(const struct spill *spill, uint64_t number, bool claimed,
-			  uint32_t generation, const uint8_t *bytes)
+/* Is the table what was written, as far as its checksum or its tag can tell? A sealed one is opened in place. */
+static int table_open(const struct spill *spill, const struct segment_header *header, uint8_t *table)
 {
-	struct segment_header header;
+	uint64_t length = table_bytes(header->extent_count);
+	struct segment_header bound = table_context(*header);
+	struct seal_context context = { &bound, sizeof bound };
 
-	memcpy(&header, bytes, sizeof header);
-	if (!header_is_sound(&header) || header.segment != number)
-		return -EBADMSG;
-	if (!claimed && (header.identity != spill->identity ||
-			 (uint32_t)header.generation != generation))
-		return -EBADMSG;
-	if (segment_checksum(header, bytes + header.table_bytes_in,
-			     table_bytes(header.extent_count)) != header.checksum)
-		return -EBADMSG;
-	return table_is_sound(bytes, &header) ? (int)header.extent_count : -EBADMSG;
+	if (spill->seal)
+		return seal_decrypt(spill->seal, table_nonce(header), context, table, length, header->tag, table);
+	return segment_checksum(*header, table, length) == header->checksum ? 0 : -EBADMSG;
 }
 
-int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes)
+/* Of a claimed segment it is only known that it is well formed: its entries may be a stale table's. */
+static int segment_verify(const struct spill *spill, uint64_t number, bool claimed,
+			  uint32_t generation, uint8_t *bytes)
+{
+	struct segment_header header;
+	int result;
+
+	memcpy(&header, bytes, sizeof header);
+	if (!header_is_sound(&header, spill->seal) || header.segment != number)
+		return -EBADMSG;
+	if (!claimed && (header.identity != spill->lineage->identity ||
+			 (uint32_t)header.generation != generation))
+		return -EBADMSG;
+	result = table_open(spill, &header, bytes + header.table_bytes_in);
+	if (result < 0)
+		return result;
+	return table_is_sound(bytes, &header, spill->seal_units) ? (int)header.extent_count : -EBADMSG;
+}
+
+int spill_table_verify(struct spill *spill, uint64_t segment, void *bytes)
 {
 	struct segment_record record = { 0 };
 
@@ -842,14 +980,16 @@ struct spill_entry spill_table_entry(const void *bytes, unsigned index)
 {
 	struct segment_header header;
 	struct table_entry entry;
+	unsigned seal_units;
 
 	memcpy(&header, bytes, sizeof header);
 	VS_CHECK(index < header.extent_count);
+	seal_units = header.magic == SEALED_MAGIC ? 1 : 0;
 	entry = table_entry_get(bytes, header.extent_count - 1 - index);
 	return (struct spill_entry){
 		.owner = entry.owner,
 		.extent = header.segment * SEGMENT_UNITS + entry.unit,
-		.units = entry.units,
+		.units = entry.units - seal_units,
 		.object_bytes_in = (unsigned)(entry.unit * POOL_UNIT_BYTES),
 	};
 }
@@ -985,7 +1125,8 @@ static void segment_fail(struct spill_segment *segment, int result)
 int spill_segment_write(struct spill_segment *segment)
 {
 	struct spill *spill = segment->spill;
-	uint64_t generation, write_bytes;
+	uint64_t generation;
+	int64_t write_bytes;
 	int result;
 
 	if (segment->extent_count == 0) {
@@ -995,14 +1136,16 @@ int spill_segment_write(struct spill_segment *segment)
 	pthread_mutex_lock(&spill->mutex);
 	VS_CHECK(record_of(spill, segment->number)->state == SEGMENT_FILLING);
 	state_set(spill, segment->number, SEGMENT_WRITING);
-	generation = ++spill->generation;
+	/* Before anything is encrypted: see Crash order of sealed backends. */
+	generation = __atomic_add_fetch(&spill->lineage->generation, 1, __ATOMIC_SEQ_CST);
 	pthread_mutex_unlock(&spill->mutex);
-	write_bytes = segment_seal(segment, generation);
-	VS_DCHECK(segment_verify(spill, segment->number, false, (uint32_t)generation,
-				 segment->buffer) == (int)segment->extent_count);
-	result = segment_transfer(segment, write_bytes);
+	crash_point(CRASH_SEGMENT_NUMBERED);
+	write_bytes = segment_finish(segment, generation);
+	VS_DCHECK(spill->seal || segment_verify(spill, segment->number, false, (uint32_t)generation,
+						segment->buffer) == (int)segment->extent_count);
+	result = write_bytes < 0 ? (int)write_bytes : segment_transfer(segment, (uint64_t)write_bytes);
 	if (result == 0)
-		segment_make_live(segment, generation, write_bytes);
+		segment_make_live(segment, generation, (uint64_t)write_bytes);
 	else
 		segment_fail(segment, result);
 	segment_put(segment);
@@ -1031,6 +1174,7 @@ void spill_free(struct spill *spill, uint64_t extent, unsigned units)
 	struct segment_record *record;
 
 	VS_CHECK(number < spill->segment_count && units >= 1 && units <= POOL_UNITS_MAX);
+	units += spill->seal_units;
 	SCOPED_LOCK(&spill->mutex);
 	VS_CHECK(!spill->claiming && spill->chunks[number / CHUNK_SEGMENTS]);
 	record = record_of(spill, number);
@@ -1054,9 +1198,9 @@ void spill_free(struct spill *spill, uint64_t extent, unsigned units)
 
 /* ---- reading ---- */
 
-struct spill_range spill_range_of(uint64_t extent, unsigned units)
+struct spill_range spill_range_of(const struct spill *spill, uint64_t extent, unsigned units)
 {
-	uint64_t first = extent * POOL_UNIT_BYTES, end = (extent + units) * POOL_UNIT_BYTES;
+	uint64_t first = extent * POOL_UNIT_BYTES, end = (extent + units + spill->seal_units) * POOL_UNIT_BYTES;
 	uint64_t offset = first / PAGE_BYTES * PAGE_BYTES;
 
 	return (struct spill_range){
@@ -1064,6 +1208,28 @@ struct spill_range spill_range_of(uint64_t extent, unsigned units)
 		.length_bytes = (uint32_t)(align_up(end, PAGE_BYTES) - offset),
 		.object_bytes_in = (uint32_t)(first - offset),
 	};
+}
+
+int spill_object_open(struct spill *spill, uint64_t extent, unsigned units, const uint8_t *bytes, uint8_t *room,
+		      const uint8_t **ret_object)
+{
+	struct object_place place = { .extent = extent, .units = units };
+	struct seal_context context = { &place, sizeof place };
+	struct object_seal seal;
+	static const uint8_t zero[sizeof seal.zero];
+	struct seal_nonce nonce;
+	int result;
+
+	VS_CHECK(units >= 1 && units <= POOL_UNITS_MAX);
+	*ret_object = spill->seal ? room : bytes;
+	if (!spill->seal)
+		return 0;
+	memcpy(&seal, bytes + units * POOL_UNIT_BYTES, sizeof seal);
+	nonce = (struct seal_nonce){ .generation = seal.generation, .unit = (uint32_t)(extent % SEGMENT_UNITS) };
+	result = seal_decrypt(spill->seal, nonce, context, bytes, units * POOL_UNIT_BYTES, seal.tag, room);
+	if (result == 0 && memcmp(seal.zero, zero, sizeof zero) != 0)
+		return -EBADMSG; /* says nothing about the object, but the storage is broken */
+	return result;
 }
 
 int spill_fd(const struct spill *spill)
@@ -1093,8 +1259,8 @@ static bool extent_is_sane(const struct spill *spill, uint64_t extent, unsigned 
 {
 	uint64_t unit = extent % SEGMENT_UNITS;
 
-	return extent / SEGMENT_UNITS < spill->segment_count && units >= 1 &&
-	       units <= POOL_UNITS_MAX && unit >= HEADER_UNITS && unit + units < SEGMENT_UNITS;
+	return extent / SEGMENT_UNITS < spill->segment_count && units >= 1 && units <= POOL_UNITS_MAX &&
+	       unit >= HEADER_UNITS && unit + units + spill->seal_units < SEGMENT_UNITS;
 }
 
 static int claim(struct spill *spill, uint64_t number, uint64_t unit, unsigned units)
@@ -1133,7 +1299,7 @@ int spill_claim(struct spill *spill, uint64_t extent, unsigned units)
 		return -EINVAL;
 	if (!spill->chunks[number / CHUNK_SEGMENTS])
 		result = chunk_make(spill, number / CHUNK_SEGMENTS);
-	return result < 0 ? result : claim(spill, number, extent % SEGMENT_UNITS, units);
+	return result < 0 ? result : claim(spill, number, extent % SEGMENT_UNITS, units + spill->seal_units);
 }
 
 void spill_claims_end(struct spill *spill)

@@ -9,22 +9,32 @@
  * again at once; meanwhile a thread of the backend punches (file) or discards (device) it.
  *
  * Segment format (byte offsets, little endian)
- *     0  u64  magic "VSWPSEG1"
- *     8  u64  generation: one more for every segment ever written by this backend
+ *     0  u64  magic "VSWPSEG2", of a sealed one "VSWPSEAL"
+ *     8  u64  generation: one more for every segment ever begun by this backend
  *    16  u32  extent count, at least 1
  *    20  u32  bytes used: header, objects and table; what follows up to 4096 is zero, then anything
- *    24  u64  XXH3-64 of the header with this field zero, followed by the table
+ *    24  u64  XXH3-64 of the header with this field zero, followed by the table; of a sealed one by the
+ *             objects, too
  *    32  u64  backend identity (random, same in all segments)
  *    40  u32  offset of the table, a multiple of 64
  *    44  u32  number of this segment in the backend: a misdirected write is seen
- *    48       zero up to 64
+ *    48       zero up to 64; of a sealed one the tag of its table
  *    64       the objects, one behind the other, each a multiple of 64 long, up to the table
- *     T  count * { u64 owner; u32 unit offset in the segment; u16 units; u16 zero }, last object
- *        first: the table grows from the buffer's end and is moved down once, so no room is set
- *        aside and 16 bytes an extent is all it costs
+ *     T  count * { u64 owner; u16 unit offset in the segment; u16 units; u32 lower half of the extent's
+ *        XXH3-64, of a sealed one 0 }, last object first: the table grows from the buffer's end and is
+ *        moved down once, so no room is set aside and 16 bytes an extent is all it costs
  * `owner` is opaque to this file (the slot table's name of the page); it lets a drain and an
  * offline check know whose extent it is. The table says what was written; which of it is still live
- * only the owner knows.
+ * only the owner knows. An extent's checksum is for that check alone: who reads a page has its slot's.
+ *
+ * Sealed backends (seal.h)  The table, and each object by itself, are encrypted under the backend's key. An
+ * extent is one unit longer than its object; that unit holds { u64 generation; tag; zero up to 64 }. The nonce
+ * is generation and unit offset in the segment, that of the table generation and 0. What is authenticated
+ * beside the bytes is { u64 extent; u32 units of the object; u32 zero }, with the table the header (checksum and
+ * tag zero): so bytes of another place, another backend or another time do not open, but for what was in
+ * this very place once. That has another check (slot_table.h), or the same content.
+ * Crash order: the generation is advanced in the lineage before anything is encrypted under it, so whatever
+ * of a dead daemon's segment reached the disk, or still does, no other daemon writes under its number.
  *
  * Segment states
  *     FREE         nothing on disk
@@ -55,6 +65,7 @@
 #include <stdint.h>
 
 #include "limits.h"
+#include "seal.h"
 
 struct spill; /* one backend */
 
@@ -74,14 +85,29 @@ struct spill_statistics {
 	uint64_t metadata_bytes;   /* RAM for segment tables */
 };
 
+/* What of a backend outlives its daemon: it lies in the state memfd, and nowhere else. */
+struct spill_lineage {
+	uint64_t identity;   /* random, in all its segments; 0: it has none yet, and no key */
+	uint64_t generation; /* of the segment that was begun last */
+	uint32_t is_sealed;
+	uint32_t reserved;
+	uint8_t key[SEAL_KEY_BYTES]; /* random, when sealed */
+};
+
 /*
  * Open a backend on descriptor `fd`: a regular file or block device, open for reading and writing;
  * ownership passes on success. A file is made size_bytes long at once, but sparse: a segment gets
  * its blocks when it is written. Of a device at most its own size is used. O_DIRECT is switched on
- * where the file system takes it. Starts the trimming thread. Returns 0 or -errno: -EINVAL when
- * smaller than one segment or neither file nor device.
+ * where the file system takes it. Starts the trimming thread. The lineage is completed if it is new, and stays
+ * the caller's, in its place; NULL: one that ends with the backend. Returns 0 or -errno: -EINVAL when
+ * smaller than one segment or neither file nor device; -ENOTSUP: it is to be sealed, and cannot be.
  */
-int spill_create(int fd, uint64_t size_bytes, struct spill **ret_spill);
+int spill_create(int fd, uint64_t size_bytes, struct spill_lineage *lineage, struct spill **ret_spill);
+
+bool spill_is_sealed(const struct spill *spill);
+
+/* Nobody will read what was written under its key any more. */
+void spill_lineage_wipe(struct spill_lineage *lineage);
 
 /*
  * Closes the descriptor. No I/O may be in flight and no segment FILLING. What was not trimmed yet
@@ -115,7 +141,7 @@ int64_t spill_segment_add(struct spill_segment *segment, uint64_t owner, const v
 unsigned spill_segment_count(const struct spill_segment *segment);
 
 /*
- * Write the segment, wait for the completion, make it LIVE and consume it. On error all its extents
+ * Seal the segment if the backend is, write it, wait for the completion, make it LIVE and consume it. On error all its extents
  * are void, the segment is consumed and quarantined (see Transitions), and the error is returned:
  * the caller still has every object (nothing may be dropped before this returns 0). An extent whose
  * owner went away meanwhile is freed after this has returned 0, not before. Without extents: as
@@ -146,7 +172,15 @@ struct spill_range {
 	uint32_t length_bytes;
 	uint32_t object_bytes_in; /* offset of the object inside the range */
 };
-struct spill_range spill_range_of(uint64_t extent, unsigned units);
+struct spill_range spill_range_of(const struct spill *spill, uint64_t extent, unsigned units);
+
+/*
+ * What was read of an extent, from the object's place on, as the object: `bytes` themselves, or opened into `room` (PAGE_BYTES)
+ * on a sealed backend. 0; -EBADMSG: not what was written there; -ENOMEM. Only its owner knows whether the object
+ * is the right one.
+ */
+int spill_object_open(struct spill *spill, uint64_t extent, unsigned units, const uint8_t *bytes, uint8_t *room,
+		      const uint8_t **ret_object);
 
 int spill_fd(const struct spill *spill);
 void spill_count_read(struct spill *spill, uint64_t bytes, int result);
@@ -195,17 +229,17 @@ uint64_t spill_live_bytes(struct spill *spill, uint64_t segment);
 struct spill_entry {
 	uint64_t owner;
 	uint64_t extent;
-	unsigned units;
+	unsigned units; /* of the object */
 	unsigned object_bytes_in; /* where the object is in the segment's bytes */
 };
 
 /*
  * Check the SEGMENT_BYTES read from offset segment * SEGMENT_BYTES: that it is what this backend
  * last wrote there, and well formed whatever the bytes are. Of a claimed segment only the latter can be
- * told. Returns the number of its entries, or -EBADMSG. The objects themselves are not checked: their
- * owners have checks of their own.
+ * told. A sealed table is opened in place. Returns the number of its entries, or -EBADMSG, -ENOMEM. The objects
+ * themselves are not checked: their owners have checks of their own.
  */
-int spill_table_verify(struct spill *spill, uint64_t segment, const void *bytes);
+int spill_table_verify(struct spill *spill, uint64_t segment, void *bytes);
 
 /* An entry of verified bytes, in order of offset; index < what spill_table_verify returned. */
 struct spill_entry spill_table_entry(const void *bytes, unsigned index);

@@ -19,6 +19,8 @@
  *                       After a death in INTENT a page that is resident was not moved; every other page of
  *                       INTENT and STAGED has its bytes in the client's staging.
  *             epoch     one more for each daemon; goes to every ring.
+ *             lineages  spill.h. The keys of sealed backends are here alone: not in a core dump, and gone with the
+ *                       memfd.
  */
 #ifndef VSWAP_STATE_H
 #define VSWAP_STATE_H
@@ -32,10 +34,11 @@
 #include "limits.h"
 #include "range_set.h"
 #include "slot_table.h"
+#include "spill.h"
 #include "wire.h"
 
 #define STATE_MAGIC 0x3154535057535600ULL
-#define STATE_VERSION 4
+#define STATE_VERSION 5
 
 enum batch_phase { BATCH_FREE, BATCH_INTENT, BATCH_STAGED, BATCH_RELEASING };
 
@@ -135,6 +138,7 @@ struct backend_record {
 	uint32_t flags; /* ENGINE_BACKEND_* */
 	uint64_t size_bytes;
 	char path[256];
+	struct spill_lineage lineage; /* wiped when it is used no more */
 };
 
 struct state {

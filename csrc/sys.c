@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
@@ -616,6 +617,11 @@ void sys_pin_this_thread(unsigned cpu)
 void sys_prefer_this_thread(void)
 {
 	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */
+}
+
+void sys_refuse_core_dumps(void)
+{
+	(void)prctl(PR_SET_DUMPABLE, 0);
 }
 
 int sys_nice(int nice)

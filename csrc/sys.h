@@ -145,6 +145,7 @@ void sys_pin_this_thread(unsigned cpu);
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);
 int sys_nice(int nice); /* of this thread; returns what it was */
+void sys_refuse_core_dumps(void); /* of this process, from now on */
 
 uint64_t sys_now_ns(void); /* monotonic */
 void sys_sleep_ms(unsigned milliseconds);

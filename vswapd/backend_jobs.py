@@ -63,7 +63,9 @@ class BackendJobs:
 
     # ---- swapon ----
 
-    async def add(self, path: str, size_bytes: int, priority: int | None, *, discard: bool) -> Reply:
+    async def add(
+        self, path: str, size_bytes: int, priority: int | None, *, discard: bool, encrypt: bool
+    ) -> Reply:
         """Use the file or device at `path`. Failure, RequestError."""
         if not os.path.isabs(path):
             raise RequestError("bad-request", "'path' is not an absolute path", "correct the request")
@@ -78,21 +80,27 @@ class BackendJobs:
             call = self._open_and_add
             with trio.CancelScope(shield=True):
                 spill = await trio.to_thread.run_sync(
-                    call, path, size_bytes, priority, discard, limiter=self._workers
+                    call, path, size_bytes, priority, discard, encrypt, limiter=self._workers
                 )
-        self._log.info("swapon", path=spill.path, size=format_size(spill.size_bytes), priority=priority)
-        return {"path": spill.path, "size_bytes": spill.size_bytes, "priority": priority}
+        size = format_size(spill.size_bytes)
+        self._log.info("swapon", path=spill.path, size=size, priority=priority, encrypted=encrypt)
+        return {"path": spill.path, "size_bytes": spill.size_bytes, "priority": priority, "encrypted": encrypt}
 
-    def _open_and_add(self, path: str, size_bytes: int, priority: int, discard: bool) -> backends.Spill:
-        spill = backends.open_spill(path, size_bytes, 0, priority)
+    def _open_and_add(
+        self, path: str, size_bytes: int, priority: int, discard: bool, encrypt: bool
+    ) -> backends.Spill:
+        spill = backends.open_spill(path, size_bytes, 0, priority, encrypt=encrypt)
         try:
             _check_room(spill)
-            flags = 0 if discard else BACKEND_KEEP_BLOCKS
+            flags = spill.flags | (0 if discard else BACKEND_KEEP_BLOCKS)
             self._engine.backend_add(spill.fd, spill.path, spill.size_bytes, priority, flags)
         except OSError as error:
             spill.undo()
             if error.errno == errno.EMFILE:
                 raise RequestError("refused", "there are as many backends as there can be", _SEE_SWAPS) from None
+            if error.errno == errno.ENOTSUP and encrypt:
+                text = f"{path}: libcrypto has no AES-256-GCM here"
+                raise RequestError("refused", text, "allow it in openssl.cnf, or leave --encrypt out") from None
             raise
         except BaseException:
             spill.undo()

@@ -14,9 +14,10 @@ import stat
 
 from vswapd import config, machine, policy
 from vswapd.failure import STATUS_USAGE, Failure
+from vswapd.records import BACKEND_ENCRYPT
 from vswapd.sizes import format_size, parse_size
 
-_MAGIC = (b"VSWPSEG1", b"1GESPWSV")  # of a segment, either way round
+_MAGIC = (b"VSWPSEG", b"VSWPSEAL")  # of a segment, of whatever version
 _HEAD_BYTES = 128 * config.KIB  # partition tables and the superblocks of all common file systems lie within
 
 
@@ -24,12 +25,20 @@ class Spill:
     """An open spill file or device; `close` or `undo` unless the engine took it over."""
 
     def __init__(
-        self, fd: int, path: str, size_bytes: int, priority: int, *, was_created: bool = False
+        self,
+        fd: int,
+        path: str,
+        size_bytes: int,
+        priority: int,
+        *,
+        encrypt: bool = False,
+        was_created: bool = False,
     ) -> None:
         self.fd = fd
         self.path = path
         self.size_bytes = size_bytes
         self.priority = priority
+        self.flags = BACKEND_ENCRYPT if encrypt else 0
         self.was_created = was_created
 
     def close(self) -> None:
@@ -112,7 +121,7 @@ def _size_of_device(fd: int, path: str, size_bytes: int) -> int:
     return min(size_bytes or device_bytes, device_bytes)
 
 
-def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int) -> Spill:
+def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int, *, encrypt: bool = False) -> Spill:
     """The file (made if absent, 0600) or block device at `path`; size 0: as fits. Failure."""
     created = False
     try:
@@ -140,7 +149,9 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int) -> S
         else:
             size = _size_of_file(fd, path, size_bytes, limit_bytes)
         _check_content(fd, path, "device" if is_device else "file")
-        return Spill(fd, os.path.abspath(path), size, priority, was_created=created)
+        if encrypt and not is_device:
+            os.ftruncate(fd, 0)  # a daemon that did not encrypt may have left pages in it
+        return Spill(fd, os.path.abspath(path), size, priority, encrypt=encrypt, was_created=created)
     except BaseException:
         os.close(fd)
         if created:
@@ -148,7 +159,7 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int) -> S
         raise
 
 
-def open_private_spill(limit_bytes: int) -> Spill:
+def open_private_spill(limit_bytes: int, *, encrypt: bool = False) -> Spill:
     """An unlinked sparse file in $VSWAPD_SPILL_DIR or /var/tmp. Failure."""
     directory = os.environ.get("VSWAPD_SPILL_DIR") or config.SPILL_DIRECTORY
     remedy = "set VSWAPD_SPILL_DIR to a directory you can write, or use --no-spill"
@@ -161,7 +172,8 @@ def open_private_spill(limit_bytes: int) -> Spill:
     except BaseException:
         os.close(fd)
         raise
-    return Spill(fd, os.path.join(directory, f"vswap-{os.getpid()}.unlinked"), size, 0)
+    path = os.path.join(directory, f"vswap-{os.getpid()}.unlinked")
+    return Spill(fd, path, size, 0, encrypt=encrypt)
 
 
 def _open_unlinked(directory: str) -> int:

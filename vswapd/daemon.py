@@ -190,7 +190,7 @@ def make_engine(
         return engine
     try:
         for spill in spills:
-            engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority)
+            engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority, spill.flags)
     except BaseException:
         engine.destroy()
         raise
@@ -321,6 +321,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="swap to this file or block device; repeat for more, in order of preference (default: RAM only)",
+    )
+    parser.add_argument(
+        "--encrypt", action="store_true", help="encrypt what is written to them, under a key that is only in memory"
     )
     parser.add_argument(
         "--metrics",

@@ -60,8 +60,11 @@ def backend_document(record: BackendStatistics) -> dict[str, Any]:
     state = BACKEND_STATES[record.state] if record.state < len(BACKEND_STATES) else str(record.state)
     done_bytes = record.job_total_bytes - record.job_left_bytes
     rate = done_bytes * 1000 // record.job_ms if record.job_ms else 0
-    return asdict(record) | {
+    document = asdict(record)
+    del document["is_encrypted"]
+    return document | {
         "state": state,
+        "encrypted": bool(record.is_encrypted),
         "type": "partition" if record.is_device else "file",
         "job": JOBS[record.job] if record.job < len(JOBS) else str(record.job),
         "job_waiting": bool(record.job_waiting),

@@ -297,7 +297,7 @@ class Operations:
             raise RequestError("denied", "only root may change backends", "run vswapctl as root")
 
     async def op_swapon(self, request: Request, session: Caller) -> Reply:
-        """Takes path, size_bytes, priority, discard: a backend more. Answers size and priority."""
+        """Takes path, size_bytes, priority, discard, encrypt: a backend more. Answers size and priority."""
         self._require_admin(session)
         priority = request.get("priority")
         if priority is not None:
@@ -308,6 +308,7 @@ class Operations:
                 take_int(request, "size_bytes", 0, 1 << 62, 0),
                 priority,
                 discard=take_bool(request, "discard"),
+                encrypt=take_bool(request, "encrypt"),
             )
         except Failure as error:
             raise RequestError("refused", error.text, error.remedy) from None

@@ -18,6 +18,7 @@ GROUP_NO_SPILL = 2
 GROUP_REGIONS = 4
 
 BACKEND_KEEP_BLOCKS = 1
+BACKEND_ENCRYPT = 2
 
 # order of enum engine_event_kind
 EVENT_NONE = 0
@@ -116,6 +117,7 @@ class BackendStatistics:
     state: int
     is_device: int
     path: str
+    is_encrypted: int = 0
     size_bytes: int = 0
     used_bytes: int = 0
     room_bytes: int = 0

@@ -118,9 +118,9 @@ class Reloader:
 
     def _add_backend(self, backend: BackendSettings) -> None:
         try:
-            spill = backends.open_spill(backend.path, backend.size, 0, backend.priority)
+            spill = backends.open_spill(backend.path, backend.size, 0, backend.priority, encrypt=backend.encrypt)
             try:
-                self._engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority)
+                self._engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority, spill.flags)
             except BaseException:
                 spill.close()
                 raise

@@ -55,8 +55,14 @@ class Service:
             metrics = settings.check_metrics(options.metrics or loaded.daemon.metrics)
         except ValueError as error:
             raise Failure(str(error), status=STATUS_USAGE) from None
+        if options.encrypt and not named:
+            raise Failure(
+                "--encrypt is for the files of --spill, and there are none",
+                "give --spill, or encrypt = true in the configuration",
+                STATUS_USAGE,
+            )
         spills = tuple(
-            settings.BackendSettings(os.path.abspath(path), size, -index)
+            settings.BackendSettings(os.path.abspath(path), size, -index, options.encrypt)
             for index, (path, size) in enumerate(named)
         )
         daemon = dataclasses.replace(
@@ -83,7 +89,7 @@ class Service:
         """
         if not is_successor:
             self._spills = [
-                backends.open_spill(backend.path, backend.size, 0, backend.priority)
+                backends.open_spill(backend.path, backend.size, 0, backend.priority, encrypt=backend.encrypt)
                 for backend in self.settings.backends
             ]
         if metrics_listener is not None:

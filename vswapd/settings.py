@@ -212,6 +212,7 @@ TABLES: dict[str, tuple[Key, ...]] = {
             "Higher ones are filled first. Of equal ones the one that stands first.",
             "10",
         ),
+        Key("encrypt", _flag, False, "", "Encrypt what is written, under a key that is only in memory.", "true"),
     ),
     "group": (
         Key("name", _group_name, _REQUIRED, "name", "For vswapctl run --group.", '"batch"', reloads=True),
@@ -264,6 +265,7 @@ class BackendSettings:
     path: str
     size: int
     priority: int
+    encrypt: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 
 A second reader of the format in csrc/spill.h, written from that comment alone: the oracle of tests,
 and what `vswapctl check` believes. A place without the magic holds no segment; one with it must be
-sound throughout, and what is not raises SpillFileError. What is read was on disk, so it may be
-anything: no count or offset is used before it is within bounds.
+sound throughout but for its objects, and what is not raises SpillFileError. What is read was on disk, so it
+may be anything: no count or offset is used before it is within bounds.
+
+Of a sealed segment nobody but its daemon can read the table or the objects. Its one checksum is over all
+of it, so what can be told is whether it is what was written.
 
 What this cannot tell: which extents of a segment are still live, or that a segment is not the remains
 of an earlier use (then its identity or generation differs from its neighbours'). Reading a file that a
@@ -28,12 +31,13 @@ if TYPE_CHECKING:
 SEGMENT_BYTES = 1 << 20
 UNIT_BYTES = 64
 UNITS_MAX = 64  # of one extent
-MAGIC = b"VSWPSEG1"
+MAGIC = b"VSWPSEG2"
+SEALED_MAGIC = b"VSWPSEAL"
 
-# magic, generation, extent count, used bytes, checksum, identity, table offset, segment number, zero
+# magic, generation, extent count, used bytes, checksum, identity, table offset, segment number, tag
 HEADER = struct.Struct("<8sQIIQQII16s")
-# owner, unit offset in the segment, units, zero
-ENTRY = struct.Struct("<QIHH")
+# owner, unit offset in the segment, units, checksum
+ENTRY = struct.Struct("<QHHI")
 
 _SEGMENT_UNITS = SEGMENT_BYTES // UNIT_BYTES
 _CHECKSUM = slice(24, 32)
@@ -55,15 +59,18 @@ class Extent:
     owner: int
     extent: int  # in units, from the start of the backend
     units: int
+    checksum: int
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A sound segment. Extents are in order of their place."""
+    """A sound segment. Extents are in order of their place; none are known of a sealed one."""
 
     number: int
     generation: int
     identity: int
+    is_sealed: bool
+    extent_count: int
     extents: tuple[Extent, ...]
     used: bytes = field(repr=False)  # header, objects, table
 
@@ -72,19 +79,24 @@ class Segment:
         start = (extent.extent - self.number * _SEGMENT_UNITS) * UNIT_BYTES
         return self.used[start : start + extent.units * UNIT_BYTES]
 
+    def damaged(self) -> list[Extent]:
+        """Extents whose object is not what was written."""
+        digest = xxhash.xxh3_64_intdigest
+        return [
+            extent for extent in self.extents if digest(self.object_of(extent)) & 0xFFFFFFFF != extent.checksum
+        ]
+
 
 def _table(number: int, table: bytes, end_unit: int) -> tuple[Extent, ...]:
     """The entries of a table, which come last object first and leave no gap before `end_unit`."""
     extents = []
-    for owner, unit, units, zero in ENTRY.iter_unpack(table):
-        if zero:
-            raise SpillFileError(number, "a table entry's reserved field is not zero")
+    for owner, unit, units, checksum in ENTRY.iter_unpack(table):
         if not 1 <= units <= UNITS_MAX:
             raise SpillFileError(number, f"an extent of {units} units")
         if unit + units != end_unit:
             raise SpillFileError(number, f"an extent at unit {unit} does not end at unit {end_unit}")
         end_unit = unit
-        extents.append(Extent(owner, number * _SEGMENT_UNITS + unit, units))
+        extents.append(Extent(owner, number * _SEGMENT_UNITS + unit, units, checksum))
     if end_unit != HEADER.size // UNIT_BYTES:
         raise SpillFileError(number, f"the first extent is at unit {end_unit}")
     return tuple(reversed(extents))
@@ -92,12 +104,13 @@ def _table(number: int, table: bytes, end_unit: int) -> tuple[Extent, ...]:
 
 def parse_segment(number: int, data: bytes) -> Segment | None:
     """The segment in `data` (what lies at its place, at most SEGMENT_BYTES), None when there is none."""
-    if data[: len(MAGIC)] != MAGIC:
+    if data[: len(MAGIC)] not in (MAGIC, SEALED_MAGIC):
         return None
     if len(data) < HEADER.size:
         raise SpillFileError(number, "the file ends in its header")
-    _, generation, count, used, checksum, identity, table_start, written_as, zero = HEADER.unpack_from(data)
-    if any(zero):
+    magic, generation, count, used, checksum, identity, table_start, written_as, tag = HEADER.unpack_from(data)
+    is_sealed = magic == SEALED_MAGIC
+    if any(tag) and not is_sealed:
         raise SpillFileError(number, "the header's reserved bytes are not zero")
     if count < 1:
         raise SpillFileError(number, "no extents")
@@ -110,12 +123,14 @@ def parse_segment(number: int, data: bytes) -> Segment | None:
     table = data[table_start:used]
     header = bytearray(data[: HEADER.size])
     header[_CHECKSUM] = bytes(8)
-    if xxhash.xxh3_64_intdigest(bytes(header) + table) != checksum:
-        raise SpillFileError(number, "checksum mismatch of header and table")
+    rest = data[HEADER.size : used] if is_sealed else table
+    if xxhash.xxh3_64_intdigest(bytes(header) + rest) != checksum:
+        whole = "the encrypted segment" if is_sealed else "header and table"
+        raise SpillFileError(number, f"checksum mismatch of {whole}")
     if written_as != number:
         raise SpillFileError(number, f"was written as segment {written_as}")
-    extents = _table(number, table, table_start // UNIT_BYTES)
-    return Segment(number, generation, identity, extents, data[:used])
+    extents = () if is_sealed else _table(number, table, table_start // UNIT_BYTES)
+    return Segment(number, generation, identity, is_sealed, count, extents, data[:used])
 
 
 def _next_data(descriptor: int, position: int, size: int) -> int:
@@ -135,7 +150,7 @@ def _next_data(descriptor: int, position: int, size: int) -> int:
 def _read(descriptor: int, position: int) -> bytes:
     """A segment's bytes; fewer at the end of the file. A place without the magic is read no further."""
     data = os.pread(descriptor, HEADER.size, position)
-    while len(data) < SEGMENT_BYTES and data.startswith(MAGIC):
+    while len(data) < SEGMENT_BYTES and data.startswith((MAGIC, SEALED_MAGIC)):
         more = os.pread(descriptor, SEGMENT_BYTES - len(data), position + len(data))
         if not more:
             break

@@ -304,6 +304,7 @@ class Tree:
                 {
                     "Path": record.path.encode("unicode_escape").decode(),
                     "State": BACKEND_STATES[record.state],
+                    "Encrypted": "yes" if record.is_encrypted else "no",
                     "Priority": record.priority,
                     "Size": _kilobytes(record.size_bytes),
                     "Used": _kilobytes(record.used_bytes),

@@ -15,7 +15,7 @@
 
 #define PAGES 8
 
-enum mode { MODE_OBJECT, MODE_SEGMENT, MODE_SEALED };
+enum mode { MODE_OBJECT, MODE_SEGMENT, MODE_SUMMED };
 
 static uint8_t secret[CODEC_SECRET_BYTES]; /* noise: with a secret of one byte repeated the hash is none */
 
@@ -64,10 +64,11 @@ static void test_object(const uint8_t *data, size_t size)
 	free(object);
 }
 
-static void test_segment(const uint8_t *data, size_t size, bool sealed, bool claimed)
+static void test_segment(const uint8_t *data, size_t size, bool summed, bool claimed)
 {
 	static uint8_t *bytes;
-	struct spill spill = { .identity = 7, .segment_count = 4 };
+	struct spill_lineage lineage = { .identity = 7 };
+	struct spill spill = { .lineage = &lineage, .segment_count = 4 };
 	struct segment_header header = { 0 };
 	size_t table_bytes_max = 0;
 	int count;
@@ -79,7 +80,7 @@ static void test_segment(const uint8_t *data, size_t size, bool sealed, bool cla
 		table_bytes_max = min_of(size - sizeof header, SEGMENT_BYTES - header.table_bytes_in);
 		memcpy(bytes + header.table_bytes_in, data + sizeof header, table_bytes_max);
 	}
-	if (sealed && header_is_sound(&header))
+	if (summed && header_is_sound(&header, false))
 		header.checksum = segment_checksum(header, bytes + header.table_bytes_in,
 						   table_bytes(header.extent_count));
 	memcpy(bytes, &header, sizeof header);
@@ -103,7 +104,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (data[0] % 3 == MODE_OBJECT)
 		test_object(data + 1, size - 1);
 	else
-		test_segment(data + 1, size - 1, data[0] % 3 == MODE_SEALED, data[0] >= 128);
+		test_segment(data + 1, size - 1, data[0] % 3 == MODE_SUMMED, data[0] >= 128);
 	return 0;
 }
 
@@ -135,7 +136,7 @@ static size_t segment_seed(unsigned extents, enum mode mode, uint8_t *data)
 
 	header.used_bytes = header.table_bytes_in + (uint32_t)table_bytes(extents);
 	for (unsigned i = 1; i <= extents; unit += i++) {
-		struct table_entry entry = { .owner = i, .unit = unit, .units = (uint16_t)i };
+		struct table_entry entry = { .owner = i, .unit = (uint16_t)unit, .units = (uint16_t)i };
 
 		memcpy(&entries[extents - i], &entry, sizeof entry);
 	}
@@ -151,6 +152,6 @@ size_t fuzz_seed(unsigned index, uint8_t *data)
 		return object_seed(index / 2, index % 2 ? CODEC_ZSTD : CODEC_LZ4, data);
 	index -= 2 * PAGES;
 	if (index < 12)
-		return segment_seed(1 + index / 2 * 3, index % 2 ? MODE_SEALED : MODE_SEGMENT, data);
+		return segment_seed(1 + index / 2 * 3, index % 2 ? MODE_SUMMED : MODE_SEGMENT, data);
 	return 0;
 }

@@ -32,6 +32,7 @@ class Point:
     error: int
     ends: tuple[int, ...] = ()
     spill: bool = False
+    encrypt: bool = False
     first: int = 1  # calls before it are the daemon's own start, which fails with a message
     persistent: bool = False
 
@@ -71,6 +72,10 @@ _POINTS = [
     Point("spill/allocate", errno.ENOSPC, spill=True),
     Point("spill/allocate", errno.ENOSPC, spill=True, persistent=True),
     Point("spill/punch", errno.EIO, spill=True, persistent=True),
+    Point("seal/encrypt", errno.ENOMEM, spill=True, encrypt=True),
+    Point("seal/encrypt", errno.ENOMEM, spill=True, encrypt=True, persistent=True),
+    Point("seal/decrypt", errno.ENOMEM, spill=True, encrypt=True),
+    Point("seal/decrypt", errno.EBADMSG, (_LOST_PAGES,), spill=True, encrypt=True, persistent=True),
 ]
 
 
@@ -82,7 +87,7 @@ def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [str(path) for path in sorted((_ROOT.parent / "csrc").glob("*.c")) if not path.name.startswith(agent)]
     flags = ["-std=gnu11", "-O1", "-g", "-iquote", str(_ROOT.parent / "csrc")]
     defines = ["-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
-    libraries = ["-llz4", "-lzstd", "-luring", "-lpthread", "-lm"]
+    libraries = ["-llz4", "-lzstd", "-luring", "-lcrypto", "-lpthread", "-lm"]
     drive_source, boundary_source = str(_ROOT / "support/drive.c"), str(_ROOT / "support/boundary.c")
     command = ["cc", *flags, *defines, "-o", str(directory / "drive"), drive_source, *sources, *libraries]
     subprocess.run(command, check=True)
@@ -96,6 +101,7 @@ def _run(drive: Path, tmp_path: Path, point: Point, call: int) -> tuple[int, int
     command = [str(drive / "drive"), "--lib", str(library), "--limit", str(4 << 20), "--check-every", "50"]
     if point.spill:
         command += ["--pool", str(1 << 20), "--spill", f"{tmp_path / 'spill'}:{64 << 20}"]
+    command += ["--encrypt"] if point.encrypt else []
     how = ":all" if point.persistent else ""
     command += ["--fail", f"{point.name}:{call}:{point.error}{how}", "--", str(drive / "boundary")]
     command += [str(_REST_MS)] if point.spill else []

@@ -15,6 +15,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import pytest
+
 from support.limited import MIB, LimitedProgram, command_path, run_limited
 from support.sampler import ControlClient
 from vswapd import wire
@@ -66,18 +68,20 @@ def _wait_filled(program: LimitedProgram, seconds_max: float = 60.0) -> None:
         time.sleep(0.05)  # polling another process's state
 
 
-def test_flipped_bits_cost_their_pages_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_flipped_bits_cost_their_pages_alone(tmp_path: Path, encrypt: bool) -> None:
     spill, fifo = tmp_path / "spill", tmp_path / "fifo"
     os.mkfifo(fifo)
     flips = 5
     argv = [sys.executable, "-c", _READER, str(64 * MIB // _PAGE_BYTES), str(fifo)]
-    options = ["--private", "--pool", "1M", "--spill", f"{spill}:256M"]
+    options = ["--private", "--pool", "1M", "--spill", f"{spill}:256M", *["--encrypt"] * encrypt]
+    extent_bytes = _PAGE_BYTES + 64 * encrypt  # a sealed one has its tag behind it
     with LimitedProgram(24 * MIB, argv, options=options) as program:
         _wait_spilled(program.socket_path, (flips + 1) * _SEGMENT_BYTES)
         _wait_filled(program)
         with spill.open("r+b") as file:
             for segment in range(flips):  # noise is stored raw: whole pages behind a header of 64 bytes
-                at = segment * _SEGMENT_BYTES + 64 + 100 * _PAGE_BYTES
+                at = segment * _SEGMENT_BYTES + 64 + 100 * extent_bytes
                 file.seek(at)
                 byte = file.read(1)[0]
                 file.seek(at)
@@ -89,6 +93,29 @@ def test_flipped_bits_cost_their_pages_alone(tmp_path: Path) -> None:
     assert answer["wrong"] == 0, "a wrong byte was given back"
     assert 1 <= answer["lost"] <= flips, answer
     assert result.stderr.count(b"cannot be given back: Bad message") == answer["lost"], result.describe()
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_misdirected_segment_gives_no_page_of_another(tmp_path: Path, encrypt: bool) -> None:
+    """A disk that wrote one segment in the place of another: what was there is lost, and nobody gets what is there now."""
+    spill, fifo = tmp_path / "spill", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    argv = [sys.executable, "-c", _READER, str(64 * MIB // _PAGE_BYTES), str(fifo)]
+    options = ["--private", "--pool", "1M", "--spill", f"{spill}:256M", *["--encrypt"] * encrypt]
+    with LimitedProgram(24 * MIB, argv, options=options) as program:
+        _wait_spilled(program.socket_path, 6 * _SEGMENT_BYTES)
+        _wait_filled(program)
+        with spill.open("r+b") as file:
+            file.seek(2 * _SEGMENT_BYTES)
+            segment = file.read(_SEGMENT_BYTES)
+            file.seek(3 * _SEGMENT_BYTES)
+            file.write(segment)
+        fifo.write_text("go on\n")
+        result = program.wait()
+    assert result.status == 0, result.describe()
+    answer = json.loads(result.stdout)
+    assert answer["wrong"] == 0, "a wrong byte was given back"
+    assert answer["lost"] > 100, answer  # some 250 were in it
 
 
 # ---- peers ----

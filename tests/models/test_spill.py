@@ -382,9 +382,12 @@ class SpillMachine(RuleBasedStateMachine):
         assert [(extent.owner, extent.extent, extent.units) for extent in segment.extents] == [
             entry[:3] for entry in entries
         ]
+        damaged = {extent.extent for extent in segment.damaged()}
         for extent, (_, _, units, place) in zip(written, entries, strict=True):
             start = extent.extent * UNIT_BYTES
-            if not self._is_changed(start, start + units * UNIT_BYTES):
+            is_changed = self._is_changed(start, start + units * UNIT_BYTES)
+            assert is_changed == (extent.extent in damaged)
+            if not is_changed:
                 assert data[place : place + units * UNIT_BYTES] == self._packed[extent.place].data
 
     def _assert_not_believed(self, number: int, data: bytes) -> None:

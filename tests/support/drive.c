@@ -2,7 +2,7 @@
 /*
  * drive — the data plane without Python: run a command under a limit.
  *
- *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES] [--torture] [--pageout-every MS]
+ *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES [--encrypt]] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
  *         [--detach-every MS] [--commands] [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
@@ -314,6 +314,7 @@ struct options {
 
 static char *spill_path;
 static uint64_t spill_bytes = 4ULL << 30;
+static uint32_t spill_flags;
 
 /* A backend on the spill file itself, or on one of the same name with a number behind it. */
 static int add_spill(int number, int priority)
@@ -323,7 +324,7 @@ static int add_spill(int number, int priority)
 
 	snprintf(path, sizeof path, number ? "%s.%d" : "%s", spill_path, number);
 	fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, 0);
+	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, spill_flags);
 	if (number)
 		unlink(path);
 	return backend;
@@ -501,7 +502,8 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
-		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' }, { "detach-every", 1, 0, 'e' }, { 0, 0, 0, 0 } };
+		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' }, { "detach-every", 1, 0, 'e' },
+		{ "encrypt", 0, 0, 'E' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -509,6 +511,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'l': options->limit_bytes = strtoull(optarg, NULL, 0); break;
 		case 'p': options->pool_bytes = strtoull(optarg, NULL, 0); break;
 		case 's': parse_spill(options->spill = optarg); break;
+		case 'E': spill_flags = ENGINE_BACKEND_ENCRYPT; break;
 		case 't': options->torture = 1; break;
 		case 'L': options->library = optarg; break;
 		case 'P': options->pageout_every_ms = strtoull(optarg, NULL, 0); break;

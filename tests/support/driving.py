@@ -9,7 +9,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent.parent.parent / "csrc"
 _CLIENT_LIBRARY = ("agent", "preload")  # what its files begin with
 _FLAGS = ["-std=gnu11", "-O2", "-g", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS"]
-_LIBRARIES = ["-llz4", "-lzstd", "-luring", "-lm", "-pthread"]
+_LIBRARIES = ["-llz4", "-lzstd", "-luring", "-lcrypto", "-lm", "-pthread"]
 
 
 def build_drive(program: Path, sources: Path = SOURCES, name: str = "drive") -> str:

@@ -143,7 +143,9 @@ class FakeEngine:
         self._call("backend_add", fd, path, size_bytes, priority, flags)
         number = next(n for n in range(16) if all(backend.backend != n for backend in self._backends))
         self._backends.append(
-            records.BackendStatistics(number, priority, 0, 0, path, size_bytes, room_bytes=size_bytes)
+            records.BackendStatistics(
+                number, priority, 0, 0, path, flags & records.BACKEND_ENCRYPT, size_bytes, room_bytes=size_bytes
+            )
         )
         return number
 

@@ -2,7 +2,7 @@
 /*
  * region_deaths — regions under a daemon that dies.
  *
- *   region_deaths --spill PATH [--seed N] [--operations N] [--crash POINT:CALL | --deaths N]
+ *   region_deaths --spill PATH [--encrypt] [--seed N] [--operations N] [--crash POINT:CALL | --deaths N]
  *
  * Each of two threads writes, truncates, replaces and reads a region of its own at random, with a group so small that
  * most of it is spilled, while a third drains and compacts the backends. The daemon is killed at a named point
@@ -62,6 +62,7 @@ static struct shared {
 
 static struct engine *engine;
 static const char *spill_path, *crash;
+static uint32_t spill_flags;
 static unsigned operations = 150, deaths_wanted, seed = 1;
 static uint8_t noise[NOISE_BYTES];
 static int group;
@@ -260,7 +261,7 @@ static void add_backend(void)
 {
 	int fd = open(spill_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
 
-	check(fd < 0 ? -errno : engine_backend_add(engine, fd, spill_path, SPILL_BYTES, 0, 0), spill_path);
+	check(fd < 0 ? -errno : engine_backend_add(engine, fd, spill_path, SPILL_BYTES, 0, spill_flags), spill_path);
 	unlink(spill_path);
 }
 
@@ -383,7 +384,7 @@ static void parse(int argc, char **argv)
 {
 	static const struct option longs[] = {
 		{ "spill", 1, 0, 's' }, { "seed", 1, 0, 'r' }, { "operations", 1, 0, 'o' },
-		{ "crash", 1, 0, 'c' }, { "deaths", 1, 0, 'd' }, { 0, 0, 0, 0 } };
+		{ "crash", 1, 0, 'c' }, { "deaths", 1, 0, 'd' }, { "encrypt", 0, 0, 'e' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", longs, NULL)) != -1)
@@ -392,6 +393,7 @@ static void parse(int argc, char **argv)
 		case 'r': seed = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 'o': operations = (unsigned)strtoul(optarg, NULL, 0); break;
 		case 'c': crash = optarg; break;
+		case 'e': spill_flags = ENGINE_BACKEND_ENCRYPT; break;
 		case 'd': deaths_wanted = (unsigned)strtoul(optarg, NULL, 0); break;
 		default: exit(2);
 		}

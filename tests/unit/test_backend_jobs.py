@@ -13,7 +13,7 @@ import trio
 from support.control_plane import SECONDS_MAX, ControlPeer, ControlPlane, control_plane
 from vswapd import config
 from vswapd.accept import Peer
-from vswapd.records import BACKEND_KEEP_BLOCKS
+from vswapd.records import BACKEND_ENCRYPT, BACKEND_KEEP_BLOCKS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,23 @@ async def test_swapon_makes_a_file_and_adds_it(tmp_path: Path) -> None:
         assert plane.engine.calls[-1][-1] == BACKEND_KEEP_BLOCKS
         await _add(plane, tmp_path / "c")
         assert [record.priority for record in plane.engine.backends()] == [5, 4, 3]
+
+
+async def test_swapon_encrypts_and_forgets_what_was_there(tmp_path: Path) -> None:
+    async with control_plane() as plane:
+        (tmp_path / "a").write_bytes(b"VSWPSEG2" + b"pages of a daemon that did not encrypt")
+        reply = await _add(plane, tmp_path / "a", encrypt=True)
+        assert reply["encrypted"] is True
+        assert plane.engine.calls[-1][-1] == BACKEND_ENCRYPT | BACKEND_KEEP_BLOCKS
+        assert (tmp_path / "a").read_bytes() == b""
+        plain = await _add(plane, tmp_path / "b", encrypt=False)
+        assert plain["encrypted"] is False
+        shown = (await plane.control().request("status"))["status"]["backends"]
+        assert [backend["encrypted"] for backend in shown] == [True, False]
+        plane.engine.refuse["backend_add"] = errno.ENOTSUP
+        error = await _refused(plane.control(), "refused", "swapon", path=str(tmp_path / "c"), encrypt=True)
+        assert "AES" in error
+        assert not (tmp_path / "c").exists()
 
 
 async def test_swapon_is_for_root(tmp_path: Path) -> None:

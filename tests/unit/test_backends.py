@@ -59,8 +59,10 @@ def test_size_fits_the_file_system(tmp_path: Path) -> None:
 
 def test_former_spill_file_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "spill"
-    path.write_bytes(b"VSWPSEG1" + bytes(100))
-    backends.open_spill(str(path), 2 * _MIB, _LIMIT, 0).close()
+    for magic in (b"VSWPSEG1", b"VSWPSEG2", b"VSWPSEAL"):
+        path.write_bytes(magic + bytes(100))
+        backends.open_spill(str(path), 2 * _MIB, _LIMIT, 0).close()
+        assert path.stat().st_size == 108
     path.write_bytes(bytes(4096))
     backends.open_spill(str(path), 2 * _MIB, _LIMIT, 0).close()
 

@@ -57,6 +57,7 @@ def test_enumerators_are_the_headers() -> None:
     assert defines["ENGINE_GROUP_TORTURE"] == records.GROUP_TORTURE
     assert defines["ENGINE_GROUP_NO_SPILL"] == records.GROUP_NO_SPILL
     assert defines["ENGINE_BACKEND_KEEP_BLOCKS"] == records.BACKEND_KEEP_BLOCKS
+    assert defines["ENGINE_BACKEND_ENCRYPT"] == records.BACKEND_ENCRYPT
     jobs = header.enumerators(_HEADER, "engine_backend_job")
     assert list(jobs.values()) == list(range(len(records.JOBS)))
 

@@ -52,6 +52,7 @@ size = 1048576
 [[backend]]
 path = "/b"
 priority = -3
+encrypt = true
 [[group]]
 name = "batch"
 limit = "4G"
@@ -60,7 +61,7 @@ owner = 1000
 """)
     loaded = settings.load(str(conf))
     assert loaded.daemon.pool_capacity == 3 * _GIB // 2
-    assert loaded.backends == (BackendSettings("/a", 1 << 20, 0), BackendSettings("/b", 0, -3))
+    assert loaded.backends == (BackendSettings("/a", 1 << 20, 0), BackendSettings("/b", 0, -3, encrypt=True))
     assert loaded.groups == (GroupSettings("batch", 4 * _GIB, _GIB, 1000),)
 
 

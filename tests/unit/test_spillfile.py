@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,10 +41,11 @@ def segment_bytes(number: int, objects: list[tuple[int, bytes]], generation: int
     body, table, unit = b"", b"", 1
     for owner, content in objects:
         units = len(content) // 64
-        table = little(owner, 8) + little(unit, 4) + little(units, 2) + bytes(2) + table  # last object first
+        checksum = little(xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF, 4)
+        table = little(owner, 8) + little(unit, 2) + little(units, 2) + checksum + table  # last object first
         body += content
         unit += units
-    header = b"VSWPSEG1"  # 0
+    header = b"VSWPSEG2"  # 0
     header += little(generation, 8)  # 8
     header += little(len(objects), 4)  # 16
     header += little(64 + len(body) + len(table), 4)  # 20
@@ -54,6 +56,10 @@ def segment_bytes(number: int, objects: list[tuple[int, bytes]], generation: int
     header += bytes(16)  # 48
     data = sealed(bytearray(header + body + table))
     return data + bytes(-len(data) % 4096)
+
+
+def place(extent: Extent) -> tuple[int, int, int]:
+    return extent.owner, extent.extent, extent.units
 
 
 def three_objects(first: int = 1) -> list[tuple[int, bytes]]:
@@ -78,7 +84,8 @@ def test_numbers_agree_with_the_data_plane() -> None:
     assert spillfile.SEGMENT_BYTES == 1 << 20
     assert (spillfile.UNIT_BYTES, spillfile.UNITS_MAX) == (64, 64)
     assert (spillfile.HEADER.size, spillfile.ENTRY.size) == (64, 16)
-    assert f'magic "{spillfile.MAGIC.decode()}"' in (source / "spill.h").read_text()
+    magics = f'magic "{spillfile.MAGIC.decode()}", of a sealed one "{spillfile.SEALED_MAGIC.decode()}"'
+    assert magics in (source / "spill.h").read_text()
 
 
 def test_segments_are_found_between_holes(tmp_path: Path) -> None:
@@ -89,10 +96,15 @@ def test_segments_are_found_between_holes(tmp_path: Path) -> None:
     )
     first, second = read_segments(path)
     assert (first.number, first.generation, first.identity) == (0, 9, IDENTITY)
-    assert first.extents == (Extent(1, 1, 1), Extent(2, 2, 64), Extent(3, 66, 7))
+    assert [place(extent) for extent in first.extents] == [(1, 1, 1), (2, 2, 64), (3, 66, 7)]
     assert (second.number, second.generation) == (5, 12)
     base = 5 * MIB // 64
-    assert second.extents == (Extent(50, base + 1, 1), Extent(51, base + 2, 64), Extent(52, base + 66, 7))
+    assert [place(extent) for extent in second.extents] == [
+        (50, base + 1, 1),
+        (51, base + 2, 64),
+        (52, base + 66, 7),
+    ]
+    assert first.damaged() == second.damaged() == []
     for segment, objects in ((first, three_objects()), (second, three_objects(50))):
         for extent, (_, content) in zip(segment.extents, objects, strict=True):
             assert segment.object_of(extent) == content
@@ -116,7 +128,7 @@ def test_full_segment_of_smallest_objects() -> None:
     assert all(segment.object_of(extent)[:8] == little(extent.owner, 8) for extent in segment.extents)
 
 
-@pytest.mark.parametrize("data", [b"", bytes(4096), b"VSWPSEG", b"VSWPSEG2" + bytes(4088), b"\xff" * 4096])
+@pytest.mark.parametrize("data", [b"", bytes(4096), b"VSWPSEG", b"VSWPSEG3" + bytes(4088), b"\xff" * 4096])
 def test_other_content_is_no_segment(data: bytes) -> None:
     assert parse_segment(0, data) is None
 
@@ -134,11 +146,10 @@ def test_other_content_is_no_segment(data: bytes) -> None:
         (44, little(1, 4), "was written as segment 1"),
         (48, b"\1", "reserved bytes"),
         (63, b"\1", "reserved bytes"),
-        (64 + 72 * 64 + 8, little(65, 4), "does not end at unit 73"),
-        (64 + 72 * 64 + 8, little(0xFFFFFFFF, 4), "does not end at unit 73"),
-        (64 + 72 * 64 + 12, little(0, 2), "0 units"),
-        (64 + 72 * 64 + 12, little(65, 2), "65 units"),
-        (64 + 72 * 64 + 14, b"\1", "reserved field"),
+        (64 + 72 * 64 + 8, little(65, 2), "does not end at unit 73"),
+        (64 + 72 * 64 + 8, little(0xFFFF, 2), "does not end at unit 73"),
+        (64 + 72 * 64 + 10, little(0, 2), "0 units"),
+        (64 + 72 * 64 + 10, little(65, 2), "65 units"),
     ],
 )
 def test_wild_field_is_named_even_with_a_right_checksum(offset: int, value: bytes, cause: str) -> None:
@@ -170,10 +181,49 @@ def test_every_flipped_bit_of_header_and_table_is_seen(place: int, bit: int) -> 
             parse_segment(0, bytes(data))
 
 
+@given(st.integers(0, 72 * 64 - 1), st.integers(0, 7))
+def test_every_flipped_bit_of_an_object_is_seen_in_that_object(place: int, bit: int) -> None:
+    data = segment_bytes(0, three_objects())
+    data[64 + place] ^= 1 << bit
+    segment = parse_segment(0, bytes(data))
+    assert segment is not None
+    (damaged,) = segment.damaged()
+    assert damaged.extent * 64 <= 64 + place < (damaged.extent + damaged.units) * 64
+
+
+def sealed_segment(number: int, count: int = 3) -> bytearray:
+    """What anybody without the key sees: noise between header and end, and one checksum over all of it."""
+    body = hashlib.shake_256(b"%d" % number).digest(64 * 72 + 16 * count)
+    header = b"VSWPSEAL" + little(9, 8) + little(count, 4) + little(64 + len(body), 4) + bytes(8)
+    header += little(IDENTITY, 8) + little(64 + 64 * 72, 4) + little(number, 4) + bytes(range(16))
+    data = bytearray(header + body)
+    data[24:32] = little(xxhash.xxh3_64_intdigest(bytes(data)), 8)
+    return data + bytes(-len(data) % 4096)
+
+
+def test_sealed_segment_is_whole_or_not() -> None:
+    data = sealed_segment(4)
+    segment = parse_segment(4, bytes(data))
+    assert segment is not None
+    assert (segment.is_sealed, segment.extent_count, segment.extents) == (True, 3, ())
+    assert segment.damaged() == []
+    with pytest.raises(SpillFileError, match="written as segment 4"):
+        parse_segment(5, bytes(data))
+
+
+@given(st.integers(8, 64 + 72 * 64 + 3 * 16 - 1), st.integers(0, 7))
+def test_every_flipped_bit_of_a_sealed_segment_is_seen(place: int, bit: int) -> None:
+    data = sealed_segment(0)
+    data[place] ^= 1 << bit
+    with pytest.raises(SpillFileError):
+        parse_segment(0, bytes(data))
+
+
 @given(st.binary(max_size=300), st.integers(0, 100))
 def test_anything_behind_the_magic_is_refused_in_order(tail: bytes, number: int) -> None:
-    with pytest.raises(SpillFileError):
-        parse_segment(number, b"VSWPSEG1" + tail)
+    for magic in (b"VSWPSEG2", b"VSWPSEAL"):
+        with pytest.raises(SpillFileError):
+            parse_segment(number, magic + tail)
 
 
 @pytest.mark.parametrize("length", [8, 63, 64, 65, 4096, 64 + 72 * 64 + 3 * 16 - 1])

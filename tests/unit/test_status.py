@@ -122,6 +122,7 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
         {
             "path": "/tmp/pyw/sw file",
             "type": "file",
+            "encrypted": False,
             "size_bytes": 4092 << 10,
             "used_bytes": 0,
             "room_bytes": 4092 << 10,
@@ -130,6 +131,7 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
         {
             "path": "/dev/vdb",
             "type": "partition",
+            "encrypted": False,
             "size_bytes": 2097148 << 10,
             "used_bytes": 0,
             "room_bytes": 2097148 << 10,
@@ -138,14 +140,25 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
         {
             "path": "/swap file",
             "type": "file",
+            "encrypted": False,
             "size_bytes": 20000000 << 10,
             "used_bytes": 512 << 10,
             "room_bytes": 19999488 << 10,
             "priority": 5,
         },
         {
+            "path": "/encrypted",
+            "type": "partition",
+            "encrypted": True,
+            "size_bytes": 1 << 20,
+            "used_bytes": 0,
+            "room_bytes": 1 << 20,
+            "priority": 7,
+        },
+        {
             "path": "/" + "x" * 50,
             "type": "file",
+            "encrypted": False,
             "size_bytes": 90000000 << 10,
             "used_bytes": 10000000 << 10,
             "room_bytes": 1024,  # its disk is full
@@ -157,5 +170,6 @@ def test_swaps_are_spaced_like_the_kernels() -> None:
         "/tmp/pyw/sw\\040file                     file\t\t4092\t\t0\t\t-2",
         "/dev/vdb                                partition\t2097148\t\t0\t\t-2",
         "/swap\\040file                           file\t\t20000000\t512\t\t5",
+        "/encrypted                              partition,encrypted\t1024\t\t0\t\t7",
         "/" + "x" * 50 + " file\t\t10000001\t10000000\t0",
     ]

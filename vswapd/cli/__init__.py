@@ -84,6 +84,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "(default: a private sparse file in $VSWAPD_SPILL_DIR or /var/tmp)",
     )
     parser.add_argument("--no-spill", action="store_true", help="RAM only: running out of it is a clear end")
+    parser.add_argument(
+        "--encrypt", action="store_true", help="encrypt what is swapped to disk, under a key that is only in memory"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--socket",
@@ -230,6 +233,9 @@ def _add_swapon(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--discard", action="store_true", help="discard freed segments of a device (files are always punched)"
+    )
+    parser.add_argument(
+        "--encrypt", action="store_true", help="encrypt what is written to it, under a key that is only in memory"
     )
     parser.add_argument("path", metavar="PATH", help="a file, made if absent, or a block device")
 

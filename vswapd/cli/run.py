@@ -50,14 +50,15 @@ def _check_options(options: argparse.Namespace) -> None:
         raise Failure(
             "--pool must be less than --limit, and not 0", "the pool is a part of the limit", STATUS_USAGE
         )
-    if options.spill and options.no_spill:
-        raise Failure("--spill and --no-spill contradict each other", "give one of them", STATUS_USAGE)
+    for name in ("spill", "encrypt"):
+        if options.no_spill and getattr(options, name):
+            raise Failure(f"--{name} and --no-spill contradict each other", "give one of them", STATUS_USAGE)
     _check_places(options)
 
 
 def _check_group_options(options: argparse.Namespace) -> None:
     """A group of the configuration has its own of what these say."""
-    given = ("limit", "pool", "spill", "no_spill", "private", "torture")
+    given = ("limit", "pool", "spill", "no_spill", "encrypt", "private", "torture")
     extra = next((name for name in given if getattr(options, name)), None)
     if extra is not None:
         raise Failure(
@@ -89,11 +90,12 @@ def _find_daemon(options: argparse.Namespace) -> Connection | None:
         if options.socket is not None
         else connection.connect_default()
     )
-    if found is not None and options.spill:
-        found.close()
-        raise Failure(
-            "--spill needs a private daemon, but a daemon answers", "add --private, or leave --spill out"
-        )
+    for name in ("spill", "encrypt"):
+        if found is not None and getattr(options, name):
+            found.close()
+            raise Failure(
+                f"--{name} needs a private daemon, but a daemon answers", f"add --private, or leave --{name} out"
+            )
     return found
 
 
@@ -101,11 +103,11 @@ def _open_spills(options: argparse.Namespace) -> list[backends.Spill]:
     if options.no_spill:
         return []
     if not options.spill:
-        return [backends.open_private_spill(options.limit)]
+        return [backends.open_private_spill(options.limit, encrypt=options.encrypt)]
     spills: list[backends.Spill] = []
     try:
         for index, (path, size) in enumerate(options.spill):
-            spills.append(backends.open_spill(path, size, options.limit, -index))
+            spills.append(backends.open_spill(path, size, options.limit, -index, encrypt=options.encrypt))
     except BaseException:
         for spill in spills:
             spill.close()

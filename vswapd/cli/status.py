@@ -105,7 +105,7 @@ def _backend_table(status: dict[str, Any]) -> Table:
         used = backend["used_bytes"]
         table.add_row(
             backend["path"],
-            backend["state"] + job,
+            backend["state"] + (", encrypted" if backend["encrypted"] else "") + job,
             format_size(backend["size_bytes"]),
             format_size(used),
             format_size(backend["room_bytes"]),

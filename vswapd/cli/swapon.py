@@ -19,9 +19,15 @@ def main(options: argparse.Namespace) -> int:
     path = os.path.abspath(options.path)
     with connection.connect_any(options.socket) as daemon:
         reply = daemon.request(
-            "swapon", path=path, size_bytes=options.size, priority=options.priority, discard=options.discard
+            "swapon",
+            path=path,
+            size_bytes=options.size,
+            priority=options.priority,
+            discard=options.discard,
+            encrypt=options.encrypt,
         )
     if os.path.exists(path) and os.path.isfile(path) and os.stat(path).st_mode & 0o077:
         print(f"vswapctl: {path}: others may read it; chmod 0600 {path}", file=sys.stderr)
-    print(f"{reply['path']}: {format_size(reply['size_bytes'])}, priority {reply['priority']}")
+    encrypted = ", encrypted" if reply.get("encrypted") else ""
+    print(f"{reply['path']}: {format_size(reply['size_bytes'])}, priority {reply['priority']}{encrypted}")
     return 0

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""swaps — `vswapctl swaps`: the columns and the spacing of /proc/swaps (mm/swapfile.c, swap_show), KiB."""
+"""swaps — `vswapctl swaps`: the columns and the spacing of /proc/swaps (mm/swapfile.c, swap_show), KiB.
+
+An encrypted one is of type file,encrypted or partition,encrypted.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ def format_swaps(backends: list[dict[str, Any]]) -> str:
         used = backend["used_bytes"] // 1024
         size = used + backend["room_bytes"] // 1024  # what its file system cannot hold is no capacity
         padding = " " * max(1, _PATH_WIDTH - len(path.encode("utf-8", "surrogateescape")))
-        kind = "partition" if backend["type"] == "partition" else "file\t"
+        kind = "partition" if backend["type"] == "partition" else "file"
+        kind += ",encrypted" if backend["encrypted"] else "\t" * (kind == "file")
         columns = (f"{count}\t{'' if count >= _WIDE else chr(9)}" for count in (size, used))
         lines.append(f"{path}{padding}{kind}\t{''.join(columns)}{backend['priority']}\n")
     return "".join(lines)

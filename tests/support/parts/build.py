@@ -18,10 +18,10 @@ from support.header import CSRC
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SOURCES = ("base", "crash_point", "fault_point", "slot_heap", "slot_table", "codec", "pool", "io", "io_threads", "spill")
+_SOURCES = ("base", "crash_point", "fault_point", "slot_heap", "slot_table", "codec", "pool", "io", "io_threads", "seal", "spill")
 _HEADERS = ("limits", "fault_point", "slot_table", "codec", "pool", "io", "spill")
 _SYSTEM_HEADERS = ("assert", "pthread", "stdbool", "stddef", "stdint")
-_LIBRARIES = ("-llz4", "-lzstd", "-luring", "-lxxhash", "-pthread")
+_LIBRARIES = ("-llz4", "-lzstd", "-luring", "-lxxhash", "-lcrypto", "-pthread")
 _OPTIONS = ("-std=gnu11", "-O1", "-g", "-Wall", "-Werror", "-fPIC", "-shared", "-DVSWAP_DEBUG", "-DVSWAP_FAULT_POINTS")
 _SANITIZER = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
 

@@ -75,7 +75,7 @@ class Spill:
 
     def _create(self) -> None:
         spill = self._ffi.new("struct spill **")
-        result = self._c.spill_create(os.dup(self._file.fileno()), self._segments * SEGMENT_BYTES, spill)
+        result = self._c.spill_create(os.dup(self._file.fileno()), self._segments * SEGMENT_BYTES, self._ffi.NULL, spill)
         assert result == 0, result
         self._spill = spill[0]
 
@@ -184,7 +184,7 @@ class Spill:
 
     def _read(self, slot: int, extent: int, units: int) -> tuple[int, Any]:
         """Start a read into a slot of the buffer."""
-        wanted = self._c.spill_range_of(extent, units)
+        wanted = self._c.spill_range_of(self._spill, extent, units)
         assert wanted.offset_bytes % PAGE_BYTES == 0 == wanted.length_bytes % PAGE_BYTES
         assert wanted.length_bytes <= _READ_BYTES_MAX
         fd, at = self._c.spill_fd(self._spill), self._buffer + slot * _READ_BYTES_MAX
