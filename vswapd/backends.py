@@ -17,6 +17,10 @@ from vswapd.failure import STATUS_USAGE, Failure
 from vswapd.records import BACKEND_ENCRYPT
 from vswapd.sizes import format_size, parse_size
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _MAGIC = (b"VSWPSEG", b"VSWPSEAL")  # of a segment, of whatever version
 _HEAD_BYTES = 128 * config.KIB  # partition tables and the superblocks of all common file systems lie within
 
@@ -142,7 +146,7 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int, *, e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Failure(f"spill {path} is used by another daemon", "name another") from None
+            raise Failure(f"spill {path} is in use: by another daemon, or named twice", "name another") from None
         is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         if is_device:
             size = _size_of_device(fd, path, size_bytes)
@@ -157,6 +161,19 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int, *, e
         if created:
             os.unlink(path)
         raise
+
+
+def open_spills(wanted: Iterable[tuple[str, int, int, bool]], limit_bytes: int) -> list[Spill]:
+    """Each (path, size, priority, encrypt) as open_spill has it, or none of them. Failure."""
+    spills: list[Spill] = []
+    try:
+        for path, size, priority, encrypt in wanted:
+            spills.append(open_spill(path, size, limit_bytes, priority, encrypt=encrypt))
+    except BaseException:
+        for spill in spills:
+            spill.undo()
+        raise
+    return spills
 
 
 def open_private_spill(limit_bytes: int, *, encrypt: bool = False) -> Spill:

@@ -122,7 +122,7 @@ class Reloader:
             try:
                 self._engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority, spill.flags)
             except BaseException:
-                spill.close()
+                spill.undo()
                 raise
         except (Failure, OSError) as error:
             self._log.error("backend not added", path=backend.path, reason=str(error))

@@ -88,10 +88,10 @@ class Service:
         `metrics_listener`: its own for metrics, or the manager's.
         """
         if not is_successor:
-            self._spills = [
-                backends.open_spill(backend.path, backend.size, 0, backend.priority, encrypt=backend.encrypt)
-                for backend in self.settings.backends
+            wanted = [
+                (backend.path, backend.size, backend.priority, backend.encrypt) for backend in self.settings.backends
             ]
+            self._spills = backends.open_spills(wanted, 0)
         if metrics_listener is not None:
             self._metrics_listener = metrics_listener
         elif self.settings.daemon.metrics:

@@ -147,8 +147,9 @@ def _next_data(descriptor: int, position: int, size: int) -> int:
         raise
 
 
-def _read(descriptor: int, position: int) -> bytes:
+def read_place(descriptor: int, number: int) -> bytes:
     """A segment's bytes; fewer at the end of the file. A place without the magic is read no further."""
+    position = number * SEGMENT_BYTES
     data = os.pread(descriptor, HEADER.size, position)
     while len(data) < SEGMENT_BYTES and data.startswith((MAGIC, SEALED_MAGIC)):
         more = os.pread(descriptor, SEGMENT_BYTES - len(data), position + len(data))
@@ -158,18 +159,25 @@ def _read(descriptor: int, position: int) -> bytes:
     return data
 
 
+def numbers(descriptor: int) -> Iterator[int]:
+    """The places that may hold a segment, in order."""
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    number = 0
+    while (position := _next_data(descriptor, number * SEGMENT_BYTES, size)) < size:
+        number = position // SEGMENT_BYTES
+        yield number
+        number += 1
+
+
 def read_segments(
     path: str | os.PathLike[str], on_error: Callable[[SpillFileError], None] | None = None
 ) -> Iterator[Segment]:
     """All sound segments, in order. One that is not goes to `on_error`; without that it is raised."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.lseek(descriptor, 0, os.SEEK_END)
-        number = 0
-        while (position := _next_data(descriptor, number * SEGMENT_BYTES, size)) < size:
-            number = position // SEGMENT_BYTES
+        for number in numbers(descriptor):
             try:
-                segment = parse_segment(number, _read(descriptor, number * SEGMENT_BYTES))
+                segment = parse_segment(number, read_place(descriptor, number))
             except SpillFileError as error:
                 if on_error is None:
                     raise
@@ -177,6 +185,5 @@ def read_segments(
             else:
                 if segment is not None:
                     yield segment
-            number += 1
     finally:
         os.close(descriptor)

@@ -134,7 +134,7 @@ def _backends(daemon: DaemonProcess) -> dict[str, Any]:
 
 
 def test_drains_between_plain_and_encrypted(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
-    """Each way, and from key to key, under a program that verifies; compaction under one key."""
+    """Each way, and from key to key, under a program that verifies; compaction under one key, by an upgraded daemon."""
     argv = [verify_memory, "--mib", "96", "--kind", "mixed", "--seconds", "8"]
     command = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "24M", "--pool", "3M"]
     last = tmp_path / "spill"
@@ -150,10 +150,15 @@ def test_drains_between_plain_and_encrypted(daemon: DaemonProcess, verify_memory
             assert drained.returncode == 0, drained.stderr
             assert last.stat().st_size == 0
             last = path
-        assert "\nfile,encrypted" not in (swaps := _ctl(daemon, "swaps").stdout)
-        assert f"{last}" in swaps
+        swaps = _ctl(daemon, "swaps").stdout
+        assert str(last) in swaps
         assert "file,encrypted" in swaps
         assert "encrypted" in _ctl(daemon, "status").stdout
+        before = answering_pid(daemon.socket_path, _SECONDS_MAX)
+        upgraded = _ctl(daemon, "upgrade")
+        assert upgraded.returncode == 0, upgraded.stderr
+        assert answering_pid(daemon.socket_path, _SECONDS_MAX) != before
+        assert _backends(daemon)[str(last)]["encrypted"] is True
         compacted = _ctl(daemon, "compact", str(last))
         assert compacted.returncode == 0, compacted.stderr
         with daemon.control() as control:

@@ -115,7 +115,7 @@ def test_misdirected_segment_gives_no_page_of_another(tmp_path: Path, encrypt: b
     assert result.status == 0, result.describe()
     answer = json.loads(result.stdout)
     assert answer["wrong"] == 0, "a wrong byte was given back"
-    assert answer["lost"] > 100, answer  # some 250 were in it
+    assert 1 <= answer["lost"] <= 255, answer  # no more were in it
 
 
 # ---- peers ----

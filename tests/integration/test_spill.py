@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
-from support.limited import MIB, LimitedProgram, assert_honest, run_limited
+from support.limited import MIB, LimitedProgram, assert_honest, command_path, run_limited
 from support.sampler import ControlClient
 
 if TYPE_CHECKING:
@@ -90,4 +92,45 @@ def _wait_until_spilled_then_empty(control: ControlClient, seconds_max: float = 
         if spilled and status["spill_bytes"] == 0 and not status["clients"]:
             return
         assert time.monotonic() < deadline, f"spilled {spilled}, left {status['spill_bytes']} bytes"
+        time.sleep(0.05)  # polling another process's state
+
+
+def test_check_reads_a_file_in_use(verify_memory: str, tmp_path: Path) -> None:
+    """While it is written to: no damage, the daemon's live figures; then a flipped bit, and its exit status says so."""
+    spill = tmp_path / "spill"
+    argv = [verify_memory, "--mib", "64", "--kind", "random", "--seconds", "60"]
+    options = ["--private", "--pool", "2M", "--spill", f"{spill}:256M"]
+    with LimitedProgram(16 * MIB, argv, options=options) as program:
+        command = [command_path("vswapctl"), "check", "--json", "--socket", program.socket_path, str(spill)]
+        with ControlClient(program.socket_path, 30.0) as control:
+            _wait_written(control, 32 * MIB)
+        for _ in range(3):
+            checked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+            document = json.loads(checked.stdout)
+            assert (checked.returncode, document["findings"]) == (0, []), checked
+            assert document["is_in_use"] is True
+            assert document["live_bytes"] > 0
+            assert document["objects"] > 0
+        os.kill(program.process.pid, signal.SIGTERM)  # so that nothing is written over what is flipped
+        program.wait()
+    with spill.open("r+b") as file:
+        first = next(number for number in range(256) if os.pread(file.fileno(), 8, number * MIB) == b"VSWPSEG2")
+        file.seek(first * MIB + 1000)
+        byte = file.read(1)[0]
+        file.seek(first * MIB + 1000)
+        file.write(bytes([byte ^ 4]))
+    checked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    document = json.loads(checked.stdout)
+    assert checked.returncode == 1
+    assert document["is_in_use"] is False
+    assert [finding["segment"] for finding in document["findings"]] == [first]
+    assert "checksum mismatch" in document["findings"][0]["cause"]
+
+
+def _wait_written(control: ControlClient, count_bytes: int, seconds_max: float = 60.0) -> None:
+    import time
+
+    deadline = time.monotonic() + seconds_max
+    while sum(backend["written_bytes"] for backend in control.status(30.0)["backends"]) < count_bytes:
+        assert time.monotonic() < deadline, "not so much was written"
         time.sleep(0.05)  # polling another process's state

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -402,19 +403,46 @@ def test_mounted_device_is_refused(daemon: DaemonProcess, tmp_path: Path, loop_d
     assert len(_status(daemon)["backends"]) == 1
 
 
-def test_tmpfs_holds_pages(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
-    mounted = tmp_path / "tmpfs"
+@contextlib.contextmanager
+def _mounted(kind: str, tmp_path: Path) -> Iterator[Path]:
+    """A file system of that kind, in a file where it needs a disk; gone at the end whatever happens."""
+    mounted = tmp_path / "mounted"
     mounted.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(mounted)], check=True)
+    source, options = "tmpfs", "size=128m"
+    if kind != "tmpfs":
+        if shutil.which(f"mkfs.{kind}") is None:
+            pytest.skip(f"no mkfs.{kind} here")
+        source, options = str(tmp_path / "disk"), "loop"
+        with open(source, "wb") as file:
+            file.truncate(640 * MIB)  # xfs makes none below 300 MiB
+        subprocess.run([f"mkfs.{kind}", "-q", source], check=True)
+    subprocess.run(["mount", "-t", kind, "-o", options, source, str(mounted)], check=True)
     try:
-        _done(daemon, "swapon", str(mounted / "spill"), "--priority", "5")
+        yield mounted
+    finally:
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["tmpfs", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("ext4", "xfs", "btrfs"))]
+)
+@pytest.mark.parametrize("options", [(), ("--encrypt",)], ids=["plain", "encrypted"])
+def test_file_system_holds_pages(
+    daemon: DaemonProcess, verify_memory: str, tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
+    """O_DIRECT, holes and room are each file system's own: written, faulted, compacted, checked, drained."""
+    with _mounted(kind, tmp_path) as mounted:
+        spill = mounted / "spill"
+        _done(daemon, "swapon", str(spill), "--priority", "5", *options)
         argv = [verify_memory, "--mib", "64", "--kind", "random", "--seconds", "4"]
         with _running(daemon, 20, argv, "--pool", "2M") as process:
-            _wait_spilled(daemon, mounted / "spill", 8)
-            _done(daemon, "swapoff", str(mounted / "spill"))
+            _wait_spilled(daemon, spill, 8)
+            _done(daemon, "compact", str(spill))
+            assert "no damage found" in _done(daemon, "check", str(spill))
+            _wait_spilled(daemon, spill, 8)
+            _done(daemon, "swapoff", str(spill))
             _assert_right(process)
-    finally:
-        subprocess.run(["umount", str(mounted)], check=True)
+        assert spill.stat().st_blocks == 0
 
 
 def test_bad_input_changes_nothing(daemon: DaemonProcess, tmp_path: Path) -> None:
@@ -426,6 +454,15 @@ def test_bad_input_changes_nothing(daemon: DaemonProcess, tmp_path: Path) -> Non
         assert "too small" in _refused(daemon, "swapon", ended.stdout.strip())
         subprocess.run(["losetup", "-d", ended.stdout.strip()], check=True)
     assert "already" in _refused(daemon, "swapon", str(tmp_path / "spill"))
+    command = [command_path("vswapctl"), "run", "--private", "--spill", f"{tmp_path / 'spill'}:64M", "--", "true"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended
+    assert "in use" in ended.stderr
+    twice = [command_path("vswapctl"), "run", "--private", *["--spill", f"{tmp_path / 'twice'}:64M"] * 2, "--", "true"]
+    ended = subprocess.run(twice, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended
+    assert "named twice" in ended.stderr
+    assert not (tmp_path / "twice").exists()
     assert "neither a file nor a block device" in _refused(daemon, "swapon", str(tmp_path))
     assert "cannot use" in _refused(daemon, "swapon", "/proc/nosuch/file")
     assert os.strerror(errno.ENOENT) in _refused(daemon, "swapon", str(tmp_path / "no" / "spill"))

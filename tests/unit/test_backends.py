@@ -78,10 +78,22 @@ def test_other_content_is_not_overwritten(tmp_path: Path) -> None:
 def test_file_in_use_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "spill"
     first = backends.open_spill(str(path), 2 * _MIB, _LIMIT, 0)
-    with pytest.raises(Failure, match="used by another daemon"):
+    with pytest.raises(Failure, match="in use: by another daemon"):
         backends.open_spill(str(path), 2 * _MIB, _LIMIT, 0)
     first.close()
     backends.open_spill(str(path), 2 * _MIB, _LIMIT, 0).close()
+
+
+def test_all_files_are_opened_or_none_is_made(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    wanted = [(str(tmp_path / name), 2 * _MIB, 0, False) for name in ("there", "new", "new")]
+    with pytest.raises(Failure, match="named twice"):
+        backends.open_spills(wanted, _LIMIT)
+    assert list(tmp_path.iterdir()) == [there]
+    first, second = backends.open_spills(wanted[:2], _LIMIT)
+    first.close()
+    second.close()
 
 
 def test_refused_file_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

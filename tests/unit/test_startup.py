@@ -51,7 +51,7 @@ def _imported(arguments: list[str], modules: list[str]) -> str:
     return result.stderr.splitlines()[-1]
 
 
-_VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit", "upgrade"]
+_VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "check", "limit", "upgrade"]
 _VERBS += ["doctor", "top", "completion"]
 
 

@@ -258,6 +258,11 @@ def _add_compact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a spill file or device in use")
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("path", metavar="PATH", help="a spill file or device, in use or not; it is only read")
+
+
 _VERBS = {
     "run": (_add_run, "run a command inside a memory limit", "vswapctl run --limit 2G -- python3 job.py"),
     "status": (_add_status, "show where the memory is", "vswapctl status --json"),
@@ -268,6 +273,7 @@ _VERBS = {
     "swapon": (_add_swapon, "add a spill file or device", "vswapctl swapon /mnt/fast/spill --size 64G"),
     "swapoff": (_add_swapoff, "empty and remove a spill file or device", "vswapctl swapoff /mnt/fast/spill"),
     "compact": (_add_compact, "give unused space of a spill file back", "vswapctl compact /mnt/fast/spill"),
+    "check": (_add_check, "look for damage in a spill file or device", "vswapctl check /mnt/fast/spill"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
     "attach": (_add_attach, "manage a process that runs already", "vswapctl attach --limit 2G 4711"),
     "detach": (_add_page, "bring all of a process back and let it go", "vswapctl detach 4711"),

@@ -104,15 +104,8 @@ def _open_spills(options: argparse.Namespace) -> list[backends.Spill]:
         return []
     if not options.spill:
         return [backends.open_private_spill(options.limit, encrypt=options.encrypt)]
-    spills: list[backends.Spill] = []
-    try:
-        for index, (path, size) in enumerate(options.spill):
-            spills.append(backends.open_spill(path, size, options.limit, -index, encrypt=options.encrypt))
-    except BaseException:
-        for spill in spills:
-            spill.close()
-        raise
-    return spills
+    wanted = [(path, size, -index, options.encrypt) for index, (path, size) in enumerate(options.spill)]
+    return backends.open_spills(wanted, options.limit)
 
 
 def command_environment(
