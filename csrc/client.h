@@ -128,6 +128,8 @@ struct client {
 	struct range_set quarantine; /* value: sys_now_ns() of the event */
 	uint64_t size_pages_seen;    /* VmSize at the last discovery; 0: look again soon */
 	uint64_t discover_next_ns;   /* a mapping can be replaced by another of its size */
+	uint64_t discover_asked_ns;  /* not before, if the client asks for it */
+	uint32_t discoveries;        /* as in its ring */
 	uint64_t hand;               /* reclaim: next address to look at */
 
 	struct probation probation;  /* reclaim: goes before what the hand finds */

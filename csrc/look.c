@@ -40,6 +40,7 @@
 #define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
 #define GATE_NS_MAX 2000000L
 #define DISCOVER_NS 20000000ULL
+#define ASKED_COST_FACTOR 4 /* between discoveries that were asked for: so many times what the last one took */
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
 /* ---- discovery; the gate is held ---- */
@@ -253,6 +254,24 @@ static bool gate_lock_soon(struct client *client)
 	return pthread_mutex_timedlock(&client->gate, &until) == 0;
 }
 
+/* Whoever asks again and again costs this thread, which looks at others too, no more than a part of its time. */
+static bool discovery_is_asked(const struct client *client, uint64_t now)
+{
+	return READ_ONCE(client->ring->discovery_asked) && now >= client->discover_asked_ns;
+}
+
+/* Those who wait for one know by its number which began after they had made their mapping. */
+static void discover_counted(struct client *client)
+{
+	struct vswap_ring *ring = client->ring;
+
+	WRITE_ONCE(ring->discovery_asked, 0);
+	__atomic_store_n(&ring->discoveries, ++client->discoveries, __ATOMIC_SEQ_CST);
+	look_discover(client);
+	__atomic_store_n(&ring->discoveries, ++client->discoveries, __ATOMIC_SEQ_CST);
+	sys_futex_wake(&ring->discoveries);
+}
+
 static void look_at_client(struct client *client, uint64_t now, bool near)
 {
 	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
@@ -268,18 +287,21 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 		return;
 	WRITE_ONCE(client->ring->beat, (uint32_t)(now / 1000000));
 	yield_look(client);
+	if (READ_ONCE(client->ring->is_near) != near)
+		WRITE_ONCE(client->ring->is_near, near);
 	adapt = cow_is_due(client);
 	if (!READ_ONCE(client->registered) && !near && !adapt)
 		return;
 	discover = !READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
-		   now >= client->discover_next_ns;
+		   now >= client->discover_next_ns || discovery_is_asked(client, now);
 	if ((!discover && !adapt) || !gate_lock_soon(client))
 		return; /* at the next look */
 	if (!client->dead && !client_is_shut(client)) {
 		if (discover) {
-			look_discover(client);
+			discover_counted(client);
 			WRITE_ONCE(client->size_pages_seen, size);
 			client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
+			client->discover_asked_ns = now + ASKED_COST_FACTOR * (sys_now_ns() - now);
 		}
 		cow_adapt(client);
 	}

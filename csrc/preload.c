@@ -20,7 +20,7 @@
  *   mmap, madvise    what populates private memory does so piece by piece. In one go it keeps the lock of
  *                    the address space, and all of it is there before it can be registered: beyond the
  *                    limit, however large it is. And the first mapping that is large in itself is not
- *                    returned before the process is managed. Neither behind a seccomp filter, for which
+ *                    returned before the process is managed, a later one near the limit not before it was found. Neither behind a seccomp filter, for which
  *                    these are system calls that the program did not make.
  *   ioctl            a program's own userfaultfd: memory that is managed is given up to it
  *                    (preload_userfaultfd.h).
@@ -49,6 +49,7 @@
 
 #include "agent.h"
 #include "agent_sys.h"
+#include "preload_discovery.h"
 #include "preload_replace.h"
 #include "preload_userfaultfd.h"
 
@@ -186,8 +187,10 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
 		errno = (int)-result;
 		return MAP_FAILED;
 	}
-	if (is_large_private(length, protection, flags))
+	if (is_large_private(length, protection, flags)) {
 		agent_hurry(agent);
+		discovery_wait();
+	}
 	/* Like MAP_POPULATE it tells nobody what it could not do. */
 	if (by_pieces)
 		(void)populate(result, length, protection & PROT_WRITE ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);

@@ -6,6 +6,7 @@
 
 #include "agent_sys.h"
 #include "preload_replace.h"
+#include "preload_ring.h"
 
 #define WAIT_NS 1000000L
 #define ANSWER_NS 100000000ULL /* how often a waiter looks whether there still is somebody to answer */
@@ -33,18 +34,6 @@ static bool wait_until_armed(void)
 	}
 	return true;
 }
-
-/* The ring, which stays mapped until ring_leave; NULL when there is none (any more). */
-static struct vswap_ring *ring_enter(void)
-{
-	(void)__atomic_fetch_add(&agent->ring_users, 1, __ATOMIC_SEQ_CST);
-	if (atomic_get(&agent->armed))
-		return agent_ring(agent);
-	(void)__atomic_fetch_sub(&agent->ring_users, 1, __ATOMIC_SEQ_CST);
-	return NULL;
-}
-
-static void ring_leave(void) { (void)__atomic_fetch_sub(&agent->ring_users, 1, __ATOMIC_SEQ_CST); }
 
 /* 0: it is the program's; -errno; -EAGAIN: the process is not managed any more. */
 static long ask(struct vswap_ring *ring, const struct uffdio_range *range)

@@ -413,6 +413,7 @@ static int attach_ring(struct client *client)
 	if (ring == MAP_FAILED)
 		return -errno;
 	client->posted = ring->posted;
+	client->discoveries = (ring->discoveries + 1) & ~1U; /* one that was under way ends with the next */
 	ring->features = VSWAP_FEATURES; /* the daemon before may have been another version */
 	ring->epoch = client->engine->state->epoch;
 	__atomic_store_n(&client->ring, ring, __ATOMIC_RELEASE);

@@ -44,6 +44,10 @@
  * repeated and writes the number to yield_over. While yield_over differs from yield_asked the daemon registers nothing
  * in that range. One request at a time, and only of a daemon that says VSWAP_FEATURE_YIELD.
  *
+ * A large mapping near the limit: a program can fill it faster than it is found. So its library asks for a discovery
+ * and waits for one that began after the mapping was made, before the program gets it: a moment, or not at all
+ * (VSWAP_FEATURE_DISCOVERY).
+ *
  * The agent's arena in the client, one reservation made before HELLO, told in ARM:
  *     beacon   1 page, registered, never touched in the process that armed it. In a forked child
  *              the daemon answers its fault with a page whose first 8 bytes are the child's
@@ -141,7 +145,8 @@ enum vswap_operation {
 
 #define VSWAP_FEATURE_YIELD 1u
 #define VSWAP_FEATURE_BEAT 2u
-#define VSWAP_FEATURES (VSWAP_FEATURE_YIELD | VSWAP_FEATURE_BEAT)
+#define VSWAP_FEATURE_DISCOVERY 4u
+#define VSWAP_FEATURES (VSWAP_FEATURE_YIELD | VSWAP_FEATURE_BEAT | VSWAP_FEATURE_DISCOVERY)
 
 struct vswap_run {
 	uint64_t address;
@@ -173,7 +178,9 @@ struct vswap_ring {
 	uint32_t retired;        /* daemon: VSWAP_RETIRED_*, nobody serves this ring; 0: somebody does */
 	uint32_t features;       /* daemon: VSWAP_FEATURE_* */
 	uint32_t beat;           /* daemon: another number at least every second, while it looks after its clients */
-	uint8_t pad0[28];
+	uint32_t is_near;        /* daemon: the group is near its limit */
+	uint32_t discoveries;    /* daemon; futex: odd while one is under way, and two more at its end than before it */
+	uint8_t pad0[20];
 	uint32_t done;           /* agent; futex */
 	uint32_t daemon_waiting; /* daemon: 1 while it is, or is about to be, in futex wait */
 	uint64_t yield_start, yield_bytes; /* client: a range to be given up */
@@ -181,7 +188,8 @@ struct vswap_ring {
 	uint32_t yield_answered; /* daemon; futex */
 	uint32_t yield_error;    /* daemon: errno, 0: the range is the program's */
 	uint32_t yield_over;     /* client */
-	uint8_t pad1[24];
+	uint32_t discovery_asked; /* client sets it, the daemon clears it when it begins one */
+	uint8_t pad1[20];
 	struct vswap_command commands[VSWAP_RING_COMMANDS];
 };
 

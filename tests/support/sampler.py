@@ -360,10 +360,14 @@ class Sampler:
         return int(group.get("pool_bytes", 0)) + int(group.get("metadata_bytes", 0))
 
     def _resident(self, now: float) -> int:
-        """Of a walk in which nobody ended or began."""
-        alive, totals = self._alive(), []
+        """Between two walks in which nobody ended or began, at the moment of which everybody had at least what both saw.
+
+        One walk alone adds what one process had, and has given up, to what another has taken since.
+        """
+        alive, walk, totals = self._alive(), self._walk(now), []
         for _ in range(_WALKS_MAX):
-            totals.append(self._walk(now))
+            walk_before, walk = walk, self._walk(now)
+            totals.append(sum(min(count, walk_before.get(pid, 0)) for pid, count in walk.items()))
             alive_before, alive = alive, self._alive()
             if alive == alive_before:
                 return totals[-1]
@@ -373,9 +377,9 @@ class Sampler:
         """Who has memory: at its end a process is without before what it had is its relatives' alone."""
         return {pid for pid in tree(self._root, self._without) if _read(f"/proc/{pid}/statm")[:2] not in (b"", b"0 ")}
 
-    def _walk(self, now: float) -> int:
-        """Anonymous bytes of the command and all below it; the daemon is no part of it."""
-        total = 0
+    def _walk(self, now: float) -> dict[int, int]:
+        """Anonymous bytes of the command and all below it, by PID; the daemon is no part of it."""
+        found: dict[int, int] = {}
         outside = set(self._without)
         front = _read(f"/proc/{self._root}/cmdline")
         for pid, parent in tree(self._root, self._without).items():
@@ -387,12 +391,12 @@ class Sampler:
             count = pss_anon_bytes(pid)
             if count and parent != self._root and same_address_space(pid, parent):
                 continue
-            total += count
+            found[pid] = count
             member = self.samples.members.get(pid)
             if member is None or member.bytes_max < member.min_bytes:
                 member = self._member(pid)  # again: exec changes name and environment
             member.note(count, now)
-        return total
+        return found
 
     def _member(self, pid: int) -> Member:
         member = self.samples.members.setdefault(pid, Member(pid))
