@@ -10,7 +10,8 @@ The daemon and vswapctl themselves are left out: their footprint is reported apa
 Two readings are never of one instant: a page that is evicted between them would be counted twice. The
 daemon is asked before and after each walk over the tree, and the smaller answer counts. What forked relatives
 share is counted twice by a walk in which one of them ends (half with it, then whole with the other) or begins:
-such a walk is done again.
+such a walk is done again. What one process gives up while another takes as much would be counted twice as well: of two
+walks the smaller reading of each counts.
 
 This module needs neither vswapd nor pytest: scripts/demo uses it too.
 """
