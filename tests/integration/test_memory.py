@@ -233,6 +233,39 @@ def test_large_mapping_is_native_without_a_daemon(tmp_path: Path) -> None:
     assert result.stdout == b"False False False\n", result
 
 
+# Near its limit a program gets a large mapping once it is registered: "um" among the flags in smaps. What it filled
+# before that would be beyond the limit. The same size again and again: only that it asks tells of it.
+_NEW_NEAR_THE_LIMIT = """
+import ctypes, mmap, time
+def new(): return mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def address(area): return ctypes.addressof(ctypes.c_char.from_buffer(area))
+def is_registered(start):
+    found = False
+    for line in open("/proc/self/smaps"):
+        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+            low, high = (int(number, 16) for number in line.split()[0].split("-"))
+            found = low <= start < high
+        elif found and line.startswith("VmFlags:"):
+            return "um" in line.split()
+    raise AssertionError("not mapped")
+first = new()
+for page in range(0, len(first), 4096): first[page] = page >> 12 & 255
+while not is_registered(address(first)): time.sleep(0.01)
+count = 0
+for _ in range(100):
+    area = new()
+    count += is_registered(address(area))
+    del area # the next one is as large, in its place
+print(count)
+"""
+
+
+def test_large_mapping_near_the_limit_waits_until_it_is_registered() -> None:
+    result = run_limited("24M", python_argv(_NEW_NEAR_THE_LIMIT))
+    assert result.status == 0, result.describe()
+    assert result.stdout == b"100\n", result.stdout
+
+
 @pytest.mark.parametrize("attempt", range(3))
 def test_forks_while_memory_is_being_registered(fork_early: str, attempt: int) -> None:
     """What a parent registers between a fork and its event is not registered in the child: a matter of chance."""
