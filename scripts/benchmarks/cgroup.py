@@ -99,6 +99,11 @@ class Cgroup:
             with open(f"{self.path}/memory.force_empty", "w") as file:
                 file.write("0")
 
+    def usage_bytes(self) -> int:
+        """What is charged now."""
+        name = "memory.usage_in_bytes" if self.hierarchy.version == 1 else "memory.current"
+        return int(_words(f"{self.path}/{name}")[0])
+
     def peak_bytes(self) -> int:
         """Most that was charged since reset_peak()."""
         name = "memory.max_usage_in_bytes" if self.hierarchy.version == 1 else "memory.peak"

@@ -81,3 +81,18 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
     else:
         assert process.returncode == 130, output
     assert machine_state() == before
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "command",
+    [("bench-swapoff", "--mib", "256", "--limit-mib", "64", "--rounds", "1", "--shapes"), ("showcase-disk",)],
+    ids=lambda command: command[0],
+)
+def test_others_leave_nothing_behind(tmp_path: Path, command: tuple[str, ...]) -> None:
+    before = machine_state()
+    argv = [str(_BENCH.with_name(command[0])), *command[1:], "--output", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machine_state() == before
+    assert any(tmp_path.iterdir())
