@@ -4,7 +4,7 @@
  * number; it is answered by one on standard output, "NUMBER ok …" or "NUMBER error ERRNO". A daemon that dies answers
  * nothing: its supervisor writes "died", and the next daemon takes the lines that were not taken.
  *
- *   limit BYTES POOL          POOL 0: no limit of the pool's own; 1: all that can be is written back
+ *   limit BYTES POOL          POOL 0: no limit of the pool's own; up to 2 MiB: all that can be is written back
  *   pageout PID, pagein PID
  *   cool PID ADDRESS BYTES
  *   swapon PRIORITY           "ok BACKEND"; a file of its own

@@ -14,10 +14,12 @@
  *   fork                                the child connects to SOCKET like its parent did
  *   exit
  *
- * Nothing but the pages is in memory that is managed: state is on the stack.
+ * Nothing but the pages is in memory that is managed: state is on the stack. The process that was started is none of them: it
+ * waits for all that come of it, so that any may end first.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -27,6 +29,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define PAGE 4096u
@@ -154,13 +157,27 @@ static void obey_range(int fd, const char *line)
 	say(fd, result == 0 ? "ok\n" : "failed\n");
 }
 
+static void wait_for_all(void)
+{
+	while (wait(NULL) > 0 || errno == EINTR)
+		;
+}
+
 int main(int argc, char **argv)
 {
 	char line[256];
-	int fd;
+	int fd = open("/dev/null", O_RDWR);
 
-	if (argc != 3)
+	if (argc != 3 || fd < 0)
 		return 2;
+	dup2(fd, STDIN_FILENO); /* whoever reads what drive says sees its end */
+	dup2(fd, STDOUT_FILENO);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	if (fork() > 0) {
+		wait_for_all();
+		return 0;
+	}
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGCHLD, SIG_IGN);
 	page_count = strtoull(argv[2], NULL, 10);
