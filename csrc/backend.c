@@ -44,7 +44,7 @@ void backend_install(struct engine *engine, unsigned number, const struct backen
 	struct backend *backend = &engine->backends[number];
 
 	/* Field by field: somebody may just be pinning the entry, in vain. */
-	backend->priority = from->priority;
+	WRITE_ONCE(backend->priority, from->priority);
 	backend->is_device = from->is_device;
 	memcpy(backend->path, from->path, sizeof backend->path);
 	backend->errors = 0;
@@ -102,7 +102,7 @@ int backend_pick(struct engine *engine)
 		if (!spill)
 			continue;
 		if (may_be_written(backend, spill) &&
-		    (best < 0 || backend->priority > engine->backends[best].priority)) {
+		    (best < 0 || READ_ONCE(backend->priority) > READ_ONCE(engine->backends[best].priority))) {
 			if (best >= 0)
 				backend_unpin(engine, (unsigned)best);
 			best = (int)number;
@@ -156,7 +156,7 @@ static void describe(const struct backend *backend, struct spill *spill, unsigne
 	spill_statistics(spill, &statistics);
 	*record = (struct engine_backend_statistics){
 		.backend = (int32_t)number,
-		.priority = backend->priority,
+		.priority = READ_ONCE(backend->priority),
 		.state = READ_ONCE(backend->state),
 		.is_device = backend->is_device,
 		.is_encrypted = spill_is_sealed(spill),

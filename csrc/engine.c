@@ -553,6 +553,18 @@ int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t
 	return (int)number;
 }
 
+int engine_backend_set_priority(struct engine *engine, int number, int32_t priority)
+{
+	SCOPED_LOCK(&engine->registry);
+
+	if (number < 0 || number >= BACKENDS_MAX || !engine->backends[number].spill)
+		return -ENOENT;
+	/* A successor goes by the record: first that, or it would undo what was seen to be so. */
+	WRITE_ONCE(engine->state->backends[number].priority, priority);
+	WRITE_ONCE(engine->backends[number].priority, priority);
+	return 0;
+}
+
 /* ---- clients ---- */
 
 int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t *ret_token,

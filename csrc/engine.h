@@ -135,6 +135,9 @@ int engine_backend_drain(struct engine *engine, int backend, int force);
  */
 int engine_backend_compact(struct engine *engine, int backend);
 
+/* Segments begun from now on are written in the new order; what is stored stays where it is. -ENOENT. */
+int engine_backend_set_priority(struct engine *engine, int backend, int32_t priority);
+
 /* End the job of a backend soon; it returns -ECANCELED. -ENOENT when there is none. */
 int engine_backend_cancel(struct engine *engine, int backend);
 

@@ -19,7 +19,7 @@ import trio
 
 from vswapd import backends, config
 from vswapd.document import backend_document
-from vswapd.records import BACKEND_KEEP_BLOCKS
+from vswapd.records import BACKEND_KEEP_BLOCKS, BACKEND_STATES
 from vswapd.request import Reply, RequestError
 from vswapd.sizes import format_size
 
@@ -60,6 +60,16 @@ class BackendJobs:
         # One thread for each backend: several may be drained at once, and wait for room for hours.
         self._workers = trio.CapacityLimiter(64)
         self._adding = trio.Lock()
+        self._nursery: trio.Nursery | None = None  # of jobs that nobody waits for
+
+    async def run(self) -> None:
+        """Jobs that were started, for ever. They end with the daemon, and its successor has the backend in use."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     # ---- swapon ----
 
@@ -120,6 +130,14 @@ class BackendJobs:
         records = [self._find(path) for path in paths] if paths else self._engine.backends()
         if not records:
             raise RequestError("no-backend", "there are no backends", _SEE_SWAPS)
+        room = await self._begin(records, force)
+        await self._run_all(records, tell, self._engine.backend_drain, force)
+        names = ", ".join(record.path for record in records)
+        self._log.info("swapoff done", paths=names)
+        return {"paths": [record.path for record in records], "moved_bytes": room.live_bytes}
+
+    async def _begin(self, records: Sequence[BackendStatistics], force: bool) -> Room:
+        """From here on a drain of each has to follow. RequestError."""
         numbers = [record.backend for record in records]
         names = ", ".join(record.path for record in records)
         with trio.CancelScope(shield=True):
@@ -127,9 +145,45 @@ class BackendJobs:
         if not begun:
             raise _no_room(names, room)
         self._log.info("swapoff begun", paths=names, bytes=room.live_bytes)
-        await self._run_all(records, tell, self._engine.backend_drain, force)
-        self._log.info("swapoff done", paths=names)
-        return {"paths": [record.path for record in records], "moved_bytes": room.live_bytes}
+        return room  # type: ignore[no-any-return]
+
+    # ---- by number, for the file tree ----
+
+    def _numbered(self, number: int) -> BackendStatistics:
+        for record in self._engine.backends():
+            if record.backend == number:
+                return record
+        raise RequestError("no-backend", f"there is no backend {number}", _SEE_SWAPS)
+
+    async def start_drain(self, number: int) -> Reply:
+        """As drain(), but nobody waits for it: the log says how it ended. RequestError."""
+        record = self._numbered(number)
+        if self._nursery is None:
+            raise RequestError("stopping", "the daemon is stopping", "try again when it runs")
+        await self._begin([record], force=False)
+        self._nursery.start_soon(self._finish_drain, record)
+        return {}
+
+    async def _finish_drain(self, record: BackendStatistics) -> None:
+        try:
+            await self._run_all([record], _tell_nobody, self._engine.backend_drain, False)
+        except RequestError as error:
+            self._log.warning("swapoff not finished", path=record.path, reason=str(error))
+        else:
+            self._log.info("swapoff done", paths=record.path)
+
+    def cancel_drain(self, number: int) -> Reply:
+        """Whoever began it: the backend is in use as before. Without one, nothing. RequestError."""
+        if BACKEND_STATES[self._numbered(number).state] == "draining":
+            self._cancel([number])
+        return {}
+
+    def set_priority(self, number: int, priority: int) -> Reply:
+        """Of what is written from now on. RequestError."""
+        record = self._numbered(number)
+        self._engine.backend_set_priority(number, priority)
+        self._log.info("priority changed", path=record.path, priority=priority)
+        return {}
 
     # ---- compact ----
 
@@ -219,6 +273,10 @@ class BackendJobs:
             except OSError as error:
                 if error.errno != errno.ENOENT:  # it has ended meanwhile
                     self._log.error("job not cancelled", backend=number, error=str(error))
+
+
+async def _tell_nobody(_: dict[str, Any]) -> None:
+    """How far a job is that nobody waits for stands in status."""
 
 
 def _check_room(spill: backends.Spill) -> None:

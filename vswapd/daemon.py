@@ -145,6 +145,7 @@ class Daemon:
             nursery.start_soon(self.keep_running, self.groups.watch_members)
             nursery.start_soon(self.keep_running, self.acceptor.run, listener)
             nursery.start_soon(self.keep_running, self._keep_stored)
+            nursery.start_soon(self.keep_running, self.control.operations.run_jobs)
             if self._engine.is_successor:
                 self.resume(nursery)
             on_ready()

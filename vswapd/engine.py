@@ -227,6 +227,10 @@ class Engine:
         """Rewrite its sparse segments (slow: until that is done). ENOENT, EBUSY, ECANCELED, ENOSPC."""
         _check(lib.engine_backend_compact(self._handle, number), "compact")
 
+    def backend_set_priority(self, number: int, priority: int) -> None:
+        """Of what is written from now on. ENOENT."""
+        _check(lib.engine_backend_set_priority(self._handle, number, priority), "priority")
+
     def backend_cancel(self, number: int) -> None:
         """End what drains or compacts a backend, soon. ENOENT: nothing does."""
         _check(lib.engine_backend_cancel(self._handle, number), "cancel")

@@ -325,6 +325,19 @@ class Operations:
         self._require_admin(session)
         return await self._jobs.compact(take_text(request, "path"), session.tell)
 
+    async def op_backend(self, request: Request, session: Caller) -> Reply:
+        """Takes backend: its number; and priority, or drain: begin to empty and remove it, or stop that. At once."""
+        self._require_admin(session)
+        number = take_int(request, "backend", 0, config.BACKENDS_MAX - 1)
+        if "priority" in request:
+            priority = take_int(request, "priority", -config.PRIORITY_MAX - 1, config.PRIORITY_MAX)
+            return self._jobs.set_priority(number, priority)
+        return await self._jobs.start_drain(number) if take_bool(request, "drain") else self._jobs.cancel_drain(number)
+
+    async def run_jobs(self) -> None:
+        """What op_backend started, for ever."""
+        await self._jobs.run()
+
     # ---- operations for tests ----
 
     def _require_test_operations(self, session: Caller) -> None:

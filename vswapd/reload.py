@@ -9,9 +9,9 @@ mistake changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import trio
@@ -93,7 +93,7 @@ class Reloader:
         old, self._settings = self._settings, new
         if new.daemon.log_level != old.daemon.log_level:
             self._set_log_level(new.daemon.log_level)
-        for item in fields(new.daemon):
+        for item in dataclasses.fields(new.daemon):
             if item.name != "log_level" and getattr(new.daemon, item.name) != getattr(old.daemon, item.name):
                 self._needs_restart(item.name)
         self._reload_backends(old.backends, new.backends)
@@ -111,7 +111,9 @@ class Reloader:
             known = before.pop(backend.path, None)
             if known is None:
                 self._add_backend(backend)
-            elif known != backend:
+            elif known == dataclasses.replace(backend, priority=known.priority):
+                self._change_priority(backend, known.priority)
+            else:
                 self._needs_restart(f"backend {backend.path}")
         for path in before:
             self._needs_restart(f"backend {path}")
@@ -128,6 +130,14 @@ class Reloader:
             self._log.error("backend not added", path=backend.path, reason=str(error))
         else:
             self._log.info("backend added", path=backend.path, size=format_size(spill.size_bytes))
+
+    def _change_priority(self, backend: BackendSettings, before: int) -> None:
+        if backend.priority == before:
+            return
+        for record in self._engine.backends():
+            if record.path == backend.path:
+                self._engine.backend_set_priority(record.backend, backend.priority)
+                self._log.info("priority changed", path=backend.path, priority=backend.priority)
 
     # ---- groups ----
 

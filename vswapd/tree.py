@@ -4,7 +4,7 @@
     swaps  stat  pressure
     groups/NAME/{status,limit}
     clients/PID/{status,limit,pageout,pagein}
-    backends/NUMBER/{status,priority}
+    backends/NUMBER/{status,priority,drain}
     regions/NAME
 
 Formats: swaps as /proc/swaps, stat as /proc/vmstat, pressure as /proc/pressure/memory, status as
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vswapd.engine import Engine
     from vswapd.groups import GroupRegistry
     from vswapd.operations import Operations
-    from vswapd.records import ClientStatistics
+    from vswapd.records import BackendStatistics, ClientStatistics
     from vswapd.regions import Regions
 
 Path = tuple[str, ...]
@@ -50,6 +50,8 @@ _ERRNO_OF_CODE = {
     "no-process": errno.ESRCH,
     "not-managed": errno.ESRCH,
     "no-group": errno.ENOENT,
+    "no-backend": errno.ENOENT,
+    "busy": errno.EBUSY,
     "timeout": errno.ETIMEDOUT,
     "no-room": errno.ENOMEM,
     "stopping": errno.ESHUTDOWN,
@@ -116,6 +118,22 @@ def _kilobytes(count: int) -> str:
 def _size_request(op: str, key: str, **fields: Any) -> Callable[[str], dict[str, Any]]:
     def request(text: str) -> dict[str, Any]:
         return {"op": op, key: parse_size(text), **fields}
+
+    return request
+
+
+def _integer_request(key: str, **fields: Any) -> Callable[[str], dict[str, Any]]:
+    def request(text: str) -> dict[str, Any]:
+        return {"op": "backend", key: int(text), **fields}
+
+    return request
+
+
+def _drain_request(number: int) -> Callable[[str], dict[str, Any]]:
+    def request(text: str) -> dict[str, Any]:
+        if text.strip() not in ("0", "1"):
+            raise ValueError("write 1, or 0 to stop")
+        return {"op": "backend", "backend": number, "drain": text.strip() == "1"}
 
     return request
 
@@ -293,25 +311,32 @@ class Tree:
         record = next((record for record in self._engine.backends() if str(record.backend) == name), None)
         if record is None:
             return None
+        number = record.backend
         if not file:
-            return _directory(lambda: ["status", "priority"])
+            return _directory(lambda: ["status", "priority", "drain"])
         if file == "priority":
-            return _file(lambda: f"{record.priority}\n")
-        if file != "status":
-            return None
-        return _file(
-            lambda: _lines(
-                {
-                    "Path": record.path.encode("unicode_escape").decode(),
-                    "State": BACKEND_STATES[record.state],
-                    "Encrypted": "yes" if record.is_encrypted else "no",
-                    "Priority": record.priority,
-                    "Size": _kilobytes(record.size_bytes),
-                    "Used": _kilobytes(record.used_bytes),
-                    "Live": _kilobytes(record.live_bytes),
-                    "Written": _kilobytes(record.written_bytes),
-                    "Read": _kilobytes(record.read_bytes),
-                    "Errors": record.errors,
-                }
-            )
-        )
+            request = _integer_request("priority", backend=number)
+            return Node(stat.S_IFREG | 0o644, read=lambda: f"{record.priority}\n", request=request)
+        if file == "drain":
+            is_draining = BACKEND_STATES[record.state] == "draining"
+            return Node(stat.S_IFREG | 0o644, read=lambda: f"{is_draining:d}\n", request=_drain_request(number))
+        return _file(lambda: _backend_status(record)) if file == "status" else None
+
+
+def _backend_status(record: BackendStatistics) -> str:
+    return _lines(
+        {
+            "Path": record.path.encode("unicode_escape").decode(),
+            "State": BACKEND_STATES[record.state],
+            "Encrypted": "yes" if record.is_encrypted else "no",
+            "Priority": record.priority,
+            "Size": _kilobytes(record.size_bytes),
+            "Used": _kilobytes(record.used_bytes),
+            "Live": _kilobytes(record.live_bytes),
+            "Written": _kilobytes(record.written_bytes),
+            "Read": _kilobytes(record.read_bytes),
+            "Errors": record.errors,
+            "JobTotal": _kilobytes(record.job_total_bytes),
+            "JobLeft": _kilobytes(record.job_left_bytes),
+        }
+    )

@@ -43,7 +43,7 @@ def test_files_as_a_shell_uses_them(tmp_path: Path) -> None:
     with serving(tmp_path, _BATCH, more=line) as service, program(service, "batch") as pid:
         client = where / "clients" / str(pid)
         assert _shell("ls", where).split() == ["backends", "clients", "groups", "pressure", "regions", "stat", "swaps"]
-        assert _shell("find . -type f | wc -l", where).strip() == "11"
+        assert _shell("find . -type f | wc -l", where).strip() == "12"
         swapped = next(text for text in _shell("cat status", client).splitlines() if text.startswith("Swapped:"))
         assert int(swapped.split()[1]) > 16 * 1024
         _shell("echo 128M > limit", where / "groups/batch")
@@ -82,6 +82,24 @@ def test_swaps_is_read_by_parsers_of_proc_swaps(tmp_path: Path) -> None:
         result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         for_data = 1024 * MIB // 32 * 31  # the rest is left to compaction
         assert result.stdout.split() == [f"{tmp_path}/spill", "file", str(for_data), "0"]
+
+
+def test_backend_is_emptied_by_a_write(tmp_path: Path) -> None:
+    """What was on it comes to another; nobody is kept waiting."""
+    where, line = _fs(tmp_path)
+    backend = where / "backends/0"
+    more = f'pool = "1M"\n[[backend]]\npath = "{tmp_path}/other"\nsize = "1G"\npriority = -5\n'
+    with serving(tmp_path, _BATCH + more, more=line) as service, program(service, "batch"):
+        wait_until("pages are on disk", lambda: "Live:\t0 kB" not in (backend / "status").read_text())
+        (backend / "priority").write_text("-3\n")
+        assert [text.split()[-1] for text in (where / "swaps").read_text().splitlines()] == ["Priority", "-3", "-5"]
+        for name in ("priority", "drain"):
+            assert _as_nobody(f"open('{backend}/{name}', 'w')") == errno.EACCES
+        _shell("echo 1 > drain", backend)
+        wait_until("it is gone", lambda: not backend.exists())
+        [other] = service.status()["backends"]
+        assert (other["path"], other["live_bytes"] > 0) == (f"{tmp_path}/other", True)
+        wait_until("the log says so", lambda: "swapoff done" in service.log.read_text())
 
 
 def test_others_may_look_at_the_whole_and_at_nothing_else(tmp_path: Path) -> None:

@@ -188,6 +188,12 @@ class FakeEngine:
         self._run_job(number)
         self.set_backend(number, job=0)
 
+    def backend_set_priority(self, number: int, priority: int) -> None:
+        self._call("backend_set_priority", number, priority)
+        if not any(backend.backend == number for backend in self._backends):
+            raise _error(errno.ENOENT, "priority")
+        self.set_backend(number, priority=priority)
+
     def backend_cancel(self, number: int) -> None:
         self._call("backend_cancel", number)
         if not any(backend.backend == number and backend.job for backend in self._backends):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from support.control_plane import SECONDS_MAX, ControlPeer, ControlPlane, control_plane
 from vswapd import config
@@ -16,6 +17,7 @@ from vswapd.accept import Peer
 from vswapd.records import BACKEND_ENCRYPT, BACKEND_KEEP_BLOCKS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _MIB = config.MIB
@@ -211,6 +213,75 @@ async def test_daemon_that_stops_cancels(tmp_path: Path) -> None:
         await peer.send_all(b'{"op": "swapoff", "all": true}\n')
         await plane.wait_calls("backend_drain")
     assert ("backend_cancel", 0) in plane.engine.calls
+
+
+# ---- by number, as the file tree asks ----
+
+
+async def _wait(is_so: Callable[[], object]) -> None:
+    with trio.fail_after(SECONDS_MAX):
+        while not is_so():  # noqa: ASYNC110 -- a thread's work
+            await trio.sleep(0.001)
+
+
+async def test_drain_that_nobody_waits_for(tmp_path: Path) -> None:
+    async with control_plane() as plane:
+        plane.nursery.start_soon(plane.daemon.control.operations.run_jobs)
+        await _add(plane, tmp_path / "a")
+        plane.engine.jobs_end.clear()
+        peer = plane.control()
+        assert (await peer.request("backend", backend=0, drain=True))["ok"]
+        peer.sock.close()
+        await plane.wait_calls("backend_drain")
+        assert (await plane.control().request("backend", backend=0, drain=False))["ok"]
+        await _wait(lambda: plane.engine.backends()[0].state == 0)
+        assert ("backend_cancel", 0) in plane.engine.calls
+        await _wait(lambda: plane.log.worst() == ["swapoff not finished"])
+        assert (await plane.control().request("backend", backend=0, drain=False))["ok"], "nothing to stop"
+        plane.engine.jobs_end.set()
+        assert (await plane.control().request("backend", backend=0, drain=True))["ok"]
+        await _wait(lambda: plane.engine.backends() == [])
+
+
+async def test_stopping_a_drain_leaves_a_compaction_alone(tmp_path: Path) -> None:
+    async with control_plane() as plane:
+        await _add(plane, tmp_path / "a")
+        plane.engine.jobs_end.clear()
+        await plane.control().send_all(b'{"op": "compact", "path": "%s"}\n' % bytes(tmp_path / "a"))
+        await plane.wait_calls("backend_compact")
+        assert (await plane.control().request("backend", backend=0, drain=False))["ok"]
+        assert not any(call[0] == "backend_cancel" for call in plane.engine.calls)
+        plane.engine.jobs_end.set()
+
+
+async def test_what_is_refused_by_number(tmp_path: Path) -> None:
+    async with control_plane() as plane:
+        await _add(plane, tmp_path / "a")
+        peer = plane.control()
+        await _refused(peer, "stopping", "backend", backend=0, drain=True)  # no jobs are run yet, or any more
+        assert plane.engine.backends()[0].state == 0
+        plane.nursery.start_soon(plane.daemon.control.operations.run_jobs)
+        await trio.testing.wait_all_tasks_blocked()
+        for fields in ({"drain": True}, {"drain": False}, {"priority": 1}):
+            await _refused(peer, "no-backend", "backend", backend=3, **fields)
+            await _refused(plane.control(_STRANGER), "denied", "backend", backend=0, **fields)
+        await _refused(peer, "bad-request", "backend", backend=0, drain=1)
+        await _refused(peer, "bad-request", "backend", backend=15, drain=True)
+        plane.engine.set_backend(0, live_bytes=3 * _MIB)
+        plane.engine.room_bytes = 0
+        assert "3 MiB" in await _refused(peer, "no-room", "backend", backend=0, drain=True)
+        plane.engine.refuse["backend_drain_begin"] = errno.EBUSY
+        await _refused(peer, "busy", "backend", backend=0, drain=True)
+        assert not any(call[0] == "backend_drain" for call in plane.engine.calls)
+
+
+async def test_priority_is_changed(tmp_path: Path) -> None:
+    async with control_plane() as plane:
+        await _add(plane, tmp_path / "a")
+        assert (await plane.control().request("backend", backend=0, priority=-7))["ok"]
+        assert plane.engine.backends()[0].priority == -7
+        for value in (1 << 15, "1", None):
+            await _refused(plane.control(), "bad-request", "backend", backend=0, priority=value)
 
 
 # ---- compact ----

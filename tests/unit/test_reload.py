@@ -142,11 +142,16 @@ async def test_new_backend_is_added_and_others_need_a_restart(tmp_path: Path) ->
         [backend] = service.plane.engine.backends()
         assert (backend.path, backend.size_bytes, backend.priority) == (f"{tmp_path}/two", 2 << 20, 5)
         assert service.plane.log.worst() == []
-        service.reload(first + second.replace("priority = 5", "priority = 6"))
+        second = second.replace("priority = 5", "priority = 6")
+        service.reload(first + second)
+        assert [record.priority for record in service.plane.engine.backends()] == [6]
+        assert service.plane.log.worst() == []
+        second = second.replace("2M", "3M")
+        service.reload(first + second)
         assert service.plane.log.lines[0][2]["key"] == f"backend {tmp_path}/two"
-        service.reload(second.replace("priority = 5", "priority = 6"))
+        service.reload(second)
         assert service.plane.log.lines[0][2]["key"] == f"backend {tmp_path}/one"
-        service.reload(second.replace("priority = 5", "priority = 6") + '[[backend]]\npath = "/nonexistent/x"\n')
+        service.reload(second + '[[backend]]\npath = "/nonexistent/x"\n')
         assert service.plane.log.worst() == ["backend not added"]
 
 

@@ -9,6 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 import pytest
+import trio.testing
 
 from support.control_plane import LIMIT, ControlPlane, control_plane
 from vswapd.tree import Pressure, Tree
@@ -46,6 +47,8 @@ async def _plane_with_client(plane: ControlPlane) -> Tree:
     plane.engine.set_client(token, swapped_pages=256, resident_bytes=5 << 20, faults=3)
     plane.engine.set_group(number, usage_bytes=6 << 20)
     plane.engine.backend_add(-1, "/var/tmp/a b\n", 1 << 30, -2)
+    plane.nursery.start_soon(plane.daemon.control.operations.run_jobs)
+    await trio.testing.wait_all_tasks_blocked()
     return _tree(plane)
 
 
@@ -72,7 +75,7 @@ async def test_everything_listed_is_there_and_nothing_else() -> None:
             ["swaps", "stat", "pressure"]
             + [f"groups/g/{name}" for name in ("status", "limit")]
             + [f"clients/{pid}/{name}" for name in ("status", "limit", "pageout", "pagein")]
-            + [f"backends/0/{name}" for name in ("status", "priority")]
+            + [f"backends/0/{name}" for name in ("status", "priority", "drain")]
         )
         for path in (
             ("nosuch",),
@@ -105,6 +108,7 @@ async def test_texts() -> None:
         assert _text(tree, "clients", pid, "limit") == f"{LIMIT}\n"
         assert _fields(_text(tree, "backends", "0", "status"))["Path"] == "/var/tmp/a b\\n"
         assert _text(tree, "backends", "0", "priority") == "-2\n"
+        assert _text(tree, "backends", "0", "drain") == "0\n"
 
 
 async def test_owners_and_modes() -> None:
@@ -120,7 +124,9 @@ async def test_owners_and_modes() -> None:
             (("groups", "g", "status"), 0o400, _STRANGER),
             (("groups", "g", "limit"), 0o600, _STRANGER),
             (("clients", str(os.getpid()), "pageout"), 0o200, os.getuid()),
-            (("backends", "0", "priority"), 0o444, 0),
+            (("backends", "0", "status"), 0o444, 0),
+            (("backends", "0", "priority"), 0o644, 0),
+            (("backends", "0", "drain"), 0o644, 0),
         ):
             node = _node(tree, *path)
             assert (stat.S_IMODE(node.mode), node.uid) == (mode, uid), path
@@ -137,6 +143,14 @@ async def test_writes_are_carried_out() -> None:
         for name in ("pageout", "pagein"):
             await tree.write(_node(tree, "clients", pid, name), "1\n", os.getuid(), 1)
             assert any(call[:2] == (name, os.getpid()) for call in plane.engine.calls)
+        await tree.write(_node(tree, "backends", "0", "priority"), "7\n", os.getuid(), 1)
+        assert _text(tree, "backends", "0", "priority") == "7\n"
+        plane.engine.jobs_end.clear()
+        await tree.write(_node(tree, "backends", "0", "drain"), "1\n", os.getuid(), 1)
+        assert _text(tree, "backends", "0", "drain") == "1\n"
+        await tree.write(_node(tree, "backends", "0", "drain"), "0\n", os.getuid(), 1)
+        await plane.wait_calls("backend_cancel")
+        plane.engine.jobs_end.set()
 
 
 async def test_refusals_have_their_errno() -> None:
@@ -149,7 +163,17 @@ async def test_refusals_have_their_errno() -> None:
         await _refused(tree, errno.EINVAL, "", me, *client, "limit")
         await _refused(tree, errno.EINVAL, "2", me, *client, "pageout")
         await _refused(tree, errno.EACCES, "x", me, "swaps")
-        await _refused(tree, errno.EACCES, "1", me, "backends", "0", "priority")
+        await _refused(tree, errno.EACCES, "1", me, "backends", "0", "status")
+        for text in ("", "x", "40000", "1.5"):
+            await _refused(tree, errno.EINVAL, text, me, "backends", "0", "priority")
+        await _refused(tree, errno.EINVAL, "2", me, "backends", "0", "drain")
+        for name in ("priority", "drain"):
+            await _refused(tree, errno.EACCES, "1", _STRANGER, "backends", "0", name)
+        plane.engine.set_backend(0, live_bytes=1)
+        plane.engine.room_bytes = 0
+        await _refused(tree, errno.ENOMEM, "1", me, "backends", "0", "drain")
+        plane.engine.refuse["backend_drain_begin"] = errno.EBUSY
+        await _refused(tree, errno.EBUSY, "1", me, "backends", "0", "drain")
         await _refused(tree, errno.ENOENT, "96M", _STRANGER, "groups", "g", "limit")
         await _refused(tree, errno.EACCES, "96M", _STRANGER, *client, "limit")
         await _refused(tree, errno.EACCES, "1", _STRANGER, *client, "pageout")
