@@ -20,6 +20,7 @@ LIMIT_BYTES_MIN = 16 * MIB  # below this the command's own start-up does not fit
 LIMIT_BYTES_MAX = 1 << 46  # half of the address space: a figure beyond is a mistake
 LIMIT_AVAILABLE_SHARE = 0.8  # default limit: this share of the available RAM
 GROUP_NAME_CHARACTERS_MAX = 31
+SELF_TEST_GROUP = "self-test"
 GROUPS_PER_UID_MAX = 64  # of one unprivileged user
 
 REGIONS_PER_UID_MAX = 64

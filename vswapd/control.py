@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from vswapd import config
+from vswapd.events import Notice
 from vswapd.groups import GroupError
 from vswapd.operations import Caller, Operations
 from vswapd.request import RequestError
@@ -32,11 +34,11 @@ if TYPE_CHECKING:
     from vswapd.accept import Peer
     from vswapd.clients import ClientServer
     from vswapd.engine import Engine
-    from vswapd.events import Notice
     from vswapd.groups import Group, GroupRegistry
     from vswapd.log import Log
 
 _LEVELS_SENT = ("warning", "error")
+_GOODBYE_SECONDS_MAX = 1.0
 
 
 class Session(Caller):
@@ -106,6 +108,7 @@ class ControlServer:
         self._groups = groups
         self._log = log
         self._sessions: set[Session] = set()
+        self._answering = 0  # requests
 
     def notify(self, notice: Notice) -> bool:
         """Tell the sessions of the notice's group. False: there is none."""
@@ -118,6 +121,21 @@ class ControlServer:
                 session.notify(notice)
                 told = True
         return told
+
+    async def say_goodbye(self) -> None:
+        """Nobody is served any more: finish what is being answered (the last detach is), and tell those who wait.
+
+        Who has a group would take the end of the connection for a mishap.
+        """
+        with trio.move_on_after(_GOODBYE_SECONDS_MAX):
+            while self._answering:  # noqa: ASYNC110 -- a moment, once
+                await trio.sleep(0.01)
+        text = "the daemon was stopped; whatever is left of the command has no limit any more"
+        for session in tuple(self._sessions):
+            if session.groups or session.joined:
+                session.notify(Notice("warning", "daemon-stopped", text))
+                with suppress(OSError, trio.TooSlowError), trio.move_on_after(_GOODBYE_SECONDS_MAX):
+                    await session.send()
 
     # ---- connections ----
 
@@ -151,7 +169,11 @@ class ControlServer:
                 buffer = rest
                 if not line.strip():
                     continue
-                await session.send(await self._answer(bytes(line), session))
+                self._answering += 1
+                try:
+                    await session.send(await self._answer(bytes(line), session))
+                finally:
+                    self._answering -= 1
                 continue
             if len(buffer) > config.REQUEST_BYTES_MAX:
                 error = RequestError(

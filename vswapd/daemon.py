@@ -44,10 +44,13 @@ if TYPE_CHECKING:
     from vswapd.accept import Peer
     from vswapd.engine import Engine
     from vswapd.log import Log
+    from vswapd.records import ClientStatistics
     from vswapd.service import Service
     from vswapd.supervisor import Inheritance
 
 _STOP_REMINDER_SECONDS = 30.0
+_NAMED_MAX = 5
+_LET_GO = "vswapctl detach --all brings their memory back and lets them go"
 
 
 class Daemon:
@@ -162,14 +165,27 @@ class Daemon:
                 self._log.error("task failed, starting it again", task=task.__qualname__, error=repr(error))
             await trio.sleep(config.TASK_RESTART_SECONDS)
 
-    async def wait_no_clients(self) -> None:
-        """Refuse new clients and wait until all have ended."""
+    async def wait_no_clients(self, tell: Callable[[str], object] = lambda _: None) -> None:
+        """Refuse new clients and wait until all have ended, or were let go. `tell`: hears for whom."""
         self.clients.stopping.set()
+        told, reminder = "", trio.current_time()
         while clients := self._engine.clients():
-            self._log.info("waiting for clients to end", count=len(clients))
-            deadline = trio.current_time() + _STOP_REMINDER_SECONDS
-            while self._engine.clients() and trio.current_time() < deadline:
-                await self.groups.wait_change(0.1)
+            text = _waiting_for(clients, self.clients.comm)
+            if text != told:
+                tell(text)
+                told = text
+            if trio.current_time() >= reminder:
+                self._log.info("waiting for clients to end", count=len(clients), remedy=_LET_GO)
+                reminder = trio.current_time() + _STOP_REMINDER_SECONDS
+            await self.groups.wait_change(0.1)
+
+
+def _waiting_for(clients: Sequence[ClientStatistics], comm: Callable[[int], str]) -> str:
+    """One line: who they are, and what can be done."""
+    names = [f"{client.pid} ({comm(client.pid) or '?'})" for client in clients if client.pid]
+    more = ", ..." if len(names) > _NAMED_MAX else ""
+    who = f": {', '.join(names[:_NAMED_MAX])}{more}" if names else ""
+    return f"Waiting for {len(clients)} process{'es' * (len(clients) > 1)} to end{who}; {_LET_GO}"
 
 
 def _raise_descriptor_limit() -> None:
@@ -272,7 +288,7 @@ def listen(path: str, mode: int) -> socket.socket:
     paths.check_socket_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
+        paths.make_public_directory(os.path.dirname(path))
         _remove_dead_socket(path)
         sock.bind(path)
         os.chmod(path, mode)
@@ -363,7 +379,8 @@ async def _serve_system(
 
 
 async def _end_when_unused(daemon: Daemon, nursery: trio.Nursery) -> None:
-    await daemon.wait_no_clients()
+    await daemon.wait_no_clients(lambda text: notify.notify(f"STATUS={text}"))
+    await daemon.control.say_goodbye()
     nursery.cancel_scope.cancel()
 
 

@@ -38,7 +38,8 @@ class Front:
         self._reply: dict[str, Any] | None = None
         self._status: int | None = None
         self.signals = command.Signals()
-        session.on_notice = lambda notice: say(str(notice["text"]))
+        self._goodbye = ""  # of a daemon that stopped in order, with nobody of ours left in its hands
+        session.on_notice = self._on_notice
 
     def start(
         self,
@@ -82,6 +83,12 @@ class Front:
             self._session = None
             self._daemon_lost()
 
+    def _on_notice(self, notice: dict[str, Any]) -> None:
+        if notice["notice"] == "daemon-stopped":
+            self._goodbye = str(notice["text"])  # of interest only where the command goes on
+        else:
+            say(str(notice["text"]))
+
     def _forward(self, number: int) -> None:
         for pid in [self._command_pid] if self._status is None else self._members:
             try:
@@ -91,6 +98,10 @@ class Front:
                 pass
 
     def _daemon_lost(self) -> None:
+        if self._goodbye:
+            if self._status is None:
+                say(self._goodbye)
+            return
         if not self._daemon_pid:
             say("the daemon is gone; its clients wait until it is back")
             return

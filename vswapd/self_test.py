@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from vswapd.groups import GroupRegistry
     from vswapd.log import Log
 
-_GROUP = "self-test"
 _LOOK_SECONDS = 0.02
 _JOIN_SECONDS_MAX = 10.0
 _PAGES = 64
@@ -82,7 +81,7 @@ class SelfTest:
 
     async def _run_program(self, seconds: float) -> None:
         """Until it has ended, or the daemon is to stop."""
-        group = self._groups.create(_GROUP, os.geteuid(), config.LIMIT_BYTES_MIN, no_spill=True)
+        group = self._groups.create(config.SELF_TEST_GROUP, os.geteuid(), config.LIMIT_BYTES_MIN, no_spill=True)
         try:
             process = await trio.lowlevel.open_process(
                 [sys.executable, "-I", "-S", "-c", _PROGRAM],

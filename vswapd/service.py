@@ -12,8 +12,11 @@ import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vswapd import backends, settings
+import trio
+
+from vswapd import backends, config, notify, settings, view
 from vswapd.daemon import make_engine
+from vswapd.document import TOTALS
 from vswapd.failure import STATUS_USAGE, Failure
 from vswapd.log import make_daemon_log
 from vswapd.reload import Reloader
@@ -23,13 +26,13 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    import trio
-
     from vswapd.daemon import Daemon
     from vswapd.engine import Engine
     from vswapd.fs import Mount
     from vswapd.log import Log
     from vswapd.supervisor import Inheritance
+
+_STATUS_SECONDS = 5.0
 
 
 class Service:
@@ -144,6 +147,7 @@ class Service:
         """Make the configured groups and start the tasks."""
         reloader = Reloader(self.settings, self._load, engine, daemon.groups, log, make_daemon_log)
         nursery.start_soon(daemon.keep_running, reloader.run)
+        nursery.start_soon(daemon.keep_running, _tell_status, engine, daemon.clients.stopping)
         self_test = SelfTest(engine, daemon.groups, daemon.clients, socket_path, log)
         nursery.start_soon(daemon.keep_running, self_test.run)
         if self._metrics_listener is not None:
@@ -160,3 +164,25 @@ class Service:
             regions = Regions(engine, daemon.groups, limits.region_limit, limits.region_size)
             tree = Tree(engine, daemon.groups, daemon.control.operations, regions)
             nursery.start_soon(daemon.keep_running, self._mount.run, tree, engine, log)
+
+
+def status_line(engine: Engine) -> str:
+    """What there is beside our own test."""
+    groups = [group for group in engine.groups() if group.name != config.SELF_TEST_GROUP]
+    numbers = {group.group for group in groups}
+    statistics = engine.statistics()
+    figures = {name: getattr(statistics, name) for name in TOTALS}
+    clients = [client for client in engine.clients() if client.group in numbers]
+    return view.summary({"groups": groups, "clients": clients, **figures})
+
+
+async def _tell_status(engine: Engine, stopping: trio.Event) -> None:
+    """What `systemctl status` shows; from a stop on that is whom it waits for (daemon.py)."""
+    told = ""
+    while not stopping.is_set():
+        text = status_line(engine)
+        if text != told and notify.notify(f"STATUS={text}"):
+            told = text
+        with trio.move_on_after(_STATUS_SECONDS):
+            await stopping.wait()
+    await trio.sleep_forever()

@@ -112,12 +112,17 @@ def latencies(now: Document, before: Document | None, seconds: float) -> list[tu
     return rows
 
 
+def _count(entries: list[Any], one: str, many: str) -> str:
+    return f"{len(entries)} {one if len(entries) == 1 else many}"
+
+
 def summary(document: Document) -> str:
     """How much is swapped, and what that costs."""
     page = config.PAGE_BYTES
     swapped = sum(document[f"{name}_pages"] for name in ("zero", "same", "pool", "spill", "staged")) * page
     stored = document["pool_bytes"] + document["spill_bytes"]
-    text = f"{len(document['clients'])} processes in {len(document['groups'])} groups, {format_size(swapped)} swapped"
+    groups = _count(document["groups"], "group", "groups")
+    text = f"{_count(document['clients'], 'process', 'processes')} in {groups}, {format_size(swapped)} swapped"
     if swapped and stored:
         text += f" in {format_size(stored)} ({swapped / stored:.1f} : 1)"
     return text

@@ -179,6 +179,45 @@ def test_detach_ends_the_agent_of_a_preloaded_program(
         process.wait()
 
 
+def test_a_stop_lets_go_of_all(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
+    """Told to stop it waits; with all detached it has stopped, and they go on without it."""
+    runs = []
+    for seed in range(2):
+        argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", _LIMIT, "--"]
+        argv += [verify_memory, "--mib", str(_SIZE_MIB), "--seconds", "3600", "--seed", str(seed)]
+        argv += ["--progress", str(tmp_path / f"progress.{seed}")]
+        runs.append(subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    try:
+        deadline = time.monotonic() + 60
+        clients: list[dict[str, int]] = []
+        while len(clients) < 2:
+            with daemon.control() as control:
+                status = control.status()
+            clients = [client for client in status["clients"] if client["swapped_bytes"]]  # type: ignore[attr-defined]
+            assert time.monotonic() < deadline, "nothing is swapped"
+            time.sleep(0.02)  # polling another process's state
+        daemon.process.terminate()
+        result = _ctl(daemon, "detach", "--all")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert sorted(result.stdout.splitlines()) == sorted(f"{client['pid']}: detached" for client in clients)
+        assert daemon.process.wait(30) == 0
+        for seed, run in enumerate(runs):
+            progress = tmp_path / f"progress.{seed}"
+            before = progress.read_bytes()
+            while progress.read_bytes() == before:
+                assert run.poll() is None, run.communicate()
+                assert time.monotonic() < deadline + 60, "it does not go on"
+                time.sleep(0.01)  # polling another process's state
+            run.terminate()
+            said = "vswapctl: the daemon was stopped; whatever is left of the command has no limit any more\n"
+            assert run.communicate(timeout=60)[1].decode() == said
+            assert run.returncode == -signal.SIGTERM
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+
+
 _FORKING = """
 #include <stdint.h>
 #include <stdio.h>

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,9 @@ def _check_sandboxed() -> None:
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines())
     if (status["Seccomp"], status["NoNewPrivs"], int(status["CapBnd"], 16)) != ("2", "1", _CAPABILITIES):
         sys.exit(f"not confined: {status}")
+    stats = [path.read_text(encoding="ascii") for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    if not {"-20", "-10"} <= {text.rpartition(")")[2].split()[16] for text in stats}:
+        sys.exit("its threads do not go first")
     networks = [Path(f"/proc/{who}/ns/net").readlink() for who in (pid, "self")]
     if networks[0] == networks[1]:
         sys.exit("it has the network")
@@ -163,15 +167,37 @@ def _check_stop(vswapctl: str, client: subprocess.Popen[bytes]) -> None:
     _say("stop")
 
 
+def _check_letting_go(vswapctl: str, client: subprocess.Popen[bytes]) -> None:
+    """A stop that says for whom it waits; with all detached it ends, and they have their memory."""
+    with ControlClient(_SOCKET, _SECONDS_MAX) as control:
+        [served] = [served for served in control.status()["clients"] if served["group"] != "self-test"]
+    _systemctl("stop", "--no-block", "vswapd")
+    wanted = f"Waiting for 1 process to end: {served['pid']} ({served['comm']}); vswapctl detach --all brings"
+    _wait_until("the manager knows for whom", lambda: _shown("StatusText").startswith(wanted))
+    subprocess.run([vswapctl, "detach", "--all"], check=True, stdout=subprocess.DEVNULL)
+    _wait_until("it has stopped", lambda: _shown("ActiveState") == "inactive")
+    if client.poll() is not None:
+        sys.exit("the client ended too early to see anything")
+    assert client.stdin
+    client.stdin.close()
+    if client.wait(_SECONDS_MAX) != 0:
+        sys.exit(f"the client ended with {client.returncode}")
+    _say("detach")
+
+
+def _start_client(state: str, vswapctl: str) -> subprocess.Popen[bytes]:
+    argv = [vswapctl, "run", "--socket", _SOCKET, "--limit", "24M", "--", sys.executable, "-c", _CLIENT]
+    with Path(f"{state}/err.client").open("ab") as errors:
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors)
+
+
 def main() -> int:
     """Entry point."""
     state, vswapctl = sys.argv[1:3]
     _systemctl("start", "vswapd.socket")
     if _shown("ActiveState") != "inactive":
         sys.exit("active before anybody came")
-    argv = [vswapctl, "run", "--socket", _SOCKET, "--limit", "24M", "--", sys.executable, "-c", _CLIENT]
-    with Path(f"{state}/err.client").open("wb") as errors:
-        client = subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors)
+    client = _start_client(state, vswapctl)
     _wait_until("the socket started it", lambda: _shown("ActiveState") == "active")
     _say("activation")
     _wait_until("pages are on disk", _spilled)
@@ -181,6 +207,11 @@ def main() -> int:
     _check_watchdog()
     _check_sandboxed()
     _check_stop(vswapctl, client)
+    client = _start_client(state, vswapctl)
+    _wait_until("pages are on disk", _spilled)
+    said = r"1 process in 2 groups, \S+ MiB swapped in \S+ MiB "  # the reload has made one
+    _wait_until("the manager shows what there is", lambda: re.match(said, _shown("StatusText")))
+    _check_letting_go(vswapctl, client)
     return 0
 
 

@@ -146,6 +146,14 @@ def _add_page(parser: argparse.ArgumentParser) -> None:
     _add_pid(parser)
 
 
+def _add_detach(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-a", "--all", action="store_true", help="all that the daemon serves")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="wait no longer, for each (default 60)"
+    )
+    parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="a managed process")
+
+
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     _add_pid(parser)
     parser.add_argument(
@@ -276,7 +284,7 @@ _VERBS = {
     "check": (_add_check, "look for damage in a spill file or device", "vswapctl check /mnt/fast/spill"),
     "limit": (_add_limit, "change a running command's limit", "vswapctl limit 4711 1.5GiB"),
     "attach": (_add_attach, "manage a process that runs already", "vswapctl attach --limit 2G 4711"),
-    "detach": (_add_page, "bring all of a process back and let it go", "vswapctl detach 4711"),
+    "detach": (_add_detach, "bring all of a process back and let it go", "vswapctl detach 4711"),
     "report": (_add_report, "say what a limit would cost a process", "vswapctl report --seconds 60 4711"),
     "upgrade": (lambda _: None, "have the installed version take over", "vswapctl upgrade"),
     "config": (_add_config, "check or show vswapd.conf", "vswapctl config check"),
