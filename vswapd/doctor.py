@@ -153,15 +153,16 @@ def check_library(facts: Facts) -> Finding:
 def check_spill(facts: Facts) -> Finding:
     """Where the private spill file of a `run` is made."""
     place = facts.spill_directory
+    level = NOTE if facts.daemon_version else PROBLEM  # a running daemon has its own
     elsewhere = "set VSWAPD_SPILL_DIR to a directory on a disk, or use --spill or --no-spill"
     if facts.spill_errno:
-        return Finding(PROBLEM, "spill", f"no file can be made in {place}: {os.strerror(facts.spill_errno)}", elsewhere)
+        return Finding(level, "spill", f"no file can be made in {place}: {os.strerror(facts.spill_errno)}", elsewhere)
     if facts.spill_type in _RAM_FILE_SYSTEMS:
         return Finding(
-            PROBLEM, "spill", f"{place} is a {facts.spill_type}: what is swapped there stays in RAM", elsewhere
+            level, "spill", f"{place} is a {facts.spill_type}: what is swapped there stays in RAM", elsewhere
         )
     if policy.spill_size_bytes(facts.spill_free_bytes, 0, facts.ram_bytes) == 0:
-        return Finding(PROBLEM, "spill", f"{format_size(facts.spill_free_bytes)} free in {place}: no room", elsewhere)
+        return Finding(level, "spill", f"{format_size(facts.spill_free_bytes)} free in {place}: no room", elsewhere)
     if facts.spill_free_bytes < facts.ram_bytes:
         return Finding(
             NOTE,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
+from vswapd import paths
 from vswapd.failure import Failure
 from vswapd.region_files import RegionFiles
 from vswapd.tree import REGIONS
@@ -299,7 +300,7 @@ class Mount:
         remedy = "vswapctl doctor says whether /dev/fuse can be used; leave --fs out to do without"
         try:
             _remove_stale_mount(path)
-            os.makedirs(path, 0o755, exist_ok=True)
+            paths.make_public_directory(path)
             if os.listdir(path) or os.path.ismount(path):
                 raise Failure(
                     f"cannot mount on {path}: it is not an empty directory", "name another with --fs"

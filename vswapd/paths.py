@@ -57,6 +57,15 @@ def check_socket_path(path: str) -> None:
         )
 
 
+def make_public_directory(path: str) -> None:
+    """With all above it that is missing, and open to everybody whatever the umask. OSError."""
+    if not path or os.path.isdir(path):
+        return
+    make_public_directory(os.path.dirname(path))
+    os.mkdir(path, 0o755)
+    os.chmod(path, 0o755)  # noqa: S103 -- what is in it is for everybody
+
+
 def _private_base() -> str:
     directory = os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
     return directory if len(directory) < 60 else "/tmp"

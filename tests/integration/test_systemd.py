@@ -26,13 +26,13 @@ def _unit(directory: Path, state: Path) -> None:
 
 
 def _in_sandbox(
-    units: Path, state: Path, seconds_max: int, script: str, *arguments: str
+    units: Path, state: Path, seconds_max: int, script: str, *arguments: str, vswapctl: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of support/ beside a manager; `state` and vswapctl are its first arguments."""
     command = [str(_SUPPORT / "systemd-sandbox"), "--units", str(units), "--state", str(state)]
     command += ["--timeout", str(seconds_max), "--", sys.executable, str(_SUPPORT / script), str(state)]
     return subprocess.run(
-        [*command, command_path("vswapctl"), *arguments], capture_output=True, check=False, text=True
+        [*command, vswapctl or command_path("vswapctl"), *arguments], capture_output=True, check=False, text=True
     )
 
 
@@ -94,7 +94,27 @@ def test_life_of_the_installed_service(tmp_path: Path) -> None:
     result = _in_sandbox(units, state, 200, "service_life.py")
     told = "".join(path.read_text(errors="replace") for path in sorted(state.glob("err.*")))
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{told}"
-    assert result.stdout.split() == ["activation", "reload", "upgrade", "SIGKILL", "watchdog", "sandbox", "stop"]
+    assert result.stdout.split() == [
+        *("activation", "reload", "upgrade", "SIGKILL", "watchdog", "sandbox", "stop", "detach")
+    ]
+
+
+@pytest.mark.parametrize("how", ["installed", pytest.param("pip install .", marks=pytest.mark.full)])
+def test_two_commands_to_a_running_service(tmp_path: Path, how: str) -> None:
+    """`pip install .`, in an environment of its own, and `vswapctl install-service`, which writes where it wants."""
+    units, state = tmp_path / "units", tmp_path / "state"
+    units.mkdir()
+    state.mkdir()
+    vswapctl = command_path("vswapctl")
+    if how == "pip install .":
+        subprocess.run([sys.executable, "-m", "venv", str(state / "clean")], check=True)
+        command = [str(state / "clean/bin/pip"), "install", "--quiet", "--no-input", "."]
+        subprocess.run(command, cwd=_UNIT.parent.parent, check=True, stdout=subprocess.DEVNULL)
+        vswapctl = str(state / "clean/bin/vswapctl")
+    result = _in_sandbox(units, state, 120, "service_install.py", str(units), vswapctl=vswapctl)
+    log = (state / "systemd.log").read_text(errors="replace")[-4000:]
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{log}"
+    assert result.stdout.split() == ["running", "entries", "use", "rule", "uninstalled"]
 
 
 def test_units_are_sound(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ _FINDINGS: list[tuple[dict[str, Any], str, str, str, str]] = [
     ({"spill_type": ""}, "spill", OK, "64 GiB free in /var/tmp", ""),
     ({"spill_errno": errno.EACCES}, "spill", PROBLEM, "Permission denied", "VSWAPD_SPILL_DIR"),
     ({"spill_type": "tmpfs"}, "spill", PROBLEM, "tmpfs: what is swapped there stays in RAM", "--no-spill"),
+    ({"spill_type": "tmpfs"} | _SERVED, "spill", NOTE, "stays in RAM", "--no-spill"),
+    ({"spill_errno": errno.EACCES} | _SERVED, "spill", NOTE, "Permission denied", "VSWAPD_SPILL_DIR"),
     ({"spill_free_bytes": 1 << 20}, "spill", PROBLEM, "1 MiB free in /var/tmp: no room", "--spill"),
     ({"spill_free_bytes": 2 * _GIB}, "spill", NOTE, "less than the RAM (16 GiB)", "free some"),
     ({}, "io_uring", OK, "available", ""),

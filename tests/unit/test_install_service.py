@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vswapd import cli, settings
+from vswapd.cli import install_service
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,6 +87,44 @@ def test_configuration_belongs_to_the_administrator(tmp_path: Path, capsys: pyte
     assert _run(tmp_path, "--uninstall") == 0
     assert list(_files(tmp_path)) == ["etc/vswapd/vswapd.conf"]
     assert "batch" in conf.read_text()
+
+
+def test_says_how_to_start_what_it_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Below another root, where systemd does not run, or where nobody wants it."""
+    _run(tmp_path)
+    said = capsys.readouterr().out
+    assert "Nothing is started. To start it, and after each update:\n" in said
+    assert "\n  systemctl enable --now vswapd.socket vswapd.service\n" in said
+
+
+def test_start_that_fails_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what udev does not take, as in a container, is no failure."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("systemctl", "exit 0"), ("udevadm", "echo nobody listens >&2; exit 1")):
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+    (commands / "systemd-sysusers").write_text("#!/bin/sh\n")
+    (commands / "systemd-tmpfiles").write_text("#!/bin/sh\nprintf 'no\\nroom\\n' >&2; exit 1\n")
+    for path in commands.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:/bin:/usr/bin")
+    monkeypatch.setattr(install_service, "_runs_systemd", lambda _: True)
+    assert _run(tmp_path) == 1
+    captured = capsys.readouterr()
+    assert "ran systemd-sysusers vswapd.conf\n" in captured.out
+    assert captured.err == (
+        "vswapctl: systemd-tmpfiles --create vswapd.conf: no room; all files are in place; mend that "
+        "(journalctl -u vswapd), then repeat\n"
+    )
+    (commands / "systemd-tmpfiles").write_text("#!/bin/sh\n")
+    assert _run(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "no effect: udevadm control --reload: nobody listens\n" in said
+    assert "ran systemctl enable --now vswapd.socket vswapd.service\nvswapd runs: " in said
+    assert _run(tmp_path, "--no-start") == 0
+    assert "Nothing is started." in capsys.readouterr().out
 
 
 def test_uninstall_leaves_what_was_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,6 +216,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_install_service(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", default="/", metavar="DIR", help="install below this directory (default: /)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--no-start", action="store_true", help="put the files in place, and start nothing")
     parser.add_argument("--uninstall", action="store_true", help="remove all that nobody has changed")
 
 
@@ -291,7 +292,7 @@ _VERBS = {
     "completion": (_add_completion, "print a completion script", "vswapctl completion bash"),
     "install-service": (
         _add_install_service,
-        "install what systemd needs for the daemon",
+        "install the daemon as a service of systemd, and start it",
         "vswapctl install-service --dry-run",
     ),
     "doctor": (_add_doctor, "check this machine and explain what it lacks", "vswapctl doctor ./program"),

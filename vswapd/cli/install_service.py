@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""install-service — `vswapctl install-service`: what systemd needs, put where systemd looks for it.
+"""install-service — `vswapctl install-service`: what systemd needs, put where systemd looks for it, and started.
 
 Under /usr/local, so that /etc stays the administrator's: `systemctl edit vswapd` makes drop-ins there. The last line of
 each file has a checksum of what is above it. So a file that still is as it was installed, by whatever version, is
@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 
-from vswapd import settings, whole_file
+from vswapd import paths, settings, whole_file
 from vswapd.failure import Failure
 
 TYPE_CHECKING = False
@@ -34,12 +34,19 @@ _PLACES = {
     "vswapd.rules": "etc/udev/rules.d/70-vswapd.rules",
 }
 _SEAL = "# As installed by vswapctl install-service: "
-_INSTALLED = """\
-Now, and after each update:
-  systemd-sysusers && systemd-tmpfiles --create vswapd.conf && udevadm control --reload
-  systemctl daemon-reload && systemctl enable --now vswapd.socket vswapd.service
-A service that runs goes on with the old version until: vswapctl upgrade"""
-_UNINSTALLED = "Now: systemctl disable --now vswapd.socket vswapd.service; systemctl daemon-reload"
+_START = (
+    "systemd-sysusers vswapd.conf",
+    "systemd-tmpfiles --create vswapd.conf",
+    "udevadm control --reload",
+    "udevadm trigger --action=change --name-match=userfaultfd",
+    "systemctl daemon-reload",
+    "systemctl enable --now vswapd.socket vswapd.service",
+)
+_DISABLE = "systemctl disable vswapd.socket vswapd-metrics.socket vswapd.service"
+_STARTED = """\
+vswapd runs: systemctl status vswapd, vswapctl status
+One that ran before goes on with the old version until: vswapctl upgrade"""
+_UNINSTALLED = "One that runs goes on until: systemctl stop vswapd.socket vswapd.service; then systemctl daemon-reload"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def _is_configuration(file: _File) -> bool:
 
 
 def _write(file: _File) -> None:
-    os.makedirs(os.path.dirname(file.path), 0o755, exist_ok=True)
+    paths.make_public_directory(os.path.dirname(file.path))
     whole_file.write(file.path, file.text, 0o644)
 
 
@@ -132,13 +139,54 @@ def _uninstall(files: list[_File], dry_run: bool) -> None:
             print(f"kept {file.path}: it is yours")
 
 
+# ---- the manager ----
+
+
+def _runs_systemd(root: str) -> bool:
+    """Whether what is below `root` is what this machine's manager reads."""
+    return os.path.realpath(root) == "/" and os.path.isdir("/run/systemd/system")
+
+
+def _run(command: str) -> None:
+    """Failure."""
+    import subprocess
+
+    try:
+        result = subprocess.run(command.split(), check=False, capture_output=True, text=True)
+    except OSError as error:
+        said, failed = error.strerror or str(error), True
+    else:
+        said, failed = result.stderr.strip(), result.returncode != 0
+    if not failed:
+        print(f"ran {command}")
+    elif command.startswith("udevadm "):  # in a container nobody listens; the service works all the same
+        print(f"no effect: {command}: {said.splitlines()[-1] if said else 'it failed'}")
+    else:
+        text = f"{command}: {' '.join(said.split()) or 'it failed'}"
+        raise Failure(text, "all files are in place; mend that (journalctl -u vswapd), then repeat")
+
+
+def _start(options: argparse.Namespace) -> None:
+    if options.no_start or not _runs_systemd(options.root):
+        print("Nothing is started. To start it, and after each update:")
+        print(*(f"  {command}" for command in _START), sep="\n")
+        return
+    for command in _START:
+        _run(command)
+    print(_STARTED)
+
+
 def main(options: argparse.Namespace) -> int:
     """`vswapctl install-service`."""
     try:
         files = _look(options.root)
+        if options.uninstall and not options.dry_run and _runs_systemd(options.root):
+            _run(_DISABLE)  # it goes by what stands in the files
         (_uninstall if options.uninstall else _install)(files, options.dry_run)
     except OSError as error:
         raise Failure(f"{error.filename}: {error.strerror}", "run vswapctl as root, or name another --root") from None
-    if not options.dry_run:
-        print(_UNINSTALLED if options.uninstall else _INSTALLED)
+    if options.uninstall and not options.dry_run:
+        print(_UNINSTALLED)
+    elif not options.dry_run:
+        _start(options)
     return 0
