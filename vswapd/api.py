@@ -152,7 +152,10 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDA
 
     Raises Failure as alloc(); ImportError without NumPy.
     """
-    import numpy as np
+    try:
+        import numpy as np
+    except ImportError:
+        raise ImportError("vswapd.empty() needs NumPy; pip install numpy, or take vswapd.alloc()") from None
 
     kind = np.dtype(dtype)
     if kind.hasobject:

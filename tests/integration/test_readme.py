@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's commands do what it says: run as they stand, in order."""
+"""The commands of README and man pages do what they say: run as they stand, in order."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _README = Path(__file__).parents[2] / "README.md"
+_MANUAL = sorted((_README.parent / "man").iterdir())
 _EXAMPLES = examples_of(_README.read_text(encoding="utf-8"))
+_EXAMPLES += [
+    Example(line.removeprefix(".Dl ").replace("4711", "PID"))
+    for page in _MANUAL
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.startswith(".Dl ")
+]
 _SECONDS_MAX = 120.0
 
 # By the command's first word.
 _NOT_RUN = {
     "scripts/demo": "it installs packages, and runs for minutes",
     "scripts/test": "it would run this test again",
+    "pip": "test_systemd.py does, in an environment of its own",
 }
 
 # The programs that the README leaves to the reader. More than the smallest limit shown, so that it matters.
@@ -38,7 +46,7 @@ memory[::4096] = b"x" * {96 * MIB // 4096}
 assert memory.count(b"x") == {96 * MIB // 4096}
 print("done")
 """
-_PROGRAMS = ("anything", "job.py", "program", "db", "test")
+_PROGRAMS = ("job.py", "program", "db", "test")
 _SYSTEM_SOCKET = "/run/vswapd/vswapd.sock"
 _DISK = "/dev/nvme1n1"
 _DISK_BYTES = 64 * MIB
@@ -109,6 +117,8 @@ class Reader:
         """With what the reader has for what the README names."""
         command = command.replace(os.path.dirname(_SYSTEM_SOCKET), str(self._directory)).replace(_DISK, self._disk)
         command = command.replace(_MOUNTED, str(self._directory))
+        command = command.replace("scripts/setup", str(_README.parent / "scripts/setup"))
+        command = command.replace(".venv/bin/", f"{sysconfig.get_path('scripts')}/")
         command = command.replace("install-service", f"install-service --root {self._directory}/root")
         return re.sub(r"\bPID\b", lambda _: str(self._managed_pid()), command)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ def test_names() -> None:
     assert set(vswapd.__all__) <= set(dir(vswapd))
     for name in vswapd.__all__:
         assert getattr(vswapd, name).__doc__ or name == "__version__"
+        assert not inspect.isfunction(getattr(vswapd, name)) or ">>> " in getattr(vswapd, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         _ = vswapd.nosuch
 
@@ -30,6 +32,29 @@ def test_use_imports_nothing_heavy() -> None:
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
     assert result.stdout == "\n"
+
+
+def test_numpy_is_optional() -> None:
+    """All but empty() work without, and that says what is missing."""
+    code = """
+import sys
+sys.modules["numpy"] = None
+import vswapd
+memory = vswapd.alloc("1M")
+memory[:3] = b"abc"
+vswapd.cold(memory)
+vswapd.willneed(memory)
+try:
+    vswapd.empty(3)
+except ImportError as error:
+    print(memory[:4], error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "VSWAP_GROUP"}
+    environment["PYTHONPATH"] = str(_ROOT)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert result.stdout == (
+        "b'abc\\x00' vswapd.empty() needs NumPy; pip install numpy, or take vswapd.alloc()\n"
+    )
 
 
 def test_alloc() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 VERBS = ["run", "status", "swaps", "pageout", "pagein", "swapon", "swapoff", "compact", "limit", "upgrade"]
 VERBS += ["doctor", "config", "top", "completion", "install-service", "report"]
+VERBS += ["attach", "detach"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,10 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
     [
         ([], "required: VERB; see vswapctl --help"),
         (["nosuch"], "invalid choice"),
+        (["statsu"], "invalid choice: 'statsu', did you mean 'status'?; see vswapctl --help"),
+        (["config", "chek"], "invalid choice: 'chek', did you mean 'check'?; see vswapctl config --help"),
+        (["detach"], "give a PID, or --all"),
+        (["detach", "--all", "1"], "give a PID, or --all"),
         (["run"], "no command; write vswapctl run [OPTIONS] -- COMMAND"),
         (["run", "--"], "no command"),
         (["run", "--limit", "12X", "--", "true"], "'12X' is not a size; write bytes"),
@@ -103,6 +109,8 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], arguments: 
     ("arguments", "text"),
     [
         (["status"], "no daemon answers on"),
+        (["detach", "--all"], "no daemon answers on"),
+        (["attach", "1"], "and attach needs one that stays; start vswapd (systemctl start vswapd)"),
         (["top"], "top needs a terminal; use vswapctl status"),
         (["swaps"], "start vswapd, or a command with vswapctl run"),
         (["status", "--socket", "/nonexistent/s"], "no daemon answers on /nonexistent/s"),
@@ -167,6 +175,8 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     assert re.search(rf"^example: vswapctl {verb}\b", text, re.MULTILINE)
     assert "80%" in text or verb != "run"
+    [example] = re.findall(r"^example: vswapctl (.*)$", text, re.MULTILINE)
+    assert cli.parse(shlex.split(example)).verb == verb
 
 
 def test_several_private_daemons_need_a_choice(

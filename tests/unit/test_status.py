@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+from rich.console import Console
 
 from support.fake_engine import FakeEngine
 from vswapd import connection
@@ -114,6 +115,23 @@ def test_tables_show_it(
         "pool",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(130, set()), (80, {"unmanaged"}), (60, {"pool", "faults"})])
+def test_narrow_terminals_get_fewer_columns(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    width: int, left_out: set[str],
+) -> None:  # fmt: skip
+    """And never a name or a figure that is cut."""
+    console = Console(width=width, highlight=False)
+    monkeypatch.setattr(status_command, "_console", lambda: console)
+    monkeypatch.setattr(connection, "connect_any", lambda _: _Daemon(document))
+    status_command.main(argparse.Namespace(json=False, watch=None, socket=None))
+    text = capsys.readouterr().out
+    assert "…" not in text
+    [header] = [line for line in text.splitlines() if line.startswith("name ")][:1]
+    assert {"limit", "usage", "resident", "swapped", "clients"} <= set(header.split())
+    assert not left_out & set(header.split())
 
 
 def test_swaps_are_spaced_like_the_kernels() -> None:

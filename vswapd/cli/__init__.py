@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 
 from vswapd import __version__, config
@@ -26,6 +27,13 @@ class _Parser(argparse.ArgumentParser):
     """Errors in one line, instead of usage and error in several."""
 
     def error(self, message: str) -> NoReturn:
+        wrong, choices, names = message.partition(" (choose from ")
+        if choices:
+            import difflib
+
+            value = wrong.rpartition("invalid choice: ")[2].strip("'")
+            close = difflib.get_close_matches(value, re.findall(r"[\w-]+", names), 1)
+            message = f"{wrong}, did you mean '{close[0]}'?" if close else message
         raise Failure(message, f"see {self.prog} --help", STATUS_USAGE)
 
 
@@ -235,13 +243,14 @@ def _add_swapon(parser: argparse.ArgumentParser) -> None:
         "--size", type=_size, default=0, metavar="SIZE", help="use so much of it (default: as fits)"
     )
     parser.add_argument(
+        "-p",
         "--priority",
         type=_priority,
         metavar="N",
         help="higher is written to first, equal ones in turn (default: below all others)",
     )
     parser.add_argument(
-        "--discard", action="store_true", help="discard freed segments of a device (files are always punched)"
+        "-d", "--discard", action="store_true", help="discard freed segments of a device (files are always punched)"
     )
     parser.add_argument(
         "--encrypt", action="store_true", help="encrypt what is written to it, under a key that is only in memory"

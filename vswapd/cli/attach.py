@@ -61,11 +61,24 @@ def wait_managed(daemon: Connection, pid: int) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
+def _connect(path: str | None) -> Connection:
+    """Failure."""
+    if path is not None:
+        return connection.connect_named(path)
+    daemon = connection.connect_default()
+    if daemon is None:
+        raise Failure(
+            f"no daemon answers on {paths.default_socket()}, and attach needs one that stays",
+            "start vswapd (systemctl start vswapd), or name another with --socket",
+        )
+    return daemon
+
+
 def main(options: argparse.Namespace) -> int:
     """`vswapctl attach`."""
     limit = _limit(options)
     socket_path = os.path.abspath(options.socket or paths.default_socket())
-    with connection.connect_named(socket_path) as daemon:
+    with _connect(options.socket) as daemon:
         serving = daemon.request("ping")
         attachable.check(options.pid, socket_path, {int(serving["pid"]), int(serving["supervisor"])})
         # Ends with its last client: the process, once this connection has ended.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 from vswapd import config, connection
 from vswapd.cli import progress
@@ -13,6 +14,7 @@ from vswapd.sizes import format_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Collection
     from typing import Any
 
     from rich.console import Console, Group
@@ -49,28 +51,37 @@ def _memory_table(status: dict[str, Any]) -> Table:
     return table
 
 
-def _group_table(status: dict[str, Any]) -> Table:
-    columns = (
-        "limit", "usage", "peak", "resident", "unmanaged", "pool", "spill", "swapped", "faults", "clients"
-    )  # fmt: skip
-    table = _table("Groups", ("name",), columns)
+# Left out from the first on where a terminal is too narrow for all.
+_GROUP_OPTIONAL = ("unmanaged", "spill", "pool", "faults", "peak")
+
+
+def _group_table(status: dict[str, Any], without: Collection[str] = ()) -> Table:
+    columns = {
+        "limit": "limit_bytes",
+        "usage": "usage_bytes",
+        "peak": "usage_bytes_max",
+        "resident": "resident_bytes",
+        "unmanaged": "unmanaged_bytes",
+        "pool": "pool_bytes",
+        "spill": "spill_bytes",
+        "swapped": "swapped_bytes",
+        "faults": "faults",
+        "clients": "client_count",
+    }
+    shown = [title for title in columns if title not in without]
+    table = _table("Groups", ("name",), tuple(shown))
     for group in status["groups"]:
-        sizes = (
-            group[key]
-            for key in (
-                "limit_bytes",
-                "usage_bytes",
-                "usage_bytes_max",
-                "resident_bytes",
-                "unmanaged_bytes",
-                "pool_bytes",
-                "spill_bytes",
-                "swapped_bytes",
-            )
-        )
-        table.add_row(
-            group["name"], *map(format_size, sizes), str(group["faults"]), str(group["client_count"])
-        )
+        values = ((columns[title], group[columns[title]]) for title in shown)
+        table.add_row(group["name"], *(format_size(value) if "_bytes" in key else str(value) for key, value in values))
+    return table
+
+
+def _fitting_group_table(status: dict[str, Any], console: Console) -> Table:
+    any_width = console.options.update(max_width=1000)
+    for count in range(len(_GROUP_OPTIONAL) + 1):
+        table = _group_table(status, _GROUP_OPTIONAL[:count])
+        if console.measure(table, options=any_width).maximum <= console.width:
+            break
     return table
 
 
@@ -124,7 +135,7 @@ def _latency_table(status: dict[str, Any]) -> Table:
     return table
 
 
-def _view(status: dict[str, Any]) -> Group:
+def _view(status: dict[str, Any], console: Console) -> Group:
     from rich.console import Group
     from rich.text import Text
 
@@ -136,7 +147,7 @@ def _view(status: dict[str, Any]) -> Group:
         _memory_table(status),
     ]
     for entries, make in (
-        (status["groups"], _group_table),
+        (status["groups"], partial(_fitting_group_table, console=console)),
         (status["clients"], _client_table),
         (status["regions"], _region_table),
         (status["backends"], _backend_table),
@@ -166,9 +177,9 @@ def _watch(daemon: Connection, seconds: float) -> None:
             while True:
                 status = daemon.request("status")["status"]
                 if console.is_terminal:
-                    live.update(_view(status), refresh=True)
+                    live.update(_view(status, console), refresh=True)
                 else:
-                    console.print(_view(status), "")
+                    console.print(_view(status, console), "")
                 time.sleep(seconds)
     except KeyboardInterrupt:
         pass  # that is how a watch ends
@@ -185,6 +196,7 @@ def main(options: argparse.Namespace) -> int:
         json.dump(status, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
-        _console().print(_view(status))
+        console = _console()
+        console.print(_view(status, console))
     sys.stdout.flush()
     return 0
