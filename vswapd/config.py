@@ -42,6 +42,7 @@ SPILL_DIRECTORY = "/var/tmp"
 SPILL_FREE_SHARE = 0.8  # of the file system's free space
 SPILL_LIMIT_FACTOR = 4  # of the larger of limit and RAM
 SPILL_BYTES_MIN = 1 * MIB  # one segment
+RAM_FILE_SYSTEMS = ("tmpfs", "ramfs")
 BACKENDS_MAX = 15  # csrc/limits.h
 PRIORITY_MAX = 32767  # as swapon(2)
 PROGRESS_SECONDS = 0.2  # between two notices of how far a swapoff is

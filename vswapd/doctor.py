@@ -34,7 +34,6 @@ _FEATURES = {
     "MOVE": 1 << 16,
 }
 _MEMLOCK_BYTES_MIN = 1 << 20  # csrc/agent_join.c, STACK_LOCK_LIMIT_MIN
-_RAM_FILE_SYSTEMS = ("tmpfs", "ramfs")
 _CONTAINER_NEEDS = "--device=/dev/userfaultfd --cap-add=SYS_PTRACE"
 
 
@@ -157,7 +156,7 @@ def check_spill(facts: Facts) -> Finding:
     elsewhere = "set VSWAPD_SPILL_DIR to a directory on a disk, or use --spill or --no-spill"
     if facts.spill_errno:
         return Finding(level, "spill", f"no file can be made in {place}: {os.strerror(facts.spill_errno)}", elsewhere)
-    if facts.spill_type in _RAM_FILE_SYSTEMS:
+    if facts.spill_type in config.RAM_FILE_SYSTEMS:
         return Finding(
             level, "spill", f"{place} is a {facts.spill_type}: what is swapped there stays in RAM", elsewhere
         )

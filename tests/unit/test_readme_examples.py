@@ -75,7 +75,7 @@ def test_messages_that_are_explained_are_said() -> None:
     """All parts of each stand in the source, where `{…}` are names and figures."""
     texts = [path.read_text(encoding="utf-8") for path in (_ROOT / "vswapd").rglob("*.py")]
     source = re.sub(r'"\s*f?"', "", "\n".join(texts))  # literals that go on in the next line
-    source = source.replace("{USERFAULTFD}", "/dev/userfaultfd")
+    source = source.replace("{USERFAULTFD}", "/dev/userfaultfd").replace("{kind}", "tmpfs")
     parts = {part.strip(" ,;:") for message in _messages() for part in message}
     assert {part for part in parts if part not in source} == set()
 

@@ -13,7 +13,7 @@ import time
 
 from vswapd import backends, command, config, connection, embedded, machine, paths, policy
 from vswapd.failure import STATUS_USAGE, Failure
-from vswapd.front import Front
+from vswapd.front import Front, say
 from vswapd.sizes import format_size, format_size_argument
 
 TYPE_CHECKING = False
@@ -103,9 +103,26 @@ def _open_spills(options: argparse.Namespace) -> list[backends.Spill]:
     if options.no_spill:
         return []
     if not options.spill:
-        return [backends.open_private_spill(options.limit, encrypt=options.encrypt)]
+        opened = _open_private_spill(options.limit, options.encrypt)
+        options.no_spill = not opened
+        return opened
     wanted = [(path, size, -index, options.encrypt) for index, (path, size) in enumerate(options.spill)]
     return backends.open_spills(wanted, options.limit)
+
+
+def _open_private_spill(limit: int, encrypt: bool) -> list[backends.Spill]:
+    """None where it would be RAM, of which nobody keeps count."""
+    from vswapd import facts
+
+    spill = backends.open_private_spill(limit, encrypt=encrypt)
+    directory = os.path.dirname(spill.path)
+    kind = facts.file_system_type(directory)
+    if kind not in config.RAM_FILE_SYSTEMS:
+        return [spill]
+    spill.close()
+    remedy = "set VSWAPD_SPILL_DIR to a directory on a disk, or give --no-spill to have it so"
+    say(f"{directory} is a {kind}, and so RAM itself: nothing is spilled, only compressed; {remedy}")
+    return []
 
 
 def command_environment(
