@@ -151,7 +151,10 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
             return await self.regions.change(inode, attr, fields)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
-        return self._attributes(*self._at(inode))
+        path, node = self._at(inode)
+        if fields.update_size and node.request is None:
+            raise pyfuse3.FUSEError(errno.EACCES)
+        return self._attributes(path, node)
 
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
         """Of pyfuse3."""
@@ -256,6 +259,12 @@ class TreeOperations(pyfuse3.Operations):  # type: ignore[misc,unused-ignore]
     async def unlink(self, parent_inode: Any, name: bytes, ctx: Any) -> None:
         """Of pyfuse3. Regions only."""
         await self._regions_at(parent_inode).unlink(os.fsdecode(name))
+
+    async def _refuse(self, *_: object) -> Any:
+        """What is not there: EPERM, as from other file systems that have no such thing, and not ENOSYS."""
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    mkdir = rmdir = mknod = symlink = link = rename = _refuse  # type: ignore[assignment,unused-ignore]
 
     def _regions_at(self, inode: Any) -> RegionFiles:
         if not self.regions or self._at(inode)[0] != REGIONS:

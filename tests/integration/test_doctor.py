@@ -135,7 +135,7 @@ def test_spill_directory_in_ram() -> None:
     assert "--no-spill" in remedy
     result = _run(prefix)
     assert (result.returncode, result.stdout) == (0, f"{96 << 8}\n")
-    assert result.stderr.startswith("vswapctl: /var/tmp is a tmpfs, and so RAM itself: nothing is spilled"), result.stderr
+    assert result.stderr.startswith("vswapctl: /var/tmp is a tmpfs, and so RAM itself: nothing is spilled")
     assert result.stderr.count("\n") == 1
     assert _run(prefix, "--no-spill").stderr == ""
     assert _finding(prefix, "spill", VSWAPD_SPILL_DIR="/nonexistent")[1].startswith("no file can be made in")

@@ -69,8 +69,21 @@ def test_files_as_a_shell_uses_them(tmp_path: Path) -> None:
             (where / "clients/1").stat()
         with pytest.raises(PermissionError):
             (client / "limit").chmod(0o666)
-        with pytest.raises(OSError, match=r"not implemented|not permitted|Permission"):
-            (where / "new").write_text("x")
+        (where / "regions/own").touch()
+        for command, said in (
+            ("echo > new", "Operation not permitted"),
+            ("mkdir regions/directory", "Operation not permitted"),
+            ("rmdir groups/batch", "Operation not permitted"),
+            ("mkfifo regions/fifo", "Operation not permitted"),
+            ("ln -s own regions/link", "Operation not permitted"),
+            ("ln regions/own regions/link", "Operation not permitted"),
+            ("mv regions/own regions/other", "Operation not permitted"),
+            ("rm swaps", "Operation not permitted"),
+            ("truncate --size 0 swaps", "Permission denied"),
+            ("cat backends/9/status", "No such file or directory"),
+        ):
+            result = subprocess.run(["sh", "-c", command], cwd=where, check=False, capture_output=True, text=True)
+            assert (result.returncode != 0, said in result.stderr) == (True, True), f"{command}: {result.stderr}"
 
 
 def test_swaps_is_read_by_parsers_of_proc_swaps(tmp_path: Path) -> None:
