@@ -8,9 +8,10 @@ import os
 
 import pytest
 import trio
+import trio.testing
 
 from support.control_plane import LIMIT, ControlPeer, ControlPlane, control_plane
-from vswapd import config, records
+from vswapd import config, processes, records
 from vswapd.accept import Peer
 
 _STRANGER = Peer(pid=os.getpid(), uid=12345, gid=12345)
@@ -148,6 +149,28 @@ async def test_wait_ends_with_the_last_client() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agent.sock.send, b"?")  # a way to end it
             assert (await other.request("group-wait", group=name, timeout_ms=5000))["clients"] == 0
+
+
+async def test_stop_says_for_whom_it_waits_and_then_good_bye() -> None:
+    async with control_plane() as plane:
+        peer = plane.control()
+        group = (await peer.request("group-create", limit_bytes=LIMIT))["group"]
+        agent = plane.agent()
+        await agent.join(group)
+        told: list[str] = []
+
+        async def stop() -> None:
+            await plane.daemon.wait_no_clients(told.append)
+            await plane.daemon.control.say_goodbye()
+
+        plane.nursery.start_soon(stop)
+        await trio.testing.wait_all_tasks_blocked()
+        name = processes.comm(os.getpid())
+        assert told[0].startswith(f"Waiting for 1 process to end: {os.getpid()} ({name}); vswapctl detach --all ")
+        agent.sock.close()
+        line = await peer.line()
+        assert (line["notice"], line["level"]) == ("daemon-stopped", "warning")
+        assert len(told) == 1
 
 
 async def test_stopping_daemon_makes_no_groups() -> None:
