@@ -65,7 +65,7 @@ _TROUBLE = re.compile(r"^\| `([^`]*…[^`]*|[^`|]{12,})` \|", re.MULTILINE)
 
 def _messages() -> list[list[str]]:
     """Those that the README explains, cut at each `…`."""
-    section = (_ROOT / "README.md").read_text(encoding="utf-8").partition("## When it says")[2].partition("\n## ")[0]
+    section = (_ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting, by message")[2].partition("\n## ")[0]
     found = [text.split("…") for text in _TROUBLE.findall(section)]
     assert len(found) == section.count("\n| `")
     return found
