@@ -214,8 +214,8 @@ def test_a_stop_lets_go_of_all(daemon: DaemonProcess, verify_memory: str, tmp_pa
             assert run.returncode == -signal.SIGTERM
     finally:
         for run in runs:
-            run.kill()
-            run.wait()
+            run.terminate()  # which it passes on
+            run.wait(60)
 
 
 _FORKING = """

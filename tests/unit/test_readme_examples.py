@@ -65,8 +65,9 @@ _TROUBLE = re.compile(r"^\| `([^`]*…[^`]*|[^`|]{12,})` \|", re.MULTILINE)
 
 def _messages() -> list[list[str]]:
     """Those that the README explains, cut at each `…`."""
-    section = (_ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting, by message")[2].partition("\n## ")[0]
-    found = [text.split("…") for text in _TROUBLE.findall(section)]
+    text = (_ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Troubleshooting, by message")[2].partition("\n## ")[0]
+    found = [message.split("…") for message in _TROUBLE.findall(section)]
     assert len(found) == section.count("\n| `")
     return found
 
