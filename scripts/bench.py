@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import gil, plots, scenarios, systems, table
+from benchmarks import applications, gil, plots, scaling, scenarios, systems, table
 from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
 from benchmarks.execute import ExecuteError
 from benchmarks.journal import DEFAULT_PATH, STOP_SIGNALS, Journal, JournalError, restore
-from benchmarks.session import ScenarioResult, Session, as_json
+from benchmarks.session import ScenarioResult, Session, as_json, from_json
 from vswapd.failure import Failure
 from vswapd.sizes import format_size, parse_size
 
@@ -46,6 +46,8 @@ _WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 _MIB = 1 << 20
 _QUICK_SECONDS_MAX = 170.0  # building and reporting make it three minutes
 
+_NO_PLOTS = "bench: no plots, for matplotlib is not installed: .venv/bin/pip install matplotlib"
+
 
 class BenchError(Exception):
     """One line; nothing was measured."""
@@ -54,7 +56,9 @@ class BenchError(Exception):
 def build_workloads(directory: str) -> str:
     """Path of the program, compiled into `directory`."""
     program = os.path.join(directory, "workloads")
-    sources = [str(_SOURCES / f"{name}.c") for name in ("workloads", "content", "latency", "pattern")]
+    sources = [
+        str(_SOURCES / f"{name}.c") for name in ("workloads", "access", "pageout", "content", "latency", "pattern")
+    ]
     command = ["cc", "-std=gnu11", "-O2", "-g", *_WARNINGS, "-o", program, *sources, "-llz4", "-lm"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
@@ -81,6 +85,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return value
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").splitlines()[0])
     length = parser.add_mutually_exclusive_group()
@@ -95,6 +109,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=_count, metavar="N", help="default: 7 with --full, else as many as fit 3 minutes, at most 3"
     )
+    parser.add_argument("--minutes", type=_minutes, metavar="N", help="begin no round that would not be over by then")
+    parser.add_argument(
+        "--run-seconds",
+        type=_count,
+        default=300,
+        metavar="N",
+        help="end a run that takes longer (default: %(default)s)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the rounds that bench.json in --output lacks")
     parser.add_argument(
         "--size", type=_size, default=256 * _MIB, metavar="SIZE", help="M, the peers' limit (default 256M)"
     )
@@ -105,17 +128,31 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gil", action="store_true", help="instead: the rate of a program that swaps while the daemon's GIL is held"
     )
+    parser.add_argument(
+        "--scaling",
+        nargs="?",
+        const=",".join(axis.name for axis in scaling.AXES),
+        metavar="AXIS,…",
+        help="instead: the cost of a fault against the number of some of %(const)s (default: all)",
+    )
     parser.add_argument("--list", action="store_true", help="name the scenarios and end")
     parser.add_argument("--restore", action="store_true", help="put back what a killed run left, and end")
     options = parser.parse_args(arguments)
     options.systems = options.systems.split(",")
     if unknown := set(options.systems) - set(systems.NAMES):
         parser.error(f"no system {', '.join(sorted(unknown))}; there are {', '.join(systems.NAMES)}")
+    if options.scaling is not None:
+        options.scaling = options.scaling.split(",")
+        if unknown := set(options.scaling) - {axis.name for axis in scaling.AXES}:
+            parser.error(f"no axis {', '.join(sorted(unknown))}; there are {', '.join(a.name for a in scaling.AXES)}")
     options.scenarios = _chosen(scenarios.FULL if options.full else scenarios.QUICK, options.only)
     if not options.scenarios:
         parser.error(f"--only {' '.join(options.only)} matches nothing; see --list")
     is_timed = not options.full and options.rounds is None
     options.seconds_max = _QUICK_SECONDS_MAX if is_timed else math.inf
+    options.is_each_once = options.minutes is None
+    if options.minutes is not None:
+        options.seconds_max = options.minutes * 60
     options.rounds = options.rounds or (7 if options.full else 3)
     return options
 
@@ -143,6 +180,8 @@ def _make_systems(options: argparse.Namespace, place: systems.Place, console: Co
                 console.print(f"bench: without {kind.name}: {reason}")
             else:
                 made.append(kind(place))
+    if systems.Native.name in options.systems:
+        made.append(systems.Native(place))
     if systems.Vswapd.name in options.systems:
         vswapctl = Path(sys.executable).with_name("vswapctl")
         made.append(systems.Vswapd(place, str(vswapctl), options.vswapd_option))
@@ -173,6 +212,14 @@ def _check_machine(options: argparse.Namespace, console: Console) -> None:
             console.print("bench: this machine swaps already; the areas measured here get the highest priority")
 
 
+def _leave_out_applications(options: argparse.Namespace, console: Console) -> None:
+    """Those that the machine lacks a program for."""
+    for scenario in list(options.scenarios):
+        if scenario.is_application and (lacking := applications.missing(scenario.mode[0])):
+            console.print(f"bench: without {scenario.name}: no {lacking} here")
+            options.scenarios.remove(scenario)
+
+
 @contextlib.contextmanager
 def _progress(console: Console, total: int) -> Iterator[Progress]:
     """A bar on a terminal; else nothing (lines are printed instead)."""
@@ -183,10 +230,14 @@ def _progress(console: Console, total: int) -> Iterator[Progress]:
 
 
 def _measure(
-    options: argparse.Namespace, chosen: list[systems.System], program: str, charges_zswap: bool, console: Console
-) -> tuple[list[ScenarioResult], bool]:
-    """Results, and whether it went to the end. An interrupted run reports what it has."""
-    results = [ScenarioResult(scenario) for scenario in options.scenarios]
+    options: argparse.Namespace,
+    results: list[ScenarioResult],
+    chosen: list[systems.System],
+    place: systems.Place,
+    program: str,
+    console: Console,
+) -> bool:
+    """Fill in results; whether it went to the end. An interrupted run reports what it has."""
     runs = 0
     current = ""
     with _progress(console, options.rounds * len(results) * len(chosen)) as progress:
@@ -203,28 +254,61 @@ def _measure(
         def on_phase(phase: str) -> None:
             progress.update(task, description=f"{current} · {scenarios.row_title(phase)} done")
 
-        session = Session(chosen, program, options.size, charges_zswap=charges_zswap, on_run=on_run, on_phase=on_phase)
+        charges_zswap = place.cgroup.hierarchy.charges_zswap
+        session = Session(
+            chosen, place, program, options.size, charges_zswap=charges_zswap, on_run=on_run, on_phase=on_phase
+        )
         try:
-            session.probe_daemon(options.scenarios[0])
+            session.probe_daemon()
             _run_rounds(options, session, results)
             progress.update(task, completed=runs, total=runs)
         except KeyboardInterrupt as interrupt:
             console.print(f"bench: interrupted ({interrupt or 'SIGINT'}); putting everything back")
-            return results, False
-    return results, True
+            return False
+    return True
 
 
 def _run_rounds(options: argparse.Namespace, session: Session, results: list[ScenarioResult]) -> None:
-    """As many as wanted; where time is short, of each scenario as many as fit, at least one."""
+    """As many as wanted; where time is short, of each scenario as many as fit."""
     started = time.monotonic()
-    seconds_of = dict.fromkeys(range(len(results)), 0.0)
+    seconds_of = {index: sum(result.round_seconds(0)) for index, result in enumerate(results)}
+    prepared: set[int] = set()
     for number in range(options.rounds):
         for index, result in enumerate(results):
-            before = time.monotonic()
-            if number > 0 and before - started + seconds_of[index] > options.seconds_max:
+            systems_of = session.systems_of(result.scenario)
+            if result.is_kept or all(result.has_round(system.name, number) for system in systems_of):
                 continue
+            before = time.monotonic()
+            may_be_late = number == 0 and options.is_each_once
+            if not may_be_late and before - started + seconds_of[index] > options.seconds_max:
+                continue
+            if index not in prepared:
+                session.prepare(result.scenario)
+                prepared.add(index)
+                before = time.monotonic()
             session.run_round(result, number)
             seconds_of[index] = time.monotonic() - before
+
+
+def _earlier_results(options: argparse.Namespace) -> list[ScenarioResult]:
+    """One for each scenario, with what an earlier run measured when it is resumed. BenchError."""
+    results = [ScenarioResult(scenario, options.size) for scenario in options.scenarios]
+    path = os.path.join(options.output, "bench.json")
+    if not options.resume or not os.path.exists(path):
+        return results
+    with open(path) as file:
+        document = json.load(file)
+    if document["memory_bytes"] != options.size:
+        raise BenchError(f"{path} is of --size {format_size(document['memory_bytes'])}; give that, or another --output")
+    by_name = {entry["scenario"]: entry for entry in document["results"]}
+    known = {scenario.name: scenario for scenario in scenarios.FULL}
+    others = (by_name.keys() & known.keys()) - {scenario.name for scenario in options.scenarios}
+    results += [ScenarioResult(known[name], options.size, is_kept=True) for name in others]
+    for result in results:
+        if result.scenario.name in by_name:
+            from_json(result, by_name[result.scenario.name])
+    order = [scenario.name for scenario in scenarios.FULL]
+    return sorted(results, key=lambda result: order.index(result.scenario.name))
 
 
 def _first_line(path: str) -> str:
@@ -248,8 +332,9 @@ def _notes(options: argparse.Namespace, chosen: list[systems.System], version: i
             f"M = {format_size(options.size)}; "
             "T = M + the smaller measured pool; swap-file: limit T; vswapd: --limit T - daemon_bytes"
         ),
-        "interval: 95 % confidence of the median from 6 rounds on, else smallest to largest",
-        "one random fault: accesses of 2 µs and more in random read, measured in the program",
+        "±, and the interval behind a ratio: 95 % confidence of the median from 6 rounds on, else least to most",
+        "p50, p99, p999: of single accesses of 2 µs and more, measured in the program; of redis: of requests",
+        "✗: the goal is missed; ✗✗: slower than the peer, whole interval. user, system time: of the whole machine",
         *[f"{system.name}: {system.describe()}" for system in chosen],
     ]
 
@@ -258,11 +343,11 @@ def _write_results(
     options: argparse.Namespace, results: list[ScenarioResult], notes: list[str], console: Console
 ) -> None:
     os.makedirs(options.output, exist_ok=True)
-    report = table.report(results, options.size, notes)
+    report = table.report(results, notes)
     console.print(report)
     text = os.path.join(options.output, "bench.txt")
     with open(text, "w") as file:
-        Console(file=file, width=200).print(report)
+        Console(file=file, width=80).print(report)
     document = {
         "when": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "notes": notes,
@@ -276,12 +361,13 @@ def _write_results(
     try:
         written += plots.write(results, options.output)
     except ImportError:
-        console.print("bench: no plots, for matplotlib is not installed (.venv/bin/pip install matplotlib)")
+        console.print(_NO_PLOTS)
     console.print(f"bench: written: {' '.join(written)}")
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     _check_machine(options, console)
+    _leave_out_applications(options, console)
     started = time.monotonic()
     hierarchy = find_hierarchy()
     with Journal() as journal:
@@ -289,11 +375,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         journal.note("directory", path=directory)
         program = build_workloads(directory)
         cgroup = Cgroup(hierarchy, journal, f"vswap-bench-{os.getpid()}")
-        place = systems.Place(journal, cgroup, directory, _swap_bytes(options))
+        place = systems.Place(journal, cgroup, directory, _swap_bytes(options), options.run_seconds)
         chosen = _make_systems(options, place, console)
         if not chosen:
             raise BenchError("nothing to measure")
-        results, is_complete = _measure(options, chosen, program, hierarchy.charges_zswap, console)
+        results = _earlier_results(options)
+        is_complete = _measure(options, results, chosen, place, program, console)
         notes = _notes(options, chosen, hierarchy.version)
     for problem in journal.problems:
         console.print(f"bench: {problem}")
@@ -306,6 +393,21 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 def _run_gil(rounds: int, console: Console) -> int:
     console.print(f"bench: {gil.measure(rounds).describe()}")
+    return 0
+
+
+def _run_scaling(options: argparse.Namespace, console: Console) -> int:
+    if os.geteuid() != 0:
+        raise BenchError("needs root, for userfaultfd")
+    on_point = lambda axis, point: console.print(f"bench: {axis.title}: {point}", style="dim")  # noqa: E731
+    measured = scaling.measure(options.scaling, on_point)
+    for series in measured:
+        console.print("\n" + "\n".join(scaling.table_of(series)))
+    console.print("\nslope: of the logarithms; 0 is flat, 1 is linear in the number")
+    written, has_plot = scaling.write(measured, options.output)
+    if not has_plot:
+        console.print(_NO_PLOTS)
+    console.print(f"bench: written: {' '.join(written)}")
     return 0
 
 
@@ -328,6 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _restore(console)
         for number in STOP_SIGNALS:
             signal.signal(number, _on_signal)
+        if options.scaling is not None:
+            return _run_scaling(options, console)
         return _run_gil(options.rounds, console) if options.gil else _run(options, console)
     except (BenchError, CgroupError, JournalError, ExecuteError, OSError) as error:
         sys.stderr.write(f"bench: {error}\n")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """benchmarks — vswapd beside the kernel's own swap, at equal total memory: what scripts/bench is made of.
 
-workloads.c  the programs that are measured           peers.py      the systems they run on
-journal.py   what was changed, and how it goes back    cgroup.py     the limit of the kernel's systems
-scenarios.py what runs                                 session.py    rounds, order, who gets how much memory
-summary.py   medians, paired ratios                    table.py, plots.py   what people see
+workloads.c  the programs that are measured            applications.py  real ones
+journal.py   what was changed, and how it goes back     cgroup.py     the limit of the kernel's systems
+systems.py   what they run on                           execute.py    how one is run
+scenarios.py what runs                                  session.py    rounds, order, who gets how much memory
+summary.py   medians, paired ratios, goals              table.py, plots.py   what people see
+scaling.py   the cost of a fault as numbers grow        gil.py        with the daemon's GIL held
 """

@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benchmarks.journal import retry_busy
+
 if TYPE_CHECKING:
     from benchmarks.journal import Change, Journal
 
@@ -87,17 +89,35 @@ class Cgroup:
         self._change: Change = journal.note("cgroup", path=self.path)
         os.mkdir(self.path)
 
-    def set_limit(self, limit_bytes: int) -> None:
-        """Of RAM. Swap is not limited."""
-        name = "memory.limit_in_bytes" if self.hierarchy.version == 1 else "memory.max"
-        with open(f"{self.path}/{name}", "w") as file:
-            file.write(str(limit_bytes))
+    def begin(self, limit_bytes: int | None) -> None:
+        """Forget what an earlier run left charged, and its peak. A limit of RAM, or None: only count; not of swap.
 
-    def drop_caches(self) -> None:
-        """What an earlier run left charged: version 1 can be told, in version 2 it is the next limit's first victim."""
+        Version 1 can be told to; in version 2 it takes another group of the same name.
+        """
         if self.hierarchy.version == 1:
-            with open(f"{self.path}/memory.force_empty", "w") as file:
-                file.write("0")
+            self._write("memory.force_empty", "0")
+            self.set_limit(limit_bytes)
+            self._write("memory.max_usage_in_bytes", "0")
+        else:
+            retry_busy(lambda: os.rmdir(self.path))
+            os.mkdir(self.path)
+            self.set_limit(limit_bytes)
+
+    def _write(self, name: str, text: str) -> None:
+        with open(f"{self.path}/{name}", "w") as file:
+            file.write(text)
+
+    def set_limit(self, limit_bytes: int | None) -> None:
+        """Of what is in it now."""
+        is_first = self.hierarchy.version == 1
+        unlimited = "-1" if is_first else "max"
+        name = "memory.limit_in_bytes" if is_first else "memory.max"
+        self._write(name, unlimited if limit_bytes is None else str(limit_bytes))
+
+    def kill_count(self) -> int:
+        """Processes of it that the kernel killed for want of memory, ever."""
+        words = _words(f"{self.path}/{'memory.oom_control' if self.hierarchy.version == 1 else 'memory.events'}")
+        return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
 
     def usage_bytes(self) -> int:
         """What is charged now."""
@@ -105,16 +125,10 @@ class Cgroup:
         return int(_words(f"{self.path}/{name}")[0])
 
     def peak_bytes(self) -> int:
-        """Most that was charged since reset_peak()."""
+        """Most that was charged since begin()."""
         name = "memory.max_usage_in_bytes" if self.hierarchy.version == 1 else "memory.peak"
         words = _words(f"{self.path}/{name}")
         return int(words[0]) if words else 0
-
-    def reset_peak(self) -> None:
-        """Where the kernel can (version 1)."""
-        if self.hierarchy.version == 1:
-            with open(f"{self.path}/memory.max_usage_in_bytes", "w") as file:
-                file.write("0")
 
     def command(self, argv: list[str]) -> list[str]:
         """`argv`, run inside."""

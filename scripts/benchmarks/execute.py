@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _SECONDS_TO_END = 15.0
 
@@ -32,15 +34,38 @@ def _end(process: subprocess.Popen[str]) -> None:
             return
 
 
-def execute(argv: list[str], on_phase: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], float]:
-    """Results by phase, and the seconds of it all. ExecuteError."""
+@contextlib.contextmanager
+def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
+    """The event says that it was."""
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        _end(process)
+
+    if seconds == math.inf:
+        yield is_late
+        return
+    timer = threading.Timer(seconds, end)
+    timer.start()
+    try:
+        yield is_late
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def execute(
+    argv: list[str], on_phase: Callable[[str], None], seconds_max: float = math.inf
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Results by phase, and the seconds of it all. ExecuteError, also when it takes longer than `seconds_max`."""
     phases: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         try:
             assert process.stdout is not None
-            with process.stdout:
+            with process.stdout, _ended_after(process, seconds_max) as is_late:
                 for line in process.stdout:
                     if line.startswith("{"):
                         result = json.loads(line)
@@ -50,6 +75,8 @@ def execute(argv: list[str], on_phase: Callable[[str], None]) -> tuple[dict[str,
         except BaseException:
             _end(process)
             raise
+        if is_late.is_set():
+            raise ExecuteError(f"not over after {seconds_max:.0f} s: ended")
         if status != 0:
             errors.seek(0)
             last = errors.read().strip().splitlines()[-3:]

@@ -40,7 +40,7 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _retry_busy(action: Callable[[], object]) -> None:
+def retry_busy(action: Callable[[], object]) -> None:
     """The kernel says EBUSY for a moment after the last user of a thing has gone."""
     deadline = time.monotonic() + _SECONDS_MAX
     while True:
@@ -80,8 +80,8 @@ def _undo_zram(change: Change) -> None:
     number = change["number"]
     if number is None or not os.path.exists(f"/sys/block/zram{number}"):
         return
-    _retry_busy(lambda: _write(f"/sys/block/zram{number}/reset", "1"))
-    _retry_busy(lambda: _write("/sys/class/zram-control/hot_remove", str(number)))
+    retry_busy(lambda: _write(f"/sys/block/zram{number}/reset", "1"))
+    retry_busy(lambda: _write("/sys/class/zram-control/hot_remove", str(number)))
 
 
 def _members(path: str) -> list[int]:
@@ -106,12 +106,12 @@ def _kill_members(path: str) -> None:
 
 def _undo_cgroup(change: Change) -> None:
     _kill_members(change["path"])
-    _retry_busy(lambda: os.rmdir(change["path"]))
+    retry_busy(lambda: os.rmdir(change["path"]))
 
 
 def _undo_subtree_control(change: Change) -> None:
     with contextlib.suppress(FileNotFoundError):
-        _retry_busy(lambda: _write(change["path"], "-memory"))
+        retry_busy(lambda: _write(change["path"], "-memory"))
 
 
 def _undo_directory(change: Change) -> None:

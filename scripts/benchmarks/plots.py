@@ -6,16 +6,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.scenarios import row_title
 from benchmarks.summary import spread
-from benchmarks.table import OURS, RAM_PEERS, SWAP_FILE, title_of
+from benchmarks.table import NATIVE, OURS, RAM_PEERS, SWAP_FILE, title_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.session import ScenarioResult
 
-_SYSTEMS = (OURS, *RAM_PEERS, SWAP_FILE)
-_COLOURS = dict(zip(_SYSTEMS, ("#0072b2", "#d55e00", "#e69f00", "#777777"), strict=True))
+_SYSTEMS = (OURS, *RAM_PEERS, SWAP_FILE, NATIVE)
+_COLOURS = dict(zip(_SYSTEMS, ("#0072b2", "#d55e00", "#e69f00", "#777777", "#009e73"), strict=True))
 _SIZE_PHASES = ("seq_read", "seq_rewrite", "rand_read")
 
 
@@ -36,7 +37,7 @@ def _ratios(pyplot: Any, results: Sequence[ScenarioResult]) -> Any:
             if ratio is None:
                 continue
             error = [[max(0.0, ratio.median - ratio.low)], [max(0.0, ratio.high - ratio.median)]]
-            label = peer if place == 0 else None
+            label = None if peer in axes.get_legend_handles_labels()[1] else peer
             axes.barh(
                 place + (index - (len(peers) - 1) / 2) * height,
                 ratio.median,
@@ -55,28 +56,29 @@ def _ratios(pyplot: Any, results: Sequence[ScenarioResult]) -> Any:
     return figure
 
 
-def _latencies(pyplot: Any, result: ScenarioResult) -> Any:
-    """Which part of random reads took longer than x."""
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for system in _SYSTEMS:
-        counts: dict[int, int] = {}
-        for run in result.outcomes.get(system, {}).values():
-            for bound_ns, count in run.phases.get("rand_read", {}).get("histogram", []):
-                counts[bound_ns] = counts.get(bound_ns, 0) + count
-        total = left = sum(counts.values())
-        points = []
-        for bound_ns in sorted(counts):
-            points.append((bound_ns / 1000, left / total))
-            left -= counts[bound_ns]
-        if points:
-            axes.step(*zip(*points, strict=True), where="post", color=_COLOURS[system], label=system)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("µs")
-    axes.set_ylabel("part of accesses that took at least as long")
-    axes.set_title("random read, one access")
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend()
+def _latencies(pyplot: Any, shown: Sequence[tuple[ScenarioResult, str]]) -> Any:
+    """Which part of the accesses of a phase took longer than x."""
+    figure, all_axes = pyplot.subplots(1, len(shown), figsize=(6 * len(shown), 4.5), squeeze=False)
+    for axes, (result, phase) in zip(all_axes[0], shown, strict=True):
+        for system in _SYSTEMS:
+            counts: dict[int, int] = {}
+            for run in result.outcomes.get(system, {}).values():
+                for bound_ns, count in run.phases.get(phase, {}).get("histogram", []):
+                    counts[bound_ns] = counts.get(bound_ns, 0) + count
+            total = left = sum(counts.values())
+            points = []
+            for bound_ns in sorted(counts):
+                points.append((bound_ns / 1000, left / total))
+                left -= counts[bound_ns]
+            if points:
+                axes.step(*zip(*points, strict=True), where="post", color=_COLOURS[system], label=system)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("µs")
+        axes.set_ylabel("part of accesses that took at least as long")
+        axes.set_title(f"{result.scenario.title}: {row_title(phase)}", fontsize=9)
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.legend()
     return figure
 
 
@@ -113,10 +115,15 @@ def write(results: Sequence[ScenarioResult], directory: str) -> list[str]:
     from matplotlib import pyplot as plt
 
     figures = {"ratios": _ratios(plt, results)}
-    access = next((result for result in results if result.scenario.has_latencies and result.outcomes), None)
-    if access:
-        figures["latency"] = _latencies(plt, access)
-    if any(result.scenario.name.startswith("size-") for result in results):
+    with_latencies = [
+        (result, phase)
+        for result in results
+        for phase, wanted in result.scenario.figures.items()
+        if "p999_ns" in wanted and result.outcomes
+    ]
+    if with_latencies:
+        figures["latency"] = _latencies(plt, with_latencies)
+    if any(result.scenario.name.startswith("size-") and result.outcomes for result in results):
         figures["sizes"] = _sizes(plt, results)
     paths = []
     for name, figure in figures.items():

@@ -10,16 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.execute import ExecuteError
+from benchmarks.execute import ExecuteError, execute
 from benchmarks.summary import Row
-from benchmarks.systems import Outcome, System, Vswapd
+from benchmarks.systems import Outcome, Place, System, Vswapd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from benchmarks.scenarios import Scenario
-
-_LATENCY_FIGURES = ("p50_ns", "p99_ns", "p999_ns")
 
 
 @dataclass
@@ -27,22 +25,50 @@ class ScenarioResult:
     """`outcomes[system][round]`; `total_bytes` is T, of which `pool_bytes` were measured (or estimated)."""
 
     scenario: Scenario
+    memory_bytes: int
     outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     total_bytes: int = 0
     is_estimated: bool = False
+    is_kept: bool = False  # of an earlier run: reported again, not gone on with
+
+    @property
+    def working_set_bytes(self) -> int:
+        """Of the run's M."""
+        return self.scenario.working_set_bytes(self.memory_bytes)
 
     def rows(self) -> list[Row]:
-        """One for each phase, and for one random fault."""
+        """Those of each phase."""
         names = {phase: None for runs in self.outcomes.values() for run in runs.values() for phase in run.phases}
-        rows = [self._row(phase, "ns") for phase in names]
-        if self.scenario.has_latencies and "rand_read" in names:
-            rows += [self._row("rand_read", figure) for figure in _LATENCY_FIGURES]
-        return rows
+        shown = [phase for phase in names if phase not in self.scenario.silent]
+        return [self._row(phase, figure) for phase in shown for figure in self.scenario.figures.get(phase, ("ns",))]
+
+    def round_seconds(self, number: int) -> list[float]:
+        """How long its runs took."""
+        return [runs[number].seconds for runs in self.outcomes.values() if number in runs]
+
+    def has_round(self, system: str, number: int) -> bool:
+        """Whether it was measured."""
+        return number in self.outcomes.get(system, {})
+
+    def add(self, system: str, number: int, outcome: Outcome) -> None:
+        """Keep it; or note that it came to another result than those before."""
+        for phase, fields in outcome.phases.items():
+            for other in (run for runs in self.outcomes.values() for run in runs.values()):
+                expected = other.phases.get(phase, {}).get("digest")
+                if expected is not None and fields.get("digest") != expected:
+                    self.failures.append(f"{self.scenario.name}, round {number + 1}, {system}: wrong result of {phase}")
+                    return
+            if fields.get("wrong"):
+                self.failures.append(f"{self.scenario.name}, round {number + 1}, {system}: wrong data in {phase}")
+                return
+        self.outcomes.setdefault(system, {})[number] = outcome
 
     def _row(self, phase: str, figure: str) -> Row:
         values = {
-            system: {number: run.phases[phase][figure] for number, run in runs.items() if phase in run.phases}
+            system: {
+                number: run.phases[phase][figure] for number, run in runs.items() if figure in run.phases.get(phase, {})
+            }
             for system, runs in self.outcomes.items()
         }
         return Row(self.scenario.name, phase, figure, values)
@@ -77,6 +103,7 @@ class Session:
     def __init__(
         self,
         systems: list[System],
+        place: Place,
         program: str,
         memory_bytes: int,
         *,
@@ -87,35 +114,58 @@ class Session:
         self.systems = systems
         self.memory_bytes = memory_bytes
         self.daemon_bytes = 0
+        self._place = place
         self._program = program
         self._charges_zswap = charges_zswap
         self._on_run = on_run
         self._on_phase = on_phase
 
-    def probe_daemon(self, scenario: Scenario) -> None:
+    def probe_daemon(self) -> None:
         """Learn daemon_bytes before the first limit depends on it: a small run under pressure."""
         for system in self.systems:
             if isinstance(system, Vswapd):
                 small = max(32 << 20, self.memory_bytes // 4)
-                outcome = system.run(scenario.argv(self._program, small), small * 3 // 2, lambda _: None)
-                self.daemon_bytes = outcome.daemon_bytes
+                argv = [self._program, "--mib", str(2 * small >> 20), "access", "fill,seq_read,rand_read:50"]
+                self.daemon_bytes = system.run(argv, small * 3 // 2, lambda _: None).daemon_bytes
+
+    def prepare(self, scenario: Scenario) -> None:
+        """What all runs of an application share. ExecuteError."""
+        if scenario.is_application:
+            self._on_phase("preparing")
+            execute([*self._argv(scenario), "--prepare"], lambda _: None)
+
+    def _argv(self, scenario: Scenario) -> list[str]:
+        return scenario.argv(self._program, self.memory_bytes, self._place.directory)
+
+    def systems_of(self, scenario: Scenario) -> list[System]:
+        """Those that it runs on."""
+        return [
+            system
+            for system in self.systems
+            if (system.name in scenario.systems if scenario.systems else not system.is_unlimited)
+        ]
 
     def run_round(self, result: ScenarioResult, number: int) -> None:
-        """One scenario on every system."""
-        for system in order_of(self.systems, number):
+        """One scenario on every system that has not run it in this round."""
+        for system in order_of(self.systems_of(result.scenario), number):
+            if result.has_round(system.name, number):
+                continue
             self._on_run(result.scenario, number, system)
-            argv = result.scenario.argv(self._program, self.memory_bytes)
+            limit_bytes = self._limit_bytes(system, result)
+            options = result.scenario.vswapd_options
             try:
-                outcome = system.run(argv, self._limit_bytes(system, result), self._on_phase)
+                outcome = system.run(self._argv(result.scenario), limit_bytes, self._on_phase, options)
             except ExecuteError as error:
                 result.failures.append(f"{result.scenario.name}, round {number + 1}, {system.name}: {error}")
                 continue
             self.daemon_bytes = max(self.daemon_bytes, outcome.daemon_bytes)
-            result.outcomes.setdefault(system.name, {})[number] = outcome
+            result.add(system.name, number, outcome)
 
     def _limit_bytes(self, system: System, result: ScenarioResult) -> int:
+        if system.is_unlimited:
+            return 0
         if system.is_ram and not (system.name == "zswap" and self._charges_zswap):
-            return self.memory_bytes
+            return result.scenario.limit_bytes(self.memory_bytes)
         self._set_total(result)
         if isinstance(system, Vswapd):
             return result.total_bytes - self.daemon_bytes
@@ -129,7 +179,16 @@ class Session:
         measured = [pool for pool in pools if pool > 0]
         result.is_estimated = not measured
         pool = min(measured) if measured else result.scenario.estimated_pool_bytes(self.memory_bytes)
-        result.total_bytes = self.memory_bytes + pool
+        result.total_bytes = result.scenario.limit_bytes(self.memory_bytes) + pool
+
+
+def from_json(result: ScenarioResult, document: dict[str, Any]) -> None:
+    """Put back what as_json() wrote; failures are tried again."""
+    result.total_bytes = document["total_bytes"]
+    result.is_estimated = document["is_total_estimated"]
+    for run in document["runs"]:
+        fields = {name: value for name, value in run.items() if name not in ("system", "round")}
+        result.outcomes.setdefault(run["system"], {})[run["round"]] = Outcome(**fields)
 
 
 def as_json(results: list[ScenarioResult]) -> list[dict[str, Any]]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.execute import execute
+from benchmarks.execute import ExecuteError, execute
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from benchmarks.cgroup import Cgroup
     from benchmarks.journal import Change, Journal
@@ -30,7 +31,7 @@ _PRIORITY = 32767  # above whatever swap the machine has
 @dataclass
 class Outcome:
     """One run. `pool_bytes`: most the system kept in RAM beside the limit it was given; `inside_bytes`: most that
-    was charged to that limit.
+    was charged to its cgroup, which for vswapd is all that there is, its daemon too.
     """
 
     phases: dict[str, dict[str, Any]]
@@ -50,6 +51,7 @@ class Place:
     cgroup: Cgroup
     directory: str
     swap_bytes: int
+    run_seconds_max: float = math.inf
 
 
 class System:
@@ -57,6 +59,7 @@ class System:
 
     name: ClassVar[str]
     is_ram: ClassVar[bool] = False
+    is_unlimited: ClassVar[bool] = False  # nothing to compare with under a limit
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -70,9 +73,29 @@ class System:
         """Its settings, for the table's footnotes."""
         raise NotImplementedError
 
-    def run(self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None]) -> Outcome:
-        """Run a command. ExecuteError."""
+    def run(
+        self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None], options: Sequence[str] = ()
+    ) -> Outcome:
+        """Run a command. `options`: of vswapctl run, for whom it may concern. ExecuteError."""
         raise NotImplementedError
+
+
+class Native(System):
+    """No limit, and nothing is swapped."""
+
+    name = "native"
+    is_unlimited = True
+
+    def describe(self) -> str:
+        """As the base class says."""
+        return "no limit and no swap, for what fits in memory"
+
+    def run(
+        self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None], options: Sequence[str] = ()
+    ) -> Outcome:
+        """As the base class says."""
+        phases, seconds = execute(argv, on_phase, self.place.run_seconds_max)
+        return Outcome(phases, 0, seconds=seconds)
 
 
 # ---- kernel ----
@@ -133,16 +156,21 @@ class _KernelSystem(System):
     def after(self, outcome: Outcome) -> None:
         """Just after it ended: measure."""
 
-    def run(self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None]) -> Outcome:
+    def run(
+        self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None], options: Sequence[str] = ()
+    ) -> Outcome:
         """As the base class says."""
         cgroup = self.place.cgroup
-        cgroup.drop_caches()
-        cgroup.set_limit(limit_bytes)
-        cgroup.reset_peak()
+        cgroup.begin(limit_bytes)
         with _parameters(self.place.journal, self.parameters()), _swapped_on(self.place.journal, self.swap_area()):
             self.before()
+            killed_before = cgroup.kill_count()
             try:
-                phases, seconds = execute(cgroup.command(argv), on_phase)
+                phases, seconds = execute(cgroup.command(argv), on_phase, self.place.run_seconds_max)
+            except ExecuteError as error:
+                if cgroup.kill_count() > killed_before:
+                    raise ExecuteError(f"the kernel found no memory in its cgroup and killed it; {error}") from None
+                raise
             finally:
                 outcome = Outcome({}, limit_bytes, inside_bytes=cgroup.peak_bytes())
                 self.after(outcome)
@@ -320,20 +348,26 @@ class Vswapd(System):
     def describe(self) -> str:
         """As the base class says."""
         spill = "" if any("spill" in option for option in self._options) else ", its usual spill file in /var/tmp"
-        return " ".join(["vswapctl run --private", *self._options]) + spill
+        counted = "; peak: of all, its daemon too, in a cgroup without a limit"
+        return " ".join(["vswapctl run --private", *self._options]) + spill + counted
 
-    def run(self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None]) -> Outcome:
+    def run(
+        self, argv: list[str], limit_bytes: int, on_phase: Callable[[str], None], options: Sequence[str] = ()
+    ) -> Outcome:
         """As the base class says."""
+        cgroup = self.place.cgroup
+        cgroup.begin(None)
         stats = os.path.join(self.place.directory, "stats.json")
         prefix = [self._vswapctl, "run", "--private", "--limit", str(limit_bytes), "--stats", stats]
-        phases, seconds = execute([*prefix, *self._options, "--", *argv], on_phase)
+        command = cgroup.command([*prefix, *self._options, *options, "--", *argv])
+        phases, seconds = execute(command, on_phase, self.place.run_seconds_max)
         with open(stats) as file:
             status = json.load(file)
         os.unlink(stats)
         return Outcome(
             phases,
             limit_bytes,
-            inside_bytes=status["run"]["usage_bytes_max"],
+            inside_bytes=cgroup.peak_bytes(),
             daemon_bytes=status["daemon_bytes"],
             seconds=seconds,
             details={"counters": status["counters"], "latency_us": status["latency_us"], "run": status["run"]},
@@ -341,4 +375,4 @@ class Vswapd(System):
 
 
 KERNEL_SYSTEMS: tuple[type[System], ...] = (Zram, Zswap, SwapFile)
-NAMES = (*(system.name for system in KERNEL_SYSTEMS), Vswapd.name)
+NAMES = (*(system.name for system in KERNEL_SYSTEMS), Vswapd.name, Native.name)

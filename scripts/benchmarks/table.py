@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""table — the report for a terminal or a text file."""
+"""table — the report, for a terminal of 80 columns or a text file.
+
+Each scenario has two tables of columns that never grow: times, then ratios with the goals. Who had how much memory
+stands above them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.scenarios import row_title
-from benchmarks.summary import goal_of, spread
+from benchmarks.summary import Goal, goal_of, spread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,125 +25,182 @@ if TYPE_CHECKING:
 OURS = "vswapd"
 RAM_PEERS = ["zram-lz4", "zswap"]
 SWAP_FILE = "swap-file"
+NATIVE = "native"
 _MIB = 1 << 20
-_UNITS = {"usemem": "a page", "fork": "a child", "munmap": "a page", "exit": "a page"}
-_FIGURES = {"p50_ns": "one random fault, p50", "p99_ns": "one random fault, p99", "p999_ns": "one random fault, p999"}
+_TITLE_WIDTH = 22
+_TIME_WIDTH = 13
+_PEER_WIDTH = 5
+_RATIO_WIDTH = 14
+_GOAL_WIDTH = 7
+_FIGURES = {
+    "p50_ns": "p50",
+    "p99_ns": "p99",
+    "p999_ns": "p999",
+    "request_p99_ns": "p99",
+    "user_ns": "user time",
+    "system_ns": "system time",
+}
 
 
 def title_of(row: Row) -> str:
-    """'random read', 'one random fault, p50'"""
-    return _FIGURES.get(row.figure, row_title(row.phase))
+    """'random read', 'random read, p50'"""
+    title = row_title(row.phase)
+    return f"{title}, {_FIGURES[row.figure]}" if row.figure in _FIGURES else title
+
+
+# ---- cells ----
+
+
+def format_time(nanoseconds: float) -> str:
+    """'7.21 µs'"""
+    value, unit = nanoseconds / 1000, "µs"
+    for larger in ("ms", "s"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    digits = 3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} {unit}"
 
 
 def _time(value: Spread | None) -> str:
-    """'7.2 (6.9–8.0)', in microseconds."""
+    """'7.21 µs ±12%': the median, and how far the interval reaches at most."""
     if value is None:
         return "–"
-    median, low, high = value.median / 1000, value.low / 1000, value.high / 1000
-    digits = 3 if median < 0.1 else 2 if median < 10 else 1 if median < 100 else 0
-    beside = f" ({low:,.{digits}f}–{high:,.{digits}f})" if value.count > 1 else ""
-    return f"{median:,.{digits}f}{beside}"
+    if value.count < 2 or value.median <= 0:
+        return format_time(value.median)
+    reach = max(value.high - value.median, value.median - value.low) / value.median
+    beside = f"{reach:.0%}" if reach < 9.995 else f"{reach:.0f}×" if reach < 99 else ">99×"
+    return f"{format_time(value.median)} ±{beside}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _ratio(value: Spread | None) -> str:
+    """'3.50 3.25–3.60'"""
     if value is None:
         return "–"
-    beside = f" ({value.low:.2f}–{value.high:.2f})" if value.count > 1 else ""
-    return f"{value.median:.2f}{beside}"
+    beside = f" {_number(value.low)}–{_number(value.high)}" if value.count > 1 else ""
+    return f"{_number(value.median)}{beside}"
 
 
-def _verdict(value: Spread | None, goal: float | None) -> Text:
+def verdict(value: Spread | None, goal: float | None) -> str:
+    """'5 ✓', '5 ✗', or '5 ✗✗': slower than the peer, the whole interval says so."""
     if value is None or goal is None:
-        return Text("")
+        return ""
     if value.median >= goal:
-        return Text(f"{goal:g} ✓", style="green")
-    # Worse than the peer only when the whole interval says so.
-    return Text(f"{goal:g} ✗", style="bold red" if value.high < 1 else "yellow")
+        return f"{goal:g} ✓"
+    return f"{goal:g} ✗✗" if value.high < 1 else f"{goal:g} ✗"
 
 
-def _systems(results: Sequence[ScenarioResult]) -> list[str]:
-    present = {system for result in results for system in result.outcomes}
-    return [name for name in (OURS, *RAM_PEERS, SWAP_FILE) if name in present]
+def _styled(text: str) -> Text:
+    style = "bold red" if text.endswith("✗✗") else "yellow" if text.endswith("✗") else "green"
+    return Text(text, style=style)
 
 
-def memory_table(results: Sequence[ScenarioResult], memory_bytes: int) -> Table:
-    """Who had how much memory."""
-    table = Table(title="memory in MiB: limit + pool beside it (most that was charged to the limit)")
-    table.add_column("scenario", no_wrap=True)
-    for name in ("rounds", "working set", "T"):
-        table.add_column(name, justify="right")
-    systems = _systems(results)
-    for system in systems:
-        table.add_column(system, justify="right")
-    for result in results:
-        cells = []
-        for system in systems:
-            runs = list(result.outcomes.get(system, {}).values())
-            if not runs:
-                cells.append("–")
-                continue
-            inside = max(run.inside_bytes for run in runs)
-            beside = result.daemon_bytes() if system == OURS else result.pool_bytes(system)
-            plus = f" + {beside / _MIB:.0f}" if beside else ""
-            cells.append(f"{runs[0].limit_bytes / _MIB:.0f}{plus} ({inside / _MIB:.0f})")
-        total = f"{result.total_bytes / _MIB:.0f}{'*' if result.is_estimated else ''}"
-        working_set = result.scenario.working_set_bytes(memory_bytes) / _MIB
-        table.add_row(result.scenario.title, str(result.rounds), f"{working_set:.0f}", total, *cells)
-    if any(result.is_estimated for result in results):
-        table.caption = "* estimated: no peer ran whose pool could be measured"
+# ---- tables of a scenario ----
+
+
+def _systems(result: ScenarioResult) -> list[str]:
+    return [name for name in (NATIVE, *RAM_PEERS, SWAP_FILE, OURS) if name in result.outcomes]
+
+
+def _table(columns: Sequence[tuple[str, int]]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, (title, width) in enumerate(columns):
+        table.add_column(title, width=width, no_wrap=True, justify="left" if index == 0 else "right")
     return table
 
 
-def time_table(results: Sequence[ScenarioResult]) -> Table:
-    """Medians and intervals."""
-    table = Table(title="µs per page access, child or page freed: median (interval)")
-    table.add_column("phase", no_wrap=True)
-    systems = _systems(results)
-    for system in systems:
-        table.add_column(system, justify="right", no_wrap=True)
-    for result in results:
-        table.add_section()
-        table.add_row(Text(result.scenario.title, style="bold"))
-        for row in result.rows():
-            unit = f", {_UNITS[row.phase]}" if row.phase in _UNITS else ""
-            values = [_time(spread(list(row.values.get(system, {}).values()))) for system in systems]
-            table.add_row(f"  {title_of(row)}{unit}", *values)
+def _bytes_over(result: ScenarioResult) -> int:
+    """What vswapd took beyond T, and more than a fiftieth of it, in its worst round."""
+    runs = result.outcomes.get(OURS, {}).values()
+    over = max((run.inside_bytes for run in runs), default=0) - result.total_bytes
+    return over if over > result.total_bytes // 50 else 0
+
+
+def memory_line(result: ScenarioResult) -> str:
+    """Who had how much."""
+    parts = []
+    for system in _systems(result):
+        runs = list(result.outcomes[system].values())
+        if system == NATIVE:
+            continue
+        beside = result.daemon_bytes() if system == OURS else result.pool_bytes(system)
+        plus = f" + {'daemon' if system == OURS else 'pool'} {beside / _MIB:.0f}" if beside else ""
+        inside = max(run.inside_bytes for run in runs) / _MIB
+        parts.append(f"{system} {runs[0].limit_bytes / _MIB:.0f}{plus} (peak {inside:.0f})")
+    estimated = ", estimated: no peer ran whose pool could be measured" if result.is_estimated else ""
+    total = f"T = {result.total_bytes / _MIB:.0f}{estimated}; " if result.total_bytes else ""
+    if (over := _bytes_over(result)) > 0:
+        parts.append(f"which is {over / _MIB:.0f} MORE than T")
+    return f"MiB: working set {result.working_set_bytes / _MIB:.0f}; {total}limits: {', '.join(parts)}"
+
+
+def time_table(result: ScenarioResult) -> Table:
+    """Medians, and how far their intervals reach."""
+    systems = _systems(result)
+    table = _table([(result.scenario.unit, _TITLE_WIDTH), *((system, _TIME_WIDTH) for system in systems)])
+    for row in result.rows():
+        table.add_row(title_of(row), *(_time(spread(list(row.values.get(system, {}).values()))) for system in systems))
     return table
 
 
-def ratio_table(results: Sequence[ScenarioResult]) -> Table:
+def ratio_table(result: ScenarioResult) -> Table:
     """How many times faster than each peer, and the goals."""
-    table = Table(title="times faster than …: median of paired rounds (interval); 1 is equal, less is slower")
-    table.add_column("phase", no_wrap=True)
-    peers = [name for name in _systems(results) if name != OURS]
-    ram_peers = [name for name in peers if name in RAM_PEERS]
-    for peer in peers:
-        table.add_column(peer, justify="right", no_wrap=True)
-    table.add_column("better of RAM", justify="right", no_wrap=True)
-    table.add_column("goal", no_wrap=True)
-    table.add_column("goal, file", no_wrap=True)
-    for result in results:
-        table.add_section()
-        table.add_row(Text(result.scenario.title, style="bold"))
-        for row in result.rows():
+    ram_peers = [name for name in RAM_PEERS if name in result.outcomes]
+    columns = [("times faster than", _TITLE_WIDTH)]
+    columns += [(name.partition("-")[0], _PEER_WIDTH) for name in ram_peers]
+    columns += [("better of them", _RATIO_WIDTH), ("goal", _GOAL_WIDTH)] if ram_peers else []
+    others = [name for name in (SWAP_FILE, NATIVE) if name in result.outcomes]
+    columns += [column for name in others for column in ((name, _RATIO_WIDTH), ("goal", _GOAL_WIDTH))]
+    table = _table(columns)
+    for row in result.rows():
+        goal = goal_of(row.scenario, row.phase, row.figure)
+        cells: list[str | Text] = [title_of(row)]
+        for peer in ram_peers:
+            ratio = row.ratio_to(peer, OURS)
+            cells.append(_number(ratio.median) if ratio else "–")
+        if ram_peers:
             better = row.ratio_to_best(ram_peers, OURS)
-            goal = goal_of(row.scenario, row.phase, row.figure)
-            table.add_row(
-                f"  {title_of(row)}",
-                *[_ratio(row.ratio_to(peer, OURS)) for peer in peers],
-                _ratio(better),
-                _verdict(better, goal.ram),
-                _verdict(row.ratio_to(SWAP_FILE, OURS), goal.swap_file),
-            )
+            cells += [_ratio(better), _styled(verdict(better, goal.ram))]
+        for name in others:
+            ratio = row.ratio_to(name, OURS)
+            cells += [_ratio(ratio), _styled(verdict(ratio, goal.swap_file if name == SWAP_FILE else goal.native))]
+        table.add_row(*cells)
     return table
 
 
-def report(results: Sequence[ScenarioResult], memory_bytes: int, notes: Sequence[str]) -> Group:
+def _absolute(result: ScenarioResult) -> list[Text]:
+    """Goals that are times."""
+    lines = []
+    for row in result.rows():
+        goal: Goal = goal_of(row.scenario, row.phase, row.figure)
+        found = spread(list(row.values.get(OURS, {}).values()))
+        if goal.most_ns is not None and found is not None:
+            mark = "✓" if found.median <= goal.most_ns else "✗"
+            lines.append(_styled(f"{title_of(row)}: {_time(found)}, at most {format_time(goal.most_ns)} {mark}"))
+    return lines
+
+
+def scenario_report(result: ScenarioResult) -> list[object]:
+    """Heading, memory, both tables."""
+    rounds = f"{result.rounds} round{'s' if result.rounds > 1 else ''}"
+    parts: list[object] = [
+        Text(f"\n{result.scenario.title} ({result.scenario.name}, {rounds})", style="bold"),
+        Text(memory_line(result), style="dim"),
+        time_table(result),
+    ]
+    if OURS in result.outcomes and len(result.outcomes) > 1:
+        parts.append(ratio_table(result))
+    return [*parts, *_absolute(result)]
+
+
+def report(results: Sequence[ScenarioResult], notes: Sequence[str]) -> Group:
     """All tables, what failed, and what was set."""
-    done = [result for result in results if result.outcomes]
-    parts: list[object] = [memory_table(done, memory_bytes), time_table(done)]
-    if any(OURS in result.outcomes for result in done):
-        parts.append(ratio_table(done))
+    parts = [part for result in results if result.outcomes for part in scenario_report(result)]
+    parts.append(Text(""))
     parts += [Text(f"FAILED {failure}", style="bold red") for result in results for failure in result.failures]
     parts += [Text(f"· {note}") for note in notes]
     return Group(*parts)  # type: ignore[arg-type]

@@ -4,13 +4,15 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES [--encrypt]] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--detach-every MS] [--commands] [--fail NAME:N:ERRNO[:all]]... [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
+ *         [--detach-every MS] [--commands] [--synthetic-slots N] [--fail NAME:N:ERRNO[:all]]...
+ *         [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
  * A whole control plane in one thread: a socket, the handshake of wire.h, a group, nothing else. It is
  * what the sanitizers run, and what to put under a profiler. --drain-every: a second backend on the same
  * file system, and every so often the older of the two is compacted, drained and replaced. --detach-every: so
- * often one of the clients is detached. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
+ * often one of the clients is detached. --synthetic-slots: beside the command there is a region of so many same-filled pages, which
+ * nobody has written: only its slots are set. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
@@ -39,6 +41,7 @@
 
 #include "crash_point.h"
 #include "drive_commands.h"
+#include "drive_synthetic.h"
 #include "engine.h"
 #include "fault_point.h"
 #include "supervise.h"
@@ -305,7 +308,7 @@ static void page_as_asked(pid_t command)
 
 struct options {
 	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, slow_arm_ms, drain_every_ms,
-		detach_every_ms;
+		detach_every_ms, synthetic_slots;
 	const char *library, *crash;
 	char *spill;
 	int torture, stats, commands;
@@ -426,6 +429,9 @@ static pid_t start_command(const struct options *options, const char *socket_pat
 	pid = fork();
 	if (pid != 0)
 		return pid;
+	/* These take a while, and then somebody is to be there. */
+	while (options->synthetic_slots && !__atomic_load_n(&shared->serving_us, __ATOMIC_ACQUIRE))
+		usleep(1000);
 	execvp(options->command[0], options->command);
 	perror(options->command[0]);
 	_exit(127);
@@ -502,8 +508,8 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "torture", 0, 0, 't' }, { "lib", 1, 0, 'L' }, { "pageout-every", 1, 0, 'P' },
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
-		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' }, { "detach-every", 1, 0, 'e' },
-		{ "encrypt", 0, 0, 'E' }, { 0, 0, 0, 0 } };
+		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' },
+		{ "detach-every", 1, 0, 'e' }, { "synthetic-slots", 1, 0, 'y' }, { "encrypt", 0, 0, 'E' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -525,6 +531,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'd': options->drain_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'e': options->detach_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'm': options->commands = 1; break;
+		case 'y': options->synthetic_slots = strtoull(optarg, NULL, 0); break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
 		}
@@ -566,6 +573,8 @@ static int run_daemon(const struct options *options, const struct engine_config 
 					    options->torture ? ENGINE_GROUP_TORTURE : 0);
 		if (options->spill)
 			spill_must(add_spill(0, 0));
+		if (options->synthetic_slots)
+			drive_add_synthetic_slots(engine, options->synthetic_slots);
 	}
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cgroup import CgroupError, find_hierarchy
+from benchmarks.cgroup import Cgroup, CgroupError, Hierarchy, find_hierarchy
 from benchmarks.journal import Journal, JournalError, read, restore
 
 
@@ -155,3 +155,20 @@ def test_version_2(tmp_path: Path) -> None:
 def test_neither(tmp_path: Path) -> None:
     with pytest.raises(CgroupError):
         find_hierarchy(machine(tmp_path, "proc /proc proc rw 0 0\n", "0::/\n"))
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "expected"), [(1, None, "-1"), (1, 7, "7"), (2, None, "max"), (2, 7, "7")]
+)
+def test_a_run_begins_with_a_limit_and_no_past(
+    tmp_path: Path, path: str, version: int, limit: int | None, expected: str
+) -> None:
+    (tmp_path / "cgroup.subtree_control").write_text("memory\n")
+    with Journal(path) as journal:
+        group = Cgroup(Hierarchy(version, str(tmp_path), "/"), journal, "bench")
+        group.begin(limit)
+        made = {file.name: file.read_text() for file in Path(group.path).iterdir()}
+        assert made["memory.limit_in_bytes" if version == 1 else "memory.max"] == expected
+        assert ("memory.force_empty" in made) == (version == 1)
+        for file in Path(group.path).iterdir():
+            file.unlink()  # the kernel's go with their group
