@@ -10,8 +10,16 @@
 #define PSS_INTERVAL_NS 5000000ULL
 #define PSS_COST_MIN 4u /* times what a reading took, while there is growth that no fault told of */
 #define PSS_COST_MAX 16u /* without */
+#define PSS_COST_PART 4u /* of a whole round: many relatives are read more rarely, or readings would be all that is done */
 #define PSS_GROWTH_BYTES (256ULL << 10)
 #define ALONE_PART 64u /* Pss and resident size are not read in the same moment */
+
+/* Each client that is due has all of its group read, so the time until then follows what all of that takes. */
+static uint64_t round_cost_ns(struct group *group, uint64_t cost_ns)
+{
+	group->pss_round_ns += cost_ns;
+	return max_of(cost_ns, max_of(group->pss_round_ns, group->pss_round_before_ns) / PSS_COST_PART);
+}
 
 /* Growth since the last reading that neither statm nor a fault has told of. */
 static void note_growth(struct client *client, int64_t pages, uint64_t cost_ns)
@@ -20,7 +28,8 @@ static void note_growth(struct client *client, int64_t pages, uint64_t cost_ns)
 		client->pss_cost_factor = PSS_COST_MIN;
 	else
 		client->pss_cost_factor = min_of(max_of(client->pss_cost_factor * 2, PSS_COST_MIN), PSS_COST_MAX);
-	client->pss_next_ns = sys_now_ns() + PSS_INTERVAL_NS + cost_ns * client->pss_cost_factor;
+	client->pss_next_ns = sys_now_ns() + PSS_INTERVAL_NS +
+			      round_cost_ns(client->group, cost_ns) * client->pss_cost_factor;
 }
 
 static void read_pss(struct client *client, uint64_t resident)
@@ -45,12 +54,16 @@ static void read_pss(struct client *client, uint64_t resident)
 /* A copy counts half with each of two relatives: one is read with the other. */
 static bool is_reading_due(struct client *client)
 {
+	struct group *group = client->group;
 	bool due = sys_now_ns() >= client->pss_next_ns;
 
-	if (due && client->pss_round == client->group->pss_round)
-		client->group->pss_round++;
-	due |= client->pss_round != client->group->pss_round;
-	client->pss_round = client->group->pss_round;
+	if (due && client->pss_round == group->pss_round) {
+		group->pss_round++;
+		group->pss_round_before_ns = group->pss_round_ns;
+		group->pss_round_ns = 0;
+	}
+	due |= client->pss_round != group->pss_round;
+	client->pss_round = group->pss_round;
 	return due;
 }
 

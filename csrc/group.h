@@ -49,7 +49,9 @@ struct group {
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */
 	uint64_t stuck_since_ns;   /* reclaim finds nothing since then; 0: it does */
-	uint64_t pss_round;        /* of readings of Pss (cow.c); the look thread's */
+	/* Of readings of Pss (cow.c); the look thread's. A round is one reading of each client that has relatives. */
+	uint64_t pss_round;
+	uint64_t pss_round_ns, pss_round_before_ns; /* what this round took so far, and the one before */
 	bool kept_exhausted;       /* the last evictor at the cap found no kept copy to give up */
 	uint32_t stream_percent;   /* recent faults that were part of a stream, smoothed, 0..100 */
 };

@@ -319,19 +319,24 @@ static uint64_t interval_ms(const struct group *group)
 	return max_of(min_of(ms, (uint64_t)LOOK_MS_MAX), (uint64_t)LOOK_MS_MIN);
 }
 
+/* Once over the clients, once over the groups: there may be a thousand of either, and this is done at every look. */
 static void note_maxima(struct engine *engine)
 {
+	uint64_t swapped[GROUPS_MAX] = { 0 };
+
 	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < engine->clients_end; i++) {
+		const struct client *client = engine->clients[i];
+
+		if (client)
+			swapped[client->group->number] += slot_map_swapped_pages(&client->record->map);
+	}
 	for (unsigned g = 0; g < GROUPS_MAX; g++) {
 		struct group *group = engine->groups[g];
-		uint64_t swapped = 0;
 
 		if (!group)
 			continue;
-		for (unsigned i = 0; i < engine->clients_end; i++)
-			if (engine->clients[i] && engine->clients[i]->group == group)
-				swapped += slot_map_swapped_pages(&engine->clients[i]->record->map);
-		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped);
+		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped[g]);
 		engine->state->groups[g].swapped_pages_max = group->swapped_pages_max;
 		engine->state->groups[g].usage_bytes_max = READ_ONCE(group->usage_bytes_max);
 		engine->state->groups[g].faults = READ_ONCE(group->faults);
