@@ -283,8 +283,9 @@ def _run_rounds(options: argparse.Namespace, session: Session, results: list[Sce
             if not may_be_late and before - started + seconds_of[index] > options.seconds_max:
                 continue
             if index not in prepared:
-                session.prepare(result.scenario)
                 prepared.add(index)
+                if not session.prepare(result):
+                    continue
                 before = time.monotonic()
             session.run_round(result, number)
             seconds_of[index] = time.monotonic() - before

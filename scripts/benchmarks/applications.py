@@ -330,7 +330,9 @@ def _fetch_source(directory: str) -> str:
     installed = glob.glob("/usr/src/binutils/binutils-*.tar.xz")
     if installed:
         return installed[0]
-    subprocess.run(["apt-get", "-q", "download", "binutils-source"], cwd=directory, check=True, capture_output=True)
+    download = ["apt-get", "-q", "download", "binutils-source"]
+    if subprocess.run(download, cwd=directory, check=False, capture_output=True).returncode != 0:
+        raise SystemExit("no C sources to compile: apt-get install binutils-source")
     package = glob.glob(os.path.join(directory, "binutils-source_*.deb"))[0]
     subprocess.run(["dpkg", "-x", package, "package"], cwd=directory, check=True)
     return glob.glob(os.path.join(directory, "package/usr/src/binutils/binutils-*.tar.xz"))[0]

@@ -30,7 +30,7 @@ class ScenarioResult:
     failures: list[str] = field(default_factory=list)
     total_bytes: int = 0
     is_estimated: bool = False
-    is_kept: bool = False  # of an earlier run: reported again, not gone on with
+    is_kept: bool = False  # reported, not gone on with
 
     @property
     def working_set_bytes(self) -> int:
@@ -128,11 +128,18 @@ class Session:
                 argv = [self._program, "--mib", str(2 * small >> 20), "access", "fill,seq_read,rand_read:50"]
                 self.daemon_bytes = system.run(argv, small * 3 // 2, lambda _: None).daemon_bytes
 
-    def prepare(self, scenario: Scenario) -> None:
-        """What all runs of an application share. ExecuteError."""
-        if scenario.is_application:
-            self._on_phase("preparing")
-            execute([*self._argv(scenario), "--prepare"], lambda _: None)
+    def prepare(self, result: ScenarioResult) -> bool:
+        """What all runs of an application share; False when it cannot be had, which is a failure of the scenario."""
+        if not result.scenario.is_application:
+            return True
+        self._on_phase("preparing")
+        try:
+            execute([*self._argv(result.scenario), "--prepare"], lambda _: None)
+        except ExecuteError as error:
+            result.failures.append(f"{result.scenario.name} cannot be prepared: {error}")
+            result.is_kept = True
+            return False
+        return True
 
     def _argv(self, scenario: Scenario) -> list[str]:
         return scenario.argv(self._program, self.memory_bytes, self._place.directory)
