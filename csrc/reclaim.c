@@ -8,8 +8,8 @@
  * which for memory that was filled in order is first in, first out.
  *
  * When a pool is at its cap, room comes from the writer (writeback.c) if the group may spill, else
- * from kept copies. When nothing gives room for OUT_OF_MEMORY_NS while faults wait, the group is out
- * of memory: its largest member is killed, and nobody else's.
+ * from kept copies. When nothing gives room for OUT_OF_MEMORY_NS while faults wait, or metadata takes
+ * nearly all of the limit, the group is out of memory: its largest member is killed, and nobody else's.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,6 +27,7 @@
 #define BATCHES_A_TURN_SHARED 2 /* one makes pages the client's own, the next takes them */
 #define DROP_PAGES 64 /* kept copies given up in one go */
 #define CLIENTS_A_TURN 16
+#define CROWDED_PARTS 8 /* metadata may take all of these parts of a limit but one */
 #define TURN_NS 50000000ULL /* of one group: clients that answer slowly cost others no more than this */
 
 /* ---- choosing ---- */
@@ -131,6 +132,14 @@ void reclaim_kill_largest(struct engine *engine, struct group *group)
 	client_put(client);
 }
 
+/* What its metadata leaves for pages is so little that they only change places: that goes on for ever. */
+static bool is_crowded(const struct group *group)
+{
+	uint64_t metadata = (uint64_t)max_of(READ_ONCE(group->metadata_bytes), (int64_t)0);
+
+	return metadata > READ_ONCE(group->limit_bytes) / CROWDED_PARTS * (CROWDED_PARTS - 1);
+}
+
 /* Nothing gave room in a whole turn: remember since when, and end it after a while. */
 static void note_stuck(struct engine *engine, struct group *group, bool progress)
 {
@@ -140,7 +149,7 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 
 	uint64_t since = READ_ONCE(group->stuck_since_ns);
 
-	if (progress || !starving) {
+	if (!is_crowded(group) && (progress || !starving)) {
 		WRITE_ONCE(group->stuck_since_ns, 0);
 	} else if (since == 0) {
 		WRITE_ONCE(group->stuck_since_ns, now);

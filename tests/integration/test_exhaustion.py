@@ -87,6 +87,20 @@ def test_full_backend_ends_the_group_that_wants_more(
         assert control.status()["counters"]["out_of_memory_kills"] == 1
 
 
+def test_metadata_counts_and_ends_its_group(daemon: DaemonProcess, verify_memory: str) -> None:
+    """Zeros cost no byte but what says that they are zeros: of enough of them that alone is the limit."""
+    neighbour = _run(daemon, "24M", verify_memory, "--mib", "32", "--kind", "text", "--seconds", "6")
+    greedy = _run(daemon, "16M", verify_memory, "--mib", "6144", "--kind", "zeros", "--passes", "1")
+    try:
+        _assert_out_of_memory(greedy, "16 MiB")
+        status, said = _end(neighbour)
+        assert status == 0, said
+    finally:
+        for command in (greedy, neighbour):
+            command.kill()
+            command.wait()
+
+
 # ---- descriptors ----
 
 
