@@ -190,10 +190,18 @@ class TopApp(App[str | None]):
 
     # ---- what is shown ----
 
+    def _is_closing(self) -> bool:
+        """A thread may have asked for something to be shown just before the end."""
+        return not self._main.children
+
     def _say(self, text: str) -> None:
+        if self._is_closing():
+            return
         self._main.query_one("#message", Static).update(text)
 
     def _show(self, document: Document, now: float) -> None:
+        if self._is_closing():
+            return
         seconds = now - self._before_at if self._before else 0.0
         shown = view.with_rates(document, self._before, seconds)
         self._limits = {group["name"]: group["limit_bytes"] for group in shown["groups"]}
