@@ -18,8 +18,9 @@
  *            kernel's EBUSY keeps it away, until the program closes its descriptor or unregisters: then it is ours again
  * Deaths     the request is in the ring: a successor begins anew, and each step may be done twice. Until 5 the client
  *            waits; of a range that is unregistered nothing is out
- * Failures   -ENOMEM when it does not fit into the limit, as what a program has registered cannot be evicted. The range
- *            is then as before, once a look has found it
+ * Failures   -ENOMEM when it does not fit into the limit, as what a program has registered cannot be evicted: at once when
+ *            all of it is larger, else when evictors have made no progress for a second. The range is then as before,
+ *            once a look has found it
  * Limits     a program in which another thread moves memory of ours into the range (mremap) in the moment between the
  *            last look for events and UNREGISTER gets it back under our watch at once, but may have read zeros there.
  * Threads    one for each request, one request of a client at a time.

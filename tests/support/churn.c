@@ -226,7 +226,7 @@ static void operate(struct worker *w)
 	if ((what >= 930 && what < 960 && strchr(without, 'd')) ||
 	    (what >= 960 && what < 970 && strchr(without, 'u')) ||
 	    (what >= 970 && what < 985 && strchr(without, 'r')) ||
-	    (what >= 985 && what < 993 && strchr(without, 'p')) || (what >= 993 && what < 995 && strchr(without, 'o')))
+	    (what >= 985 && what < 991 && strchr(without, 'p')) || (what >= 991 && what < 995 && strchr(without, 'o')))
 		return;
 	if (what < 350) {
 		for (uint32_t i = 0; i < count; i++)
@@ -245,7 +245,7 @@ static void operate(struct worker *w)
 		b->base = map(b->pages);
 	} else if (what < 985) {
 		remap(w, b);
-	} else if (what < 993) {
+	} else if (what < 991) {
 		mprotect(b->base + n * PAGE, count * PAGE, PROT_READ);
 		verify(w, b, n, "read-only");
 		mprotect(b->base + n * PAGE, count * PAGE, PROT_READ | PROT_WRITE);
