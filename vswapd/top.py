@@ -108,6 +108,9 @@ class RecordTable(DataTable[str]):
             self.move_cursor(row=names.index(chosen[self._name_key]))
 
 
+_PARTS = "#summary, #tiers, #latency, #groups, #clients, #backends, #message"  # of the main screen
+
+
 class TopApp(App[str | None]):
     """The whole screen. Returns why it ended when that was not the user's wish."""
 
@@ -191,8 +194,8 @@ class TopApp(App[str | None]):
     # ---- what is shown ----
 
     def _is_closing(self) -> bool:
-        """A thread may have asked for something to be shown just before the end."""
-        return not self._main.children
+        """A thread may have asked for something to be shown just before the end, when parts are missing already."""
+        return len(self._main.query(_PARTS)) < _PARTS.count("#")
 
     def _say(self, text: str) -> None:
         if self._is_closing():
