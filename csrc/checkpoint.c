@@ -3,8 +3,8 @@
 #include "checkpoint.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "base.h"
 #include "engine_internal.h"
@@ -129,10 +129,8 @@ enum step checkpoint_step(struct client *client)
 	return STEP_FRESH;
 }
 
-void checkpoint_discard(struct state *state, int state_fd, unsigned client_index)
+void checkpoint_discard(struct state *state, unsigned client_index)
 {
-	off_t offset = (const char *)state_checkpoints(state, client_index) - (const char *)state;
-
-	/* Of the file, for the mapping is locked. Refused, it is merely not given back. */
-	(void)fallocate(state_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, 2 * sizeof(struct checkpoint));
+	/* Only tmpfs without memory could refuse, and then what is there is merely not given back. */
+	(void)madvise(state_checkpoints(state, client_index), 2 * sizeof(struct checkpoint), MADV_REMOVE);
 }

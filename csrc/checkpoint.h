@@ -41,6 +41,6 @@ enum step checkpoint_step(struct client *client);
 bool checkpoint_is_interrupted(const struct client *client);
 
 /* Give back the memory of both; a new client begins with none. */
-void checkpoint_discard(struct state *state, int state_fd, unsigned client_index);
+void checkpoint_discard(struct state *state, unsigned client_index);
 
 #endif

@@ -215,7 +215,6 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	if (!engine)
 		return -ENOMEM;
 	sys_prefer_this_thread(); /* and all that it starts */
-	(void)sys_lock_memory();
 	if (config->state_fd) {
 		result = recover_descriptors(config);
 		if (result < 0) {

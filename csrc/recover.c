@@ -329,7 +329,7 @@ static void forget_clients(struct engine *engine)
 
 		if (record->phase == CLIENT_UNUSED || client_is_kept(record))
 			continue;
-		checkpoint_discard(engine->state, engine->state_fd, i);
+		checkpoint_discard(engine->state, i);
 		__atomic_store_n(&record->phase, CLIENT_UNUSED, __ATOMIC_RELEASE);
 	}
 }

@@ -619,25 +619,6 @@ void sys_prefer_this_thread(void)
 	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */
 }
 
-/* With MCL_FUTURE each mapping counts in full, whatever is touched of it: where there is a limit the next ones would fail. */
-bool sys_lock_memory(void)
-{
-	struct rlimit limit;
-	void *beyond;
-
-	if (getrlimit(RLIMIT_MEMLOCK, &limit) < 0 || mlockall(MCL_FUTURE | MCL_ONFAULT) < 0)
-		return false;
-	if (limit.rlim_cur == RLIM_INFINITY)
-		return true;
-	beyond = mmap(NULL, limit.rlim_cur + PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (beyond == MAP_FAILED) {
-		(void)munlockall();
-		return false;
-	}
-	munmap(beyond, limit.rlim_cur + PAGE_BYTES);
-	return true;
-}
-
 void sys_refuse_core_dumps(void)
 {
 	(void)prctl(PR_SET_DUMPABLE, 0);

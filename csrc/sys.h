@@ -144,9 +144,6 @@ void sys_pin_this_thread(unsigned cpu);
 
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);
-/* What this process maps from now on stays in RAM once it was touched: programs wait for it. False: not allowed (CAP_IPC_LOCK,
- * RLIMIT_MEMLOCK), and a kernel that swaps may swap it. */
-bool sys_lock_memory(void);
 int sys_nice(int nice); /* of this thread; returns what it was */
 void sys_refuse_core_dumps(void); /* of this process, from now on */
 

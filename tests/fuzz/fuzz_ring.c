@@ -188,7 +188,7 @@ int madvise(void *address, size_t bytes, int advice)
 
 /* ---- the rest of the engine ---- */
 
-void checkpoint_discard(struct state *state, int state_fd, unsigned client_index) { (void)state, (void)state_fd, (void)client_index; }
+void checkpoint_discard(struct state *state, unsigned client_index) { (void)state, (void)client_index; }
 void engine_event_push(struct engine *e, const struct engine_event *event) { (void)e, (void)event; }
 void engine_room_made(struct engine *e, struct group *g) { (void)e, (void)g; }
 void checkpoint_write(struct client *c, uint32_t applied) { (void)c, (void)applied; }

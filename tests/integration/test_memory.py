@@ -136,20 +136,6 @@ def test_daemon_stays_small(verify_memory: str) -> None:
     assert 0 < result.samples.daemon_bytes_max <= 48 * MIB, result.describe()
 
 
-def test_data_plane_is_locked(daemon: DaemonProcess) -> None:
-    """A kernel that swaps would have programs wait for it, too: "lo" among the flags in smaps."""
-    with daemon.control() as control:
-        pid = int(control.request("ping")["pid"])
-    locked: dict[str, bool] = {}
-    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="ascii").splitlines():
-        words = line.split()
-        if "-" in words[0]:
-            name = words[5] if len(words) > 5 else ""
-        elif words[0] == "VmFlags:" and name.startswith("/memfd:vswap-"):
-            locked[name] = locked.get(name, True) and "lo" in words
-    assert locked == {"/memfd:vswap-state": True, "/memfd:vswap-pool": True}
-
-
 @pytest.mark.parametrize("seed", [1, 2])
 def test_churn_under_torture(churn: str, seed: int) -> None:
     """Every memory operation there is, while random runs of pages are evicted all the time."""
