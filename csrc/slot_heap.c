@@ -25,9 +25,11 @@ static int memory_populate(struct slot_heap *heap, char *at, uint64_t bytes)
 
 void slot_memory_discard(void *at, uint64_t bytes)
 {
-	/* Private memory (tests) knows no REMOVE. */
-	if (bytes > 0 && madvise(at, bytes, MADV_REMOVE) != 0)
-		(void)madvise(at, bytes, MADV_DONTNEED);
+	if (bytes == 0 || madvise(at, bytes, MADV_REMOVE) == 0)
+		return;
+	/* Private memory (tests) knows no REMOVE, locked memory refuses it; and whoever takes it next relies on zeros. */
+	memset(at, 0, bytes);
+	(void)madvise(at, bytes, MADV_DONTNEED);
 }
 
 static void memory_return(struct slot_heap *heap, char *at, uint64_t bytes)
