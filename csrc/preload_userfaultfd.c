@@ -48,7 +48,8 @@ static long ask(struct vswap_ring *ring, const struct uffdio_range *range)
 			return -EAGAIN;
 		(void)raw_futex_wait(&ring->yield_answered, answered, ANSWER_NS, 0);
 	}
-	return -(long)ring->yield_error;
+	/* Buried, says the daemon, and yet here it is: it was let go meanwhile. */
+	return ring->yield_error == ESRCH ? -EAGAIN : -(long)ring->yield_error;
 }
 
 /* Detached, or about to be: the daemon and the agent close their userfaultfd. Waited for once: afterwards what is busy is
