@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.journal import retry_busy
+from benchmarks.journal import kill_members, retry_busy
 
 if TYPE_CHECKING:
     from benchmarks.journal import Change, Journal
@@ -114,10 +114,20 @@ class Cgroup:
         name = "memory.limit_in_bytes" if is_first else "memory.max"
         self._write(name, unlimited if limit_bytes is None else str(limit_bytes))
 
+    def end(self) -> None:
+        """Whatever a run left: nobody is to hold on to what is swapped, or swapoff would need room for it."""
+        kill_members(self.path)
+
     def kill_count(self) -> int:
         """Processes of it that the kernel killed for want of memory, ever."""
         words = _words(f"{self.path}/{'memory.oom_control' if self.hierarchy.version == 1 else 'memory.events'}")
         return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
+
+    def anonymous_bytes(self) -> int:
+        """What is charged now without files: the page cache is nobody's cost where no limit makes it go."""
+        words = _words(f"{self.path}/memory.stat")
+        names = ("total_rss", "total_shmem") if self.hierarchy.version == 1 else ("anon", "shmem")
+        return sum(int(words[words.index(name) + 1]) for name in names if name in words)
 
     def usage_bytes(self) -> int:
         """What is charged now."""

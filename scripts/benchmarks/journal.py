@@ -92,7 +92,7 @@ def _members(path: str) -> list[int]:
         return []
 
 
-def _kill_members(path: str) -> None:
+def kill_members(path: str) -> None:
     """Whatever is in a cgroup of ours was started by us. Until it is empty."""
     deadline = time.monotonic() + _SECONDS_MAX
     while members := _members(path):
@@ -105,7 +105,7 @@ def _kill_members(path: str) -> None:
 
 
 def _undo_cgroup(change: Change) -> None:
-    _kill_members(change["path"])
+    kill_members(change["path"])
     retry_busy(lambda: os.rmdir(change["path"]))
 
 
@@ -212,7 +212,7 @@ class Journal:
             # First of all: swapoff has to bring back what a living process has swapped, and its limit may not allow it.
             if change["kind"] == "cgroup":
                 with contextlib.suppress(OSError):  # undo() will tell
-                    _kill_members(change["path"])
+                    kill_members(change["path"])
         for change in reversed(list(self.changes)):
             try:
                 self.undo(change)

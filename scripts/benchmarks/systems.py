@@ -172,6 +172,7 @@ class _KernelSystem(System):
                     raise ExecuteError(f"the kernel found no memory in its cgroup and killed it; {error}") from None
                 raise
             finally:
+                cgroup.end()
                 outcome = Outcome({}, limit_bytes, inside_bytes=cgroup.peak_bytes())
                 self.after(outcome)
             outcome.phases, outcome.seconds = phases, seconds
@@ -348,7 +349,7 @@ class Vswapd(System):
     def describe(self) -> str:
         """As the base class says."""
         spill = "" if any("spill" in option for option in self._options) else ", its usual spill file in /var/tmp"
-        counted = "; peak: of all, its daemon too, in a cgroup without a limit"
+        counted = "; peak: of all but files, its daemon too, sampled"
         return " ".join(["vswapctl run --private", *self._options]) + spill + counted
 
     def run(
@@ -360,14 +361,19 @@ class Vswapd(System):
         stats = os.path.join(self.place.directory, "stats.json")
         prefix = [self._vswapctl, "run", "--private", "--limit", str(limit_bytes), "--stats", stats]
         command = cgroup.command([*prefix, *self._options, *options, "--", *argv])
-        phases, seconds = execute(command, on_phase, self.place.run_seconds_max)
+        sampler = _Maximum(cgroup.anonymous_bytes)
+        try:
+            phases, seconds = execute(command, on_phase, self.place.run_seconds_max)
+        finally:
+            peak_bytes = sampler.stop()
+            cgroup.end()
         with open(stats) as file:
             status = json.load(file)
         os.unlink(stats)
         return Outcome(
             phases,
             limit_bytes,
-            inside_bytes=cgroup.peak_bytes(),
+            inside_bytes=peak_bytes,
             daemon_bytes=status["daemon_bytes"],
             seconds=seconds,
             details={"counters": status["counters"], "latency_us": status["latency_us"], "run": status["run"]},
