@@ -7,8 +7,9 @@
  * is written to an unlinked file and mapped from it again, privately, at the same addresses. What is read comes from the
  * page cache, what is written becomes the process's own page again, and the rest is no longer mapped at all.
  *
- * For the interpreter alone, before the engine starts: what is allocated later is memory as ever, so that the data plane
- * never waits for this file.
+ * For the interpreter alone, before the engine starts: what is mapped later is memory as ever. A fault that needs no disk
+ * allocates nothing, so it does not wait for this file. A thread of the data plane that does allocate may, where there are so
+ * many threads that libc gives them the first thread's arena. A file that can no longer be read is SIGBUS.
  *
  * Threads    one, the caller's, and no signal handler runs meanwhile (all are blocked).
  */
