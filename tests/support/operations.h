@@ -86,6 +86,8 @@ void page_out_try(void);
 void bring_out(const void *memory, size_t pages);
 /* For rows that give up what it takes: open the connection and the pagemap now. */
 void page_out_prepare(void);
+/* For one that has closed them: open them at the next need. */
+void page_out_anew(void);
 
 /* ---- processes ---- */
 

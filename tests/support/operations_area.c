@@ -326,3 +326,9 @@ void page_out_prepare(void)
 	if (is_managed())
 		control_connect();
 }
+
+void page_out_anew(void)
+{
+	pagemap_fd = control_fd = -1;
+	pagemap_pid = control_pid = 0;
+}

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* operations_process — rows: threads, signals, and processes that change what they are. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -125,6 +126,34 @@ static void signal_stack_out(void)
 	sigaction(SIGUSR1, &old, NULL);
 	must_call(sigaltstack(&before, NULL) == 0, "sigaltstack");
 	area_check(&area, HALF, HALF, 0, "above the stack");
+	area_free(&area);
+}
+
+/* Blocked by all threads of the program it stays pending: no other task may take what is sent to the process. */
+static void signal_waited_for(void)
+{
+	struct area area = area_make(AREA_PAGES);
+	struct sigaction action = { .sa_handler = on_signal }, old;
+	struct timespec longest = { 1, 0 };
+	sigset_t waited_for, before;
+
+	sigemptyset(&waited_for);
+	sigaddset(&waited_for, SIGUSR1);
+	must_call(sigaction(SIGUSR1, &action, &old) == 0, "sigaction");
+	must_call(sigprocmask(SIG_BLOCK, &waited_for, &before) == 0, "sigprocmask");
+	handled = 0;
+	for (size_t i = 0; i < area.pages; i += PART) {
+		siginfo_t *info = (siginfo_t *)(void *)area_page(&area, i);
+
+		must_call(kill(getpid(), SIGUSR1) == 0, "kill");
+		must_call(sigtimedwait(&waited_for, info, &longest) == SIGUSR1, "sigtimedwait");
+		must(info->si_pid == getpid(), "a signal of process %d", info->si_pid);
+		area_check(&area, i + 1, PART - 1, 0, "behind what the kernel wrote");
+		page_out(area.at, area.pages);
+	}
+	must(!handled, "a blocked signal was handled");
+	must_call(sigprocmask(SIG_SETMASK, &before, NULL) == 0, "sigprocmask");
+	sigaction(SIGUSR1, &old, NULL);
 	area_free(&area);
 }
 
@@ -398,6 +427,10 @@ static void close_range_all(void)
 	area_write(&area, 0, HALF, 1);
 	area_check(&area, 0, HALF, 1, "without descriptors");
 	area_check(&area, HALF, HALF, 0, "without descriptors");
+	page_out_anew();
+	page_out(area.at, area.pages);
+	area_check(&area, 0, HALF, 1, "without descriptors, out and back");
+	area_check(&area, HALF, HALF, 0, "without descriptors, out and back");
 }
 
 static void daemon_double_fork(void)
@@ -460,6 +493,37 @@ static void chroot_later(void)
 	must_call(chroot(".") == 0, "chroot");
 }
 
+/* Every task of this process, not its own threads alone: one that keeps what was given up is a way back to it. */
+static void all_tasks_are(uid_t uid)
+{
+	DIR *tasks = opendir("/proc/self/task");
+
+	must_call(tasks != NULL, "opendir");
+	for (struct dirent *task; (task = readdir(tasks));) {
+		char path[64], status[2048];
+		const char *line;
+		uid_t uids[4];
+		ssize_t bytes;
+		int fd;
+
+		if (task->d_name[0] == '.')
+			continue;
+		snprintf(path, sizeof path, "/proc/self/task/%.20s/status", task->d_name);
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		must_call(fd >= 0, path);
+		bytes = read(fd, status, sizeof status - 1);
+		must_call(bytes > 0, path);
+		close(fd);
+		status[bytes] = '\0';
+		line = strstr(status, "\nUid:");
+		must(line && sscanf(line, "\nUid: %u %u %u %u", &uids[0], &uids[1], &uids[2], &uids[3]) == 4,
+		     "%s has no users", path);
+		for (unsigned i = 0; i < 4; i++)
+			must(uids[i] == uid, "task %s is user %u, not %u", task->d_name, uids[i], uid);
+	}
+	closedir(tasks);
+}
+
 static void setuid_drop(void)
 {
 	struct area area = area_make(AREA_PAGES);
@@ -469,6 +533,7 @@ static void setuid_drop(void)
 	must_call(setgroups(0, NULL) == 0 && setresgid(NOBODY, NOBODY, NOBODY) == 0 &&
 			  setresuid(NOBODY, NOBODY, NOBODY) == 0,
 		  "setresuid");
+	all_tasks_are(NOBODY);
 	check_afterwards(&area);
 	pid = fork();
 	must_call(pid >= 0, "fork");
@@ -608,6 +673,7 @@ const struct row process_rows[] = {
 	{ "threads_on_one_page", threads_on_one_page, 0 },
 	{ "threads_write_one_word", threads_write_one_word, 0 },
 	{ "signal_stack_out", signal_stack_out, 0 },
+	{ "signal_waited_for", signal_waited_for, 0 },
 	{ "coroutine_stack_out", coroutine_stack_out, 0 },
 	{ "thread_stack_and_tls_out", thread_stack_and_tls_out, ROW_CALM },
 	{ "thread_clear_tid_out", thread_clear_tid_out, 0 },
