@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Some rows of the operation table without the code that they guard: each must fail then, or it shows nothing.
+"""Rows of the operation table without the code that they guard: each must fail then, or it shows nothing.
 
 The package is copied, its extension and its client library are built from sources in which some lines are
 missing, and the rows are run with that, as test_operations.py runs them.
@@ -23,6 +23,7 @@ from support.limited import MIB, run_limited
 _SUPPORT = Path(__file__).parent.parent / "support"
 _LIMIT = 256 * MIB
 _TRIES = 3  # where it takes a race to go wrong
+_SECONDS_MAX = 50.0  # a row that does not end is not right either: operations gives it up after 30
 _FLAGS = ["-std=gnu11", "-O1", "-fPIC", "-D_CFFI_NO_LIMITED_API"]
 _AGENT_FLAGS = ["-ffreestanding", "-fno-stack-protector", "-fno-builtin", "-fno-tree-loop-distribute-patterns"]
 
@@ -45,6 +46,34 @@ class Guard:
 
 _GUARDS = [
     Guard(
+        "shared-clusters-are-copied",
+        "slot_table.c",
+        "\tif (old->share == 1)\n",
+        "\tif (old->share >= 1)\n",
+        "fork_parent_writes_first",
+    ),
+    Guard(
+        "wiped-in-the-child",
+        "fault.c",
+        "\tstruct address_space_name now;\n\n\treturn child->record",
+        "\tstruct address_space_name now;\n\n\treturn true || child->record",
+        "madvise_wipeonfork_while_out",
+    ),
+    Guard(
+        "not-passed-on-to-the-child",
+        "look.c",
+        "\tif (!covered)\n",
+        "\tif (covered > 1)\n",
+        "madvise_dontfork",
+    ),
+    Guard(
+        "unmapped-is-no-region-any-more",
+        "remap.c",
+        "\tbool armed = is_armed(client, start, end);\n\n\tremap_withdraw(client, start, end);\n",
+        "\tbool armed = is_armed(client, start, end);\n\n",
+        "munmap_whole",
+    ),
+    Guard(
         "removed-slots-are-dropped",
         "fault.c",
         "\tclient_forget_slots(client, page_of(start), page_of(end - start));\n\t/* When",
@@ -59,11 +88,74 @@ _GUARDS = [
         "mremap_fixed",
     ),
     Guard(
-        "wiped-in-the-child",
-        "fault.c",
-        "\tstruct address_space_name now;\n\n\treturn child->record",
-        "\tstruct address_space_name now;\n\n\treturn true || child->record",
-        "madvise_wipeonfork_while_out",
+        "staging-of-each-protection",
+        "look.c",
+        "mapping.executable ? 1 : 0);\n\t}\n",
+        "0);\n\t}\n",
+        "mprotect_rwx",
+    ),
+    Guard(
+        "staging-is-not-locked",
+        "preload.c",
+        "\tif (replacement.engaged)\n\t\t(void)RAW_2(__NR_munlock,",
+        "\tif (replacement.engaged && !agent)\n\t\t(void)RAW_2(__NR_munlock,",
+        "mlockall_on_fault",
+    ),
+    Guard(
+        "pinned-pages-are-passed-over",
+        "evict.c",
+        "\tif (client->populated_address == left.command.runs[0].address)\n\t\treturn;\n",
+        "",
+        "io_uring_registered",
+    ),
+    Guard(
+        "given-up-to-its-own-userfaultfd",
+        "preload_userfaultfd.c",
+        "\tif (result != -EBUSY || ",
+        "\tif (result < 0 || ",
+        "own_userfaultfd_while_out",
+    ),
+    Guard(
+        "withdrawn-before-it-is-given-up",
+        "yield.c",
+        "\tremap_withdraw(client, yield->start, yield->end);\n",
+        "",
+        "own_userfaultfd_of_a_part",
+    ),
+    Guard(
+        "single-task-namespaces",
+        "preload.c",
+        "\tif (replacement.engaged)\n\t\treplace_dismiss(&replacement, false);\n\tresult = raw_call(number, a, b",
+        "\tresult = raw_call(number, a, b",
+        "unshare_user",
+    ),
+    Guard(
+        "agent-ends-before-a-filter",
+        "preload.c",
+        "\tif (asks_only || !replacement.engaged) {\n",
+        "\tif (asks_only || replacement.engaged || !replacement.engaged) {\n",
+        "seccomp_tsync",
+    ),
+    Guard(
+        "agent-follows-credentials",
+        "preload.c",
+        "\t\tif (result == 0)                                                                \\\n\t\t\treplace_agent();",
+        "\t\tif (result != 0)                                                                \\\n\t\t\treplace_agent();",
+        "setuid_drop",
+    ),
+    Guard(
+        "own-descriptor-table",
+        "agent.c",
+        "\t\treturn RAW_3(__NR_close_range, 0, ~0u, RAW_CLOSE_RANGE_UNSHARE) == 0;\n",
+        "\t\treturn true;\n",
+        "close_range_all",
+    ),
+    Guard(
+        "no-signal-is-taken",
+        "agent.c",
+        "\traw_signals_block(&signals);\n\ttid = raw_clone(",
+        "\traw_signals_block(&signals);\n\traw_signals_restore(&signals);\n\ttid = raw_clone(",
+        "signal_waited_for",
     ),
 ]
 
@@ -133,7 +225,7 @@ def _is_right(operations: str, guard: Guard, site: Path) -> tuple[bool, str]:
     environment = {"PYTHONPATH": str(site), "VSWAP_LIBRARY": ""}
     options = ["--private", *guard.options]
     result = run_limited(
-        _LIMIT, [operations, guard.backing, guard.row], options=options, environment=environment, seconds_max=120.0
+        _LIMIT, [operations, guard.backing, guard.row], options=options, environment=environment, seconds_max=_SECONDS_MAX
     )
     said = (result.stdout + result.stderr).decode(errors="replace")
     return result.status == 0 and f"{guard.row} {guard.backing} ok" in said, said
