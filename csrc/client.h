@@ -162,8 +162,9 @@ struct client {
 	unsigned fault_reads_dense; /* reads that brought one less than AWAKE_NS after the one before */
 	uint64_t fault_ns;      /* the last read that brought one */
 
-	uint64_t *cold;              /* clusters in the order they were stored, coldest first: a ring */
+	uint64_t *cold;              /* clusters and when they were stored, coldest first: a ring */
 	unsigned cold_capacity, cold_first, cold_count;
+	unsigned cold_examined;      /* so many of them recompress.c has seen */
 
 	uint64_t relative; /* token of the client that it was forked from, or that it forked last; 0: unknown */
 	int64_t resident_pages;
@@ -242,6 +243,10 @@ void client_staged_moved(void *client, uint64_t page, struct slot slot);
 /* Remember that pages of this cluster went to the pool; and take the coldest: false when none. */
 void client_cold_push(struct client *client, uint64_t cluster_number);
 bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number);
+/* The coldest that was not asked for so yet, and was stored before that time. It stays where it is. */
+bool client_cold_examine(struct client *client, uint64_t before_ms, uint64_t *ret_cluster_number);
+/* Clients of a group that have such clusters, with a reference each. */
+unsigned client_list_cold(struct engine *engine, const struct group *group, struct client **clients, unsigned max);
 
 /* Post a command. Returns its number. */
 uint32_t client_post(struct client *client, const struct vswap_command *command);

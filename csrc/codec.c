@@ -4,14 +4,13 @@
  *
  * Costs a page (Xeon, 2.x GHz): check 0.2 us, same-filled test 5 ns when it is not and 0.1 us when
  * it is, LZ4 expansion 1-2 us. The fault path is expansion and check; both are free of allocation,
- * except that a thread's first ZSTD object makes its decompression state.
+ * except for a ZSTD state when more threads than ever before expand at the same time.
  */
 #define XXH_INLINE_ALL
 #include "codec.h"
 
 #include <errno.h>
 #include <lz4.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
@@ -21,6 +20,7 @@
 
 #define LZ4_ACCELERATION 1
 #define ZSTD_LEVEL 1
+#define EXPANDERS_MAX 16
 
 #define TRAILER_BYTES 1
 #define PADDING_MASK 0x3f
@@ -141,34 +141,33 @@ unsigned codec_compress(struct codec_scratch *scratch, enum codec_method method,
 
 /* ---- expand ---- */
 
-static pthread_key_t expander_key;
-static pthread_once_t expander_once = PTHREAD_ONCE_INIT;
-static int expander_error;
+/*
+ * ZSTD states that nobody uses just now, made when they are first needed: as many as threads ever expanded at the
+ * same time. Each is 100 KiB, and there are several fault threads a client: too much for one of each thread's own.
+ */
+static ZSTD_DCtx *expanders[EXPANDERS_MAX];
 
-static void expander_free(void *expander) { ZSTD_freeDCtx(expander); }
-
-static void expander_key_create(void)
+static ZSTD_DCtx *expander_take(void)
 {
-	expander_error = pthread_key_create(&expander_key, expander_free);
+	for (unsigned i = 0; i < EXPANDERS_MAX; i++) {
+		ZSTD_DCtx *expander = __atomic_exchange_n(&expanders[i], NULL, __ATOMIC_ACQUIRE);
+
+		if (expander)
+			return expander;
+	}
+	return ZSTD_createDCtx();
 }
 
-/* This thread's ZSTD state, or NULL. */
-static ZSTD_DCtx *expander_get(void)
+static void expander_give(ZSTD_DCtx *expander)
 {
-	ZSTD_DCtx *expander;
+	for (unsigned i = 0; i < EXPANDERS_MAX; i++) {
+		ZSTD_DCtx *none = NULL;
 
-	pthread_once(&expander_once, expander_key_create);
-	if (expander_error)
-		return NULL;
-	expander = pthread_getspecific(expander_key);
-	if (expander)
-		return expander;
-	expander = ZSTD_createDCtx();
-	if (expander && pthread_setspecific(expander_key, expander) != 0) {
-		ZSTD_freeDCtx(expander);
-		return NULL;
+		if (__atomic_compare_exchange_n(&expanders[i], &none, expander, false, __ATOMIC_RELEASE,
+						__ATOMIC_RELAXED))
+			return;
 	}
-	return expander;
+	ZSTD_freeDCtx(expander);
 }
 
 static int expand_lz4(const void *block, size_t bytes, void *page)
@@ -180,13 +179,21 @@ static int expand_lz4(const void *block, size_t bytes, void *page)
 
 static int expand_zstd(const void *block, size_t bytes, void *page)
 {
-	ZSTD_DCtx *expander = expander_get();
+	ZSTD_DCtx *expander = expander_take();
+	size_t count;
 
 	if (!expander)
 		return -ENOMEM;
-	return ZSTD_decompressDCtx(expander, page, PAGE_BYTES, block, bytes) == PAGE_BYTES
-		       ? 0
-		       : -EBADMSG;
+	count = ZSTD_decompressDCtx(expander, page, PAGE_BYTES, block, bytes);
+	expander_give(expander);
+	return count == PAGE_BYTES ? 0 : -EBADMSG;
+}
+
+bool codec_is_zstd(const void *object, unsigned units)
+{
+	size_t last = units * POOL_UNIT_BYTES - TRAILER_BYTES;
+
+	return units < POOL_UNITS_MAX && ((const uint8_t *)object)[last] >> METHOD_SHIFT == CODEC_ZSTD;
 }
 
 int codec_expand(const void *object, unsigned units, void *page)

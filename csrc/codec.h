@@ -52,10 +52,13 @@ void codec_fill(void *page, uint64_t word);
 unsigned codec_compress(struct codec_scratch *scratch, enum codec_method method, const void *page,
 			void *object);
 
+/* Was the object compressed a second time? */
+bool codec_is_zstd(const void *object, unsigned units);
+
 /*
  * Expand an object of `units` units into `page`. Returns 0, or -EBADMSG when the object is not
- * well formed, or -ENOMEM when this is the thread's first ZSTD object and there is no memory for
- * its state (the object is fine: try again); page contents are then undefined. Never reads outside
+ * well formed, or -ENOMEM when it takes one more ZSTD state and there is no memory for it (the object
+ * is fine: try again); page contents are then undefined. Never reads outside
  * the object or writes outside the page, whatever the object holds.
  */
 int codec_expand(const void *object, unsigned units, void *page);

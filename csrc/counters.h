@@ -36,9 +36,14 @@
 	COUNTER(events_remove, "madvise DONTNEED, FREE and REMOVE events")                         \
 	COUNTER(events_unmap, "munmap events")                                                     \
 	COUNTER(spill_written_pages, "pages written to a spill backend")                           \
+	COUNTER(spill_written_recompressed, "of these: compressed a second time before")          \
 	COUNTER(spill_read_pages, "pages read from a spill backend")                               \
 	COUNTER(spill_read_ranges, "ranges read from spill backends for page faults")              \
 	COUNTER(fill_mixed, "fills whose pages came from several ranges, or from a backend and from memory") \
+	COUNTER(recompress_examined, "old objects of pools looked at for a second compression")    \
+	COUNTER(recompressed_pages, "of these: compressed again with zstd, and smaller by an eighth or more") \
+	COUNTER(recompress_saved_bytes, "what they were larger before")                            \
+	COUNTER(recompress_cpu_us, "CPU time of second compressions, microseconds")                \
 	COUNTER(drained_pages, "pages moved off a backend by swapoff")                             \
 	COUNTER(compacted_pages, "pages moved by compaction of a backend")                         \
 	COUNTER(check_failures, "objects whose check did not match after expansion")               \

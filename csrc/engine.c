@@ -27,6 +27,7 @@
 #include "sys.h"
 #include "worker.h"
 
+#define CHANGEABLE_FLAGS ENGINE_GROUP_NO_RECOMPRESS
 #define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
 
 /* ---- small services for the other files ---- */
@@ -92,6 +93,13 @@ void engine_kick_look(struct engine *engine)
 	SCOPED_LOCK(&engine->work_lock);
 	engine->look_requests++;
 	pthread_cond_broadcast(&engine->look_work);
+}
+
+void engine_kick_recompressor(struct engine *engine)
+{
+	SCOPED_LOCK(&engine->work_lock);
+	engine->recompress_requests++;
+	pthread_cond_broadcast(&engine->recompress_work);
 }
 
 void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,
@@ -187,6 +195,8 @@ static int start_threads(struct engine *engine, uint32_t evictor_count)
 	error = pthread_create(&engine->look_thread, &attributes, look_thread_main, engine);
 	if (error == 0)
 		error = pthread_create(&engine->writer_thread, &attributes, writer_main, engine);
+	if (error == 0)
+		error = pthread_create(&engine->recompressor_thread, &attributes, recompressor_main, engine);
 	for (engine->evictor_count = 0; error == 0 && engine->evictor_count < evictor_count;
 	     engine->evictor_count += error == 0)
 		error = pthread_create(&engine->evictors[engine->evictor_count], &attributes,
@@ -222,6 +232,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 			return result;
 		}
 	}
+	engine->recompress_age_ms = config->recompress_age_ms;
 	engine->cpu_count = (uint32_t)max_of(sysconf(_SC_NPROCESSORS_ONLN), 1L);
 	result = sys_probe(&engine->device_fd, message);
 	if (result < 0) {
@@ -238,6 +249,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_cond_init(&engine->evict_work, NULL);
 	pthread_cond_init(&engine->write_work, NULL);
 	pthread_cond_init(&engine->look_work, NULL);
+	pthread_cond_init(&engine->recompress_work, NULL);
 	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	engine->descriptors_end = descriptors_for_new();
@@ -311,9 +323,11 @@ void engine_destroy(struct engine *engine)
 	engine_kick_evictors(engine);
 	engine_kick_writer(engine);
 	engine_kick_look(engine);
+	engine_kick_recompressor(engine);
 	for (unsigned i = 0; i < engine->evictor_count; i++)
 		pthread_join(engine->evictors[i], NULL);
 	pthread_join(engine->writer_thread, NULL);
+	pthread_join(engine->recompressor_thread, NULL);
 	pthread_join(engine->look_thread, NULL);
 	destroy_clients(engine);
 	awake_stop(&engine->awake);
@@ -452,6 +466,20 @@ int engine_group_set_limit(struct engine *engine, int number, uint64_t limit_byt
 	group->pool_limit_bytes = engine->state->groups[number].pool_limit_bytes = pool_limit_bytes;
 	engine->state->groups[number].limit_bytes = limit_bytes;
 	WRITE_ONCE(group->limit_bytes, limit_bytes);
+	return 0;
+}
+
+int engine_group_set_flags(struct engine *engine, int number, uint32_t set, uint32_t clear)
+{
+	SCOPED_LOCK(&engine->registry);
+	struct group *group = group_at(engine, number);
+	uint32_t flags;
+
+	if (!group || (set | clear) & ~CHANGEABLE_FLAGS)
+		return group ? -EINVAL : -ENOENT;
+	flags = (group->flags & ~clear) | set;
+	engine->state->groups[number].flags = flags;
+	WRITE_ONCE(group->flags, flags);
 	return 0;
 }
 

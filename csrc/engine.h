@@ -16,7 +16,7 @@
  *
  * Threads    every function may be called from any thread; none calls back into the caller. Calls
  *            may block for milliseconds (locks, system calls), never on a client. The engine runs
- *            its own threads: fault threads, evictors, one look thread, one writer.
+ *            its own threads: fault threads, evictors, one look thread, one writer, one recompressor.
  * Errors     0 or a positive result, else -errno; outputs (ret_*) are untouched on failure.
  * Events     things the control plane should log or act on are queued; engine_event_fd becomes
  *            readable. The queue drops the newest when full and counts it.
@@ -35,6 +35,7 @@ struct engine;
 struct engine_config {
 	uint64_t pool_capacity_bytes; /* address space of the pool memfd; 0: total RAM */
 	uint32_t evictor_count;       /* 0: as many as CPUs, at most 4 */
+	uint32_t recompress_age_ms;   /* pages out for so long are compressed again; 0: never */
 	uint32_t io_threads;          /* 1: use pread/pwrite threads even where io_uring works */
 	int32_t state_fd, pool_fd;    /* memfds that outlive the daemon (engine_make_memfds); 0: its own */
 	const int32_t *keep_fds;      /* descriptors above 2 that a successor is not to close, besides */
@@ -73,6 +74,7 @@ int engine_userfaultfd_device(struct engine *engine);
 /* Flags of a group */
 #define ENGINE_GROUP_TORTURE 1u  /* evict random runs of pages all the time, whatever the limit */
 #define ENGINE_GROUP_NO_SPILL 2u /* never write this group's pages to a backend */
+#define ENGINE_GROUP_NO_RECOMPRESS 8u /* do not compress old pages again (recompress.c) */
 #define ENGINE_GROUP_REGIONS 4u  /* it has regions and no processes: all of the limit is for the pool */
 
 /*
@@ -83,6 +85,8 @@ int engine_group_create(struct engine *engine, const char *name, uint64_t limit_
 			uint64_t pool_limit_bytes, uint32_t flags);
 int engine_group_set_limit(struct engine *engine, int group, uint64_t limit_bytes,
 			   uint64_t pool_limit_bytes);
+/* Set and clear flags: NO_RECOMPRESS. */
+int engine_group_set_flags(struct engine *engine, int group, uint32_t set, uint32_t clear);
 int engine_group_find(struct engine *engine, const char *name); /* number or -ENOENT */
 /* -EBUSY while it has clients, or objects of it are being written by a device that takes its time. */
 int engine_group_destroy(struct engine *engine, int group);

@@ -65,11 +65,12 @@ struct engine {
 
 	bool stopping;
 	struct awake awake;
-	pthread_t evictors[EVICTORS_MAX], look_thread, writer_thread;
+	pthread_t evictors[EVICTORS_MAX], look_thread, writer_thread, recompressor_thread;
 	unsigned evictor_count;
 	pthread_mutex_t work_lock; /* evictors and writer wait here */
-	pthread_cond_t evict_work, write_work, look_work;
-	uint64_t evict_requests, write_requests, look_requests;
+	pthread_cond_t evict_work, write_work, look_work, recompress_work;
+	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
+	uint32_t recompress_age_ms; /* 0: never */
 
 	struct region_scratch *region_scratch; /* those that no call uses */
 	pthread_mutex_t region_scratch_lock;
@@ -100,6 +101,8 @@ void engine_kick_evictors(struct engine *engine);
 void engine_kick_writer(struct engine *engine);
 /* A client is new: do not sleep over its first megabytes. */
 void engine_kick_look(struct engine *engine);
+/* The end: it has nothing else to be woken for. */
+void engine_kick_recompressor(struct engine *engine);
 /* Hand the fault threads synthetic faults for swapped pages of the next clusters, once those of the last are answered; at
  * the end from the begin again. The gate is held. */
 void engine_ask_for_pages(struct client *client, uint64_t *cursor);
@@ -172,5 +175,9 @@ void reclaim_kill_largest(struct engine *engine, struct group *group);
 void *writer_main(void *engine);
 /* True when the group's pages may be written to some backend that has room. */
 bool writeback_is_possible(struct engine *engine, const struct group *group);
+/* recompress.c */
+void *recompressor_main(void *engine);
+/* Should the copy of a page that came back be given up? It is slow to expand, and needed often: LZ4 is to be next. */
+bool recompress_is_regretted(const struct client *client, uint64_t page, struct slot copy);
 
 #endif

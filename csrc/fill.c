@@ -374,7 +374,8 @@ static void settle(struct client *client, uint64_t page, struct slot word, bool 
 		client->record->batches[window].pages[i] = BATCH_PAGE_GONE;
 		client->batches[window].staged &= ~(1ULL << i);
 		counter_add(client->engine, evict_refaulted, 1);
-	} else if (keep && (word.tag == SLOT_POOL || word.tag == SLOT_SPILL)) {
+	} else if (keep && (word.tag == SLOT_POOL || word.tag == SLOT_SPILL) &&
+		   !recompress_is_regretted(client, page, word)) {
 		next = slot_kept(word);
 	}
 	VS_CHECK(slot_set(space, map, page, next) == 0);

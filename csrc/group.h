@@ -53,6 +53,8 @@ struct group {
 	uint64_t pss_round;
 	uint64_t pss_round_ns, pss_round_before_ns; /* what this round took so far, and the one before */
 	bool kept_exhausted;       /* the last evictor at the cap found no kept copy to give up */
+	uint64_t recompress_marks[2]; /* ghosts.clock half an age ago or more, and later (recompress.c) */
+	uint64_t recompress_mark_ns;  /* when the later one was */
 	uint32_t stream_percent;   /* recent faults that were part of a stream, smoothed, 0..100 */
 };
 

@@ -770,6 +770,11 @@ void pool_free(struct pool *pool, uint64_t handle, unsigned units)
 		slab_number_give(pool->space, number, true);
 }
 
+unsigned pool_object_bytes(unsigned units)
+{
+	return (unsigned)class_bytes(class_of(units));
+}
+
 uint64_t pool_growth_bytes(struct pool *pool, unsigned units)
 {
 	unsigned class = class_of(units);

@@ -81,6 +81,9 @@ const void *pool_object(const struct pool_space *space, uint64_t handle);
 /* Free an object; `units` as it was stored. */
 void pool_free(struct pool *pool, uint64_t handle, unsigned units);
 
+/* What an object of this size takes: it is rounded up to its class. */
+unsigned pool_object_bytes(unsigned units);
+
 /* How many bytes would RAM use grow if an object of this size were stored now: 0, or a slab. */
 uint64_t pool_growth_bytes(struct pool *pool, unsigned units);
 

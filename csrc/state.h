@@ -26,6 +26,7 @@
 #define VSWAP_STATE_H
 
 #include <linux/userfaultfd.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "codec.h"
@@ -38,7 +39,7 @@
 #include "wire.h"
 
 #define STATE_MAGIC 0x3154535057535600ULL
-#define STATE_VERSION 5
+#define STATE_VERSION 6
 
 enum batch_phase { BATCH_FREE, BATCH_INTENT, BATCH_STAGED, BATCH_RELEASING };
 
@@ -165,6 +166,9 @@ static inline struct checkpoint *state_checkpoints(struct state *state, unsigned
 }
 
 static_assert(VSWAP_WINDOW_PAGES == BATCH_PAGES_MAX, "one batch fills one window");
+static_assert(sizeof(struct state) == 86114336 && offsetof(struct state, groups) == 3184 &&
+	      offsetof(struct state, backends) == 355440 && offsetof(struct state, clients) == 360480,
+	      "another layout is another STATE_VERSION: a daemon must not take over what it reads differently");
 static_assert(sizeof(struct state) < STATE_CHECKPOINTS, "records come before the checkpoints");
 static_assert(sizeof(struct checkpoint) % PAGE_BYTES == 0, "each can be given back alone");
 static_assert(STATE_CHECKPOINTS + CLIENTS_MAX * 2 * sizeof(struct checkpoint) <= STATE_SLOTS,

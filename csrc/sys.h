@@ -148,6 +148,8 @@ int sys_nice(int nice); /* of this thread; returns what it was */
 void sys_refuse_core_dumps(void); /* of this process, from now on */
 
 uint64_t sys_now_ns(void); /* monotonic */
+uint64_t sys_now_coarse_ms(void); /* the same, some milliseconds late, and cheaper */
+uint64_t sys_thread_cpu_ns(void); /* used by this thread */
 void sys_sleep_ms(unsigned milliseconds);
 void sys_eventfd_signal(int fd);
 void sys_eventfd_drain(int fd);

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "base.h"
+#include "codec.h"
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
@@ -29,6 +30,7 @@ struct moved_object {
 	struct slot copy; /* behind it: POOL */
 	uint64_t extent;
 	unsigned client; /* index in writer.clients */
+	bool is_recompressed;
 };
 
 struct writer {
@@ -87,10 +89,13 @@ static int collect_page(struct writer *writer, struct client *client, uint64_t p
 		slot_share_lock(engine->slots);
 	object->copy = shared ? slot_shared_peek(engine->slots, object->word.location) : object->word;
 	extent = 1;
-	if (object->copy.tag == SLOT_POOL)
-		extent = spill_segment_add(writer->segment, (uint64_t)client->index << 40 | page,
-					   pool_object(engine->pool_space, object->copy.location),
+	if (object->copy.tag == SLOT_POOL) {
+		const void *bytes = pool_object(engine->pool_space, object->copy.location);
+
+		object->is_recompressed = codec_is_zstd(bytes, object->copy.units);
+		extent = spill_segment_add(writer->segment, (uint64_t)client->index << 40 | page, bytes,
 					   object->copy.units);
+	}
 	if (shared)
 		slot_share_unlock(engine->slots);
 	if (object->copy.tag != SLOT_POOL)
@@ -126,29 +131,10 @@ static int collect_cluster(struct writer *writer, struct client *client)
 	return 0;
 }
 
-/* The group's clients that have something to write, with a reference each. */
-static unsigned cold_clients(struct engine *engine, struct group *group, struct client **clients,
-			     unsigned max)
-{
-	unsigned count = 0;
-
-	SCOPED_LOCK(&engine->registry);
-	for (unsigned i = 0; i < engine->clients_end && count < max; i++) {
-		struct client *client = engine->clients[i];
-
-		if (client && client->group == group && !READ_ONCE(client->dead) &&
-		    READ_ONCE(client->cold_count) > 0) {
-			client->references++;
-			clients[count++] = client;
-		}
-	}
-	return count;
-}
-
 static void collect(struct writer *writer, struct group *group)
 {
 	struct client *clients[64];
-	unsigned count = cold_clients(writer->engine, group, clients, 64);
+	unsigned count = client_list_cold(writer->engine, group, clients, 64);
 	bool full = false;
 
 	for (unsigned i = 0; i < count; i++) {
@@ -188,6 +174,8 @@ static void settle_object(struct writer *writer, struct client *client,
 		group_spill_changed(client->group, object->copy.units);
 		pool_free(client->group->pool, object->copy.location, object->copy.units);
 		counter_add(engine, spill_written_pages, 1);
+		if (object->is_recompressed)
+			counter_add(engine, spill_written_recompressed, 1);
 	} else {
 		spill_free(engine->backends[writer->backend].spill, object->extent, object->copy.units);
 	}

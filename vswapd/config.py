@@ -36,6 +36,8 @@ LOOK_LIMIT_SHARE = 1 / 4  # a process may touch this share of its limit between 
 LOOK_US_MIN = 1_000
 LOOK_US_MAX = 20_000
 
+RECOMPRESS_AGE_SECONDS = 30  # pages that were out for so long are compressed again
+
 # ---- spill ----
 
 SPILL_DIRECTORY = "/var/tmp"

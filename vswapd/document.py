@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vswapd import __version__, config, policy, processes
-from vswapd.records import BACKEND_STATES, BACKINGS, GROUP_NO_SPILL, GROUP_TORTURE, JOBS
+from vswapd.records import BACKEND_STATES, BACKINGS, GROUP_NO_RECOMPRESS, GROUP_NO_SPILL, GROUP_TORTURE, JOBS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -77,6 +77,7 @@ def _group(record: GroupStatistics) -> dict[str, Any]:
     document = asdict(record) | {
         "torture": bool(record.flags & GROUP_TORTURE),
         "no_spill": bool(record.flags & GROUP_NO_SPILL),
+        "no_recompress": bool(record.flags & GROUP_NO_RECOMPRESS),
         "swapped_bytes": record.swapped_pages * config.PAGE_BYTES,
     }
     for name in ("label", "session_fd"):  # for a successor of this daemon only

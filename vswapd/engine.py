@@ -14,7 +14,7 @@ import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vswapd import records
+from vswapd import config, records
 from vswapd._engine import ffi, lib
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class Engine:
         *,
         pool_capacity_bytes: int = 0,
         evictor_count: int = 0,
+        recompress_age_ms: int = config.RECOMPRESS_AGE_SECONDS * 1000,
         io_threads: bool = False,
         state_fd: int = 0,
         pool_fd: int = 0,
@@ -136,11 +137,12 @@ class Engine:
         all descriptors above 2 that it cannot name, but for `keep_fds`.
         """
         keep = ffi.new("int32_t[]", list(keep_fds))
-        config = ffi.new(
+        settings = ffi.new(
             "struct engine_config *",
             {
                 "pool_capacity_bytes": pool_capacity_bytes,
                 "evictor_count": evictor_count,
+                "recompress_age_ms": recompress_age_ms,
                 "io_threads": int(io_threads),
                 "state_fd": state_fd,
                 "pool_fd": pool_fd,
@@ -150,7 +152,7 @@ class Engine:
         )
         ret_engine = ffi.new("struct engine **")
         message = ffi.new("char[]", _MESSAGE_BYTES)
-        result = lib.engine_create(config, ret_engine, message)
+        result = lib.engine_create(settings, ret_engine, message)
         if result < 0:
             text = ffi.string(message).decode("utf-8", "replace") or os.strerror(-result)
             raise OSError(-result, text)
@@ -185,6 +187,10 @@ class Engine:
             lib.engine_group_set_limit(self._handle, group, limit_bytes, pool_limit_bytes),
             "limit of the group",
         )
+
+    def group_set_flags(self, group: int, on: int, off: int) -> None:
+        """Change GROUP_NO_RECOMPRESS of a group."""
+        _check(lib.engine_group_set_flags(self._handle, group, on, off), "group")
 
     def group_destroy(self, group: int) -> None:
         """EBUSY while it has clients."""

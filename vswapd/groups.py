@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from vswapd import config, policy, processes, wire
-from vswapd.records import GROUP_NO_SPILL, GROUP_REGIONS, GROUP_TORTURE
+from vswapd.records import GROUP_NO_RECOMPRESS, GROUP_NO_SPILL, GROUP_REGIONS, GROUP_TORTURE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,6 +116,7 @@ class GroupRegistry:
         pool_limit_bytes: int = 0,
         torture: bool = False,
         no_spill: bool = False,
+        no_recompress: bool = False,
         regions: bool = False,
         root_pid: int = 0,
         excluded: frozenset[int] = frozenset(),
@@ -126,6 +127,7 @@ class GroupRegistry:
         if owner_uid != 0 and owned >= config.GROUPS_PER_UID_MAX:
             raise GroupError(f"user {owner_uid} has {owned} groups already; end some of them first")
         flags = GROUP_TORTURE * torture | GROUP_NO_SPILL * no_spill | GROUP_REGIONS * regions
+        flags |= GROUP_NO_RECOMPRESS * no_recompress
         for attempt in range(1, config.GROUPS_PER_UID_MAX):
             unique = name if attempt == 1 else f"{name}.{attempt}"
             if not wire.is_group_name(unique):

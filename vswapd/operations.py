@@ -163,7 +163,7 @@ class Operations:
         return {"status": document}
 
     async def op_group_create(self, request: Request, session: Caller) -> Reply:
-        """Takes name (default run-PID), limit_bytes, pool_limit_bytes, torture, no_spill.
+        """Takes name (default run-PID), limit_bytes, pool_limit_bytes, torture, no_spill, no_recompress.
 
         The peer is the root of the group's process tree, and this connection its session.
         """
@@ -177,6 +177,7 @@ class Operations:
             pool_limit_bytes=take_int(request, "pool_limit_bytes", 0, config.LIMIT_BYTES_MAX, 0),
             torture=take_bool(request, "torture"),
             no_spill=take_bool(request, "no_spill"),
+            no_recompress=take_bool(request, "no_recompress"),
             root_pid=session.peer.pid,
             excluded=self.excluded_pids,
             session_fd=session.descriptor,

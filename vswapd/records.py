@@ -16,6 +16,7 @@ JOBS = ("", "swapoff", "compact")  # order of enum engine_backend_job
 GROUP_TORTURE = 1
 GROUP_NO_SPILL = 2
 GROUP_REGIONS = 4
+GROUP_NO_RECOMPRESS = 8
 
 BACKEND_KEEP_BLOCKS = 1
 BACKEND_ENCRYPT = 2

@@ -19,6 +19,7 @@ import trio
 from vswapd import backends, notify
 from vswapd.failure import Failure
 from vswapd.groups import GroupError
+from vswapd.records import GROUP_NO_RECOMPRESS
 from vswapd.settings import SettingsError
 from vswapd.sizes import format_size
 
@@ -168,7 +169,13 @@ class Reloader:
             self._change_group(wanted)
             return
         try:
-            self._groups.create(wanted.name, wanted.owner, wanted.limit, pool_limit_bytes=wanted.pool)
+            self._groups.create(
+                wanted.name,
+                wanted.owner,
+                wanted.limit,
+                pool_limit_bytes=wanted.pool,
+                no_recompress=not wanted.recompress,
+            )
         except (GroupError, OSError) as error:
             self._log.error("group not made", group=wanted.name, reason=str(error))
             return
@@ -182,6 +189,8 @@ class Reloader:
         self._groups.keep(group, wanted.owner)
         try:
             self._engine.group_set_limit(group.number, wanted.limit, wanted.pool)
+            flags = (0, GROUP_NO_RECOMPRESS) if wanted.recompress else (GROUP_NO_RECOMPRESS, 0)
+            self._engine.group_set_flags(group.number, *flags)
         except OSError as error:
             self._log.error("limit not changed", group=wanted.name, reason=str(error))
         else:

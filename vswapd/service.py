@@ -124,6 +124,7 @@ class Service:
                 kept,
                 pool_capacity_bytes=daemon.pool_capacity,
                 evictor_count=daemon.evictors,
+                recompress_age_ms=daemon.recompress_age * 1000,
                 io_threads=daemon.io_threads,
             )
         except OSError as error:

@@ -191,6 +191,14 @@ TABLES: dict[str, tuple[Key, ...]] = {
             '"32G"',
         ),
         Key("evictors", _number(0, 64), 0, "threads", "Threads that swap out; 0: one for each CPU, up to 4.", "2"),
+        Key(
+            "recompress_age",
+            _number(0, 86400),
+            config.RECOMPRESS_AGE_SECONDS,
+            "seconds",
+            "Pages that were out for so long are compressed again, with zstd, while their group is short of RAM; 0: never.",
+            "120",
+        ),
         Key("io_threads", _flag, False, "", "Read spill files with threads even where io_uring works.", "true"),
     ),
     "backend": (
@@ -235,6 +243,7 @@ TABLES: dict[str, tuple[Key, ...]] = {
             '"1G"',
             reloads=True,
         ),
+        Key("recompress", _flag, True, "", "Compress its old pages again ([daemon] recompress_age).", "false", reloads=True),
         Key("owner", _user, "root", "user", "Who else than root may run programs in it.", '"alice"', reloads=True),
     ),
 }
@@ -256,6 +265,7 @@ class DaemonSettings:
     region_size: int
     pool_capacity: int
     evictors: int
+    recompress_age: int
     io_threads: bool
 
 
@@ -276,6 +286,7 @@ class GroupSettings:
     name: str
     limit: int
     pool: int
+    recompress: bool
     owner: int
 
 

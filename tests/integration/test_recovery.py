@@ -324,6 +324,7 @@ def test_every_crash_point(
                 + (["--drain-every", "50"] if point.startswith("DRAIN") else [])
                 + (["--detach-every", "100"] if point.startswith("DETACH") else [])
                 + (["--encrypt"] if encrypt else [])
+                + (["--recompress", "20"] if point.startswith("RECOMPRESS") else [])
                 + ["--", churn, "48", "6" if point.startswith("YIELD") else "2", str(call), "3", "1"],
             )
             if deaths == 0:

@@ -4,7 +4,7 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES [--encrypt]] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--detach-every MS] [--commands] [--synthetic-slots N] [--fail NAME:N:ERRNO[:all]]...
+ *         [--detach-every MS] [--commands] [--synthetic-slots N] [--recompress MS] [--fail NAME:N:ERRNO[:all]]...
  *         [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
@@ -12,7 +12,8 @@
  * what the sanitizers run, and what to put under a profiler. --drain-every: a second backend on the same
  * file system, and every so often the older of the two is compacted, drained and replaced. --detach-every: so
  * often one of the clients is detached. --synthetic-slots: beside the command there is a region of so many same-filled pages, which
- * nobody has written: only its slots are set. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
+ * nobody has written: only its slots are set. --recompress: pages out for so long are
+ * compressed again. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
@@ -308,7 +309,7 @@ static void page_as_asked(pid_t command)
 
 struct options {
 	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, slow_arm_ms, drain_every_ms,
-		detach_every_ms, synthetic_slots;
+		detach_every_ms, synthetic_slots, recompress_age_ms;
 	const char *library, *crash;
 	char *spill;
 	int torture, stats, commands;
@@ -509,7 +510,8 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "check-every", 1, 0, 'c' }, { "stats", 0, 0, 'S' }, { "kill-every", 1, 0, 'k' },
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
 		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' },
-		{ "detach-every", 1, 0, 'e' }, { "synthetic-slots", 1, 0, 'y' }, { "encrypt", 0, 0, 'E' }, { 0, 0, 0, 0 } };
+		{ "detach-every", 1, 0, 'e' }, { "synthetic-slots", 1, 0, 'y' }, { "encrypt", 0, 0, 'E' },
+		{ "recompress", 1, 0, 'r' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -532,6 +534,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'e': options->detach_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'm': options->commands = 1; break;
 		case 'y': options->synthetic_slots = strtoull(optarg, NULL, 0); break;
+		case 'r': options->recompress_age_ms = strtoull(optarg, NULL, 0); break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
 		}
@@ -692,6 +695,7 @@ int main(int argc, char **argv)
 	int listener, status;
 
 	parse(argc, argv, &options);
+	config.recompress_age_ms = (uint32_t)options.recompress_age_ms;
 	shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (shared == MAP_FAILED)
 		fail("mmap");

@@ -114,6 +114,10 @@ class FakeEngine:
         self._call("group_set_limit", group, limit_bytes, pool_limit_bytes)
         self.set_group(group, limit_bytes=limit_bytes, pool_limit_bytes=pool_limit_bytes)
 
+    def group_set_flags(self, group: int, on: int, off: int) -> None:
+        self._call("group_set_flags", group, on, off)
+        self.set_group(group, flags=self._groups[group].flags & ~off | on)
+
     def group_destroy(self, group: int) -> None:
         with self._lock:
             self._call("group_destroy", group)

@@ -95,6 +95,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encrypt", action="store_true", help="encrypt what is swapped to disk, under a key that is only in memory"
     )
+    parser.add_argument("--no-recompress", action="store_true", help="do not compress old pages again, with zstd")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--socket",

@@ -58,7 +58,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _check_group_options(options: argparse.Namespace) -> None:
     """A group of the configuration has its own of what these say."""
-    given = ("limit", "pool", "spill", "no_spill", "encrypt", "private", "torture")
+    given = ("limit", "pool", "spill", "no_spill", "encrypt", "no_recompress", "private", "torture")
     extra = next((name for name in given if getattr(options, name)), None)
     if extra is not None:
         raise Failure(
@@ -202,6 +202,7 @@ def _enter_group(options: argparse.Namespace, session: Connection) -> dict[str, 
         pool_limit_bytes=options.pool or 0,
         torture=options.torture,
         no_spill=options.no_spill,
+        no_recompress=options.no_recompress,
     )
 
 

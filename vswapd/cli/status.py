@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, Group
     from rich.table import Table
+    from rich.text import Text
 
     from vswapd.connection import Connection
 
@@ -83,6 +84,18 @@ def _fitting_group_table(status: dict[str, Any], console: Console) -> Table:
         if console.measure(table, options=any_width).maximum <= console.width:
             break
     return table
+
+
+def _recompressed(status: dict[str, Any]) -> Text:
+    from rich.text import Text
+
+    counters = status["counters"]
+    return Text(
+        f"Compressed again: {counters['recompressed_pages']} of {counters['recompress_examined']} old pages,"
+        f" {format_size(counters['recompress_saved_bytes'])} saved for"
+        f" {counters['recompress_cpu_us'] / 1e6:.1f} s of CPU;"
+        f" {counters['spill_written_recompressed']} of them written back"
+    )
 
 
 def _region_table(status: dict[str, Any]) -> Table:
@@ -152,6 +165,7 @@ def _view(status: dict[str, Any], console: Console) -> Group:
         (status["regions"], _region_table),
         (status["backends"], _backend_table),
         (status["faults"], _latency_table),
+        (status["counters"].get("recompress_examined"), _recompressed),
     ):
         if entries:
             parts += ["", make(status)]
