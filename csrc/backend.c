@@ -18,6 +18,7 @@
 #include "sys.h"
 
 #define WRITE_ERRORS_MAX 8
+#define HANG_NS 1000000000ULL /* a segment is a megabyte */
 
 struct spill *backend_pin(struct engine *engine, unsigned number)
 {
@@ -48,6 +49,7 @@ void backend_install(struct engine *engine, unsigned number, const struct backen
 	backend->is_device = from->is_device;
 	memcpy(backend->path, from->path, sizeof backend->path);
 	backend->errors = 0;
+	backend->writing = 0;
 	backend->job = ENGINE_JOB_NONE;
 	WRITE_ONCE(backend->state, BACKEND_ACTIVE);
 	__atomic_store_n(&backend->spill, from->spill, __ATOMIC_SEQ_CST);
@@ -57,9 +59,12 @@ void backend_remove(struct engine *engine, unsigned number)
 {
 	struct backend *backend = &engine->backends[number];
 	struct spill *spill;
+	struct writer *writer;
 
 	pthread_mutex_lock(&engine->registry);
 	spill = backend->spill;
+	writer = backend->writer;
+	backend->writer = NULL;
 	crash_point(CRASH_DRAIN_EMPTY);
 	/* A successor does not look for it any more; it closes what no record names. */
 	__atomic_store_n(&engine->state->backends[number].used, 0, __ATOMIC_RELEASE);
@@ -69,6 +74,7 @@ void backend_remove(struct engine *engine, unsigned number)
 	crash_point(CRASH_DRAIN_REMOVED);
 	while (__atomic_load_n(&backend->pins, __ATOMIC_SEQ_CST) > 0)
 		sys_sleep_ms(1);
+	writer_destroy(writer);
 	(void)spill_erase(spill); /* what cannot be erased is overwritten by whoever uses it next */
 	spill_destroy(spill);
 	pthread_mutex_lock(&engine->registry);
@@ -77,12 +83,19 @@ void backend_remove(struct engine *engine, unsigned number)
 	pthread_mutex_unlock(&engine->registry);
 }
 
+/* It has not brought a write to its end for a while: others are written to meanwhile, of a lower priority, too. */
+static bool hangs(const struct backend *backend)
+{
+	return __atomic_load_n(&backend->writing, __ATOMIC_ACQUIRE) > 0 &&
+	       sys_now_ns() - READ_ONCE(backend->writing_since_ns) > HANG_NS;
+}
+
 static bool may_be_written(const struct backend *backend, struct spill *spill)
 {
 	struct spill_statistics statistics;
 
 	/* After the pin: a drain sets the state first and then waits for pins. */
-	if (__atomic_load_n(&backend->state, __ATOMIC_SEQ_CST) != BACKEND_ACTIVE)
+	if (__atomic_load_n(&backend->state, __ATOMIC_SEQ_CST) != BACKEND_ACTIVE || hangs(backend))
 		return false;
 	spill_statistics(spill, &statistics);
 	return statistics.used_bytes + spill_reserve_bytes(spill) + SEGMENT_BYTES <= statistics.size_bytes;
@@ -113,7 +126,21 @@ int backend_pick(struct engine *engine)
 	return best;
 }
 
-void backend_write_failed(struct engine *engine, unsigned number, int result)
+struct spill *backend_pin_to_write(struct engine *engine, unsigned number)
+{
+	struct backend *backend = &engine->backends[number];
+	struct spill *spill = backend_pin(engine, number);
+	int best = spill && may_be_written(backend, spill) ? backend_pick(engine) : -ENOSPC;
+	bool wanted = best >= 0 && READ_ONCE(engine->backends[best].priority) <= READ_ONCE(backend->priority);
+
+	if (best >= 0)
+		backend_unpin(engine, (unsigned)best);
+	if (spill && !wanted)
+		backend_unpin(engine, number);
+	return wanted ? spill : NULL;
+}
+
+static void note_failure(struct engine *engine, unsigned number, int result)
 {
 	struct backend *backend = &engine->backends[number];
 	struct engine_event event = { .kind = ENGINE_EVENT_BACKEND_ERROR, .group = -1, .a = number,
@@ -128,6 +155,21 @@ void backend_write_failed(struct engine *engine, unsigned number, int result)
 						  __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 	}
 	engine_event_push(engine, &event);
+}
+
+int backend_write_segment(struct engine *engine, unsigned number, struct spill_segment *segment)
+{
+	struct backend *backend = &engine->backends[number];
+	int result;
+
+	WRITE_ONCE(backend->writing_since_ns, sys_now_ns());
+	__atomic_fetch_add(&backend->writing, 1, __ATOMIC_RELEASE);
+	result = spill_segment_write(segment);
+	WRITE_ONCE(backend->writing_since_ns, sys_now_ns());
+	__atomic_fetch_sub(&backend->writing, 1, __ATOMIC_RELEASE);
+	if (result < 0)
+		note_failure(engine, number, result);
+	return result;
 }
 
 uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill)
@@ -170,6 +212,8 @@ static void describe(const struct backend *backend, struct spill *spill, unsigne
 		.read_bytes = statistics.read_bytes,
 		.trimmed_bytes = statistics.trimmed_bytes,
 		.errors = statistics.write_errors + statistics.read_errors,
+		.writing_ms = __atomic_load_n(&backend->writing, __ATOMIC_ACQUIRE) ?
+				      (sys_now_ns() - READ_ONCE(backend->writing_since_ns)) / 1000000 : 0,
 		.job = READ_ONCE(backend->job),
 	};
 	memcpy(record->path, backend->path, sizeof record->path);

@@ -20,7 +20,6 @@
 #include "worker.h"
 
 #define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
-#define COLD_MIN 256u
 #define FREED_AT_ONCE 64 /* clusters */
 #define ARENA_BYTES_MAX (1UL << 30)
 
@@ -53,7 +52,7 @@ static void client_free(struct client *client)
 	range_set_clear(&client->quarantine);
 	range_set_clear(&client->armed);
 	probation_clear(&client->probation);
-	free(client->cold);
+	cold_destroy(&client->cold);
 	free(client->parked);
 	pthread_cond_destroy(&client->batches_changed);
 	pthread_rwlock_destroy(&client->region_lock);
@@ -473,93 +472,24 @@ void client_staged_moved(void *context, uint64_t page, struct slot slot)
 		page;
 }
 
-/* An entry of the ring: milliseconds above, a cluster's number below. */
-#define COLD_NUMBER_BITS 28
-static_assert(ADDRESS_PAGES_MAX >> CLUSTER_SHIFT == 1ULL << COLD_NUMBER_BITS, "numbers of clusters fit");
-
-static uint64_t cold_number(uint64_t entry) { return entry & ((1ULL << COLD_NUMBER_BITS) - 1); }
-
-static uint64_t *cold_at(const struct client *client, unsigned i)
-{
-	return &client->cold[(client->cold_first + i) % client->cold_capacity];
-}
-
-/* The first `count` are of no use any more. */
-static void cold_forget(struct client *client, unsigned count)
-{
-	client->cold_first = (client->cold_first + count) % client->cold_capacity;
-	client->cold_examined -= min_of(client->cold_examined, count);
-	WRITE_ONCE(client->cold_count, client->cold_count - count);
-}
+/* ---- what is cold ---- */
 
 void client_cold_push(struct client *client, uint64_t cluster_number)
 {
-	uint64_t entry = sys_now_coarse_ms() << COLD_NUMBER_BITS | cluster_number;
-
-	if (client->cold_count) {
-		uint64_t *last = cold_at(client, client->cold_count - 1);
-
-		if (cold_number(*last) == cluster_number && client->cold_examined < client->cold_count) {
-			*last = entry;
-			return;
-		}
-	}
-	if (client->cold_count == client->cold_capacity) {
-		unsigned capacity = max_of(client->cold_capacity * 2, COLD_MIN);
-		uint64_t *ring;
-
-		/* Every cluster twice and more: the older half is mostly empty by now. */
-		if (client->cold_count > 2 * client->record->map.cluster_count + COLD_MIN) {
-			cold_forget(client, client->cold_count / 2);
-		} else {
-			ring = malloc(capacity * sizeof *ring);
-			if (!ring)
-				return; /* then this cluster is written back late: slow, not wrong */
-			for (unsigned i = 0; i < client->cold_count; i++)
-				ring[i] = *cold_at(client, i);
-			free(client->cold);
-			client->cold = ring;
-			client->cold_first = 0;
-			client->cold_capacity = capacity;
-		}
-	}
-	*cold_at(client, client->cold_count) = entry;
-	WRITE_ONCE(client->cold_count, client->cold_count + 1);
+	cold_push(&client->cold, client->engine->slots, &client->record->map, cluster_number, sys_now_coarse_ms());
 }
 
-bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number)
-{
-	if (client->cold_count == 0)
-		return false;
-	*ret_cluster_number = cold_number(*cold_at(client, 0));
-	cold_forget(client, 1);
-	return true;
-}
-
-bool client_cold_examine(struct client *client, uint64_t before_ms, uint64_t *ret_cluster_number)
-{
-	uint64_t entry;
-
-	if (client->cold_examined >= client->cold_count)
-		return false;
-	entry = *cold_at(client, client->cold_examined);
-	if (entry >> COLD_NUMBER_BITS >= before_ms)
-		return false;
-	client->cold_examined++;
-	*ret_cluster_number = cold_number(entry);
-	return true;
-}
-
-unsigned client_list_cold(struct engine *engine, const struct group *group, struct client **clients, unsigned max)
+unsigned client_list_cold(struct engine *engine, const struct group *group, unsigned from, struct client **clients,
+			  unsigned max)
 {
 	unsigned count = 0;
 
 	SCOPED_LOCK(&engine->registry);
 	for (unsigned i = 0; i < engine->clients_end && count < max; i++) {
-		struct client *client = engine->clients[i];
+		struct client *client = engine->clients[(from + i) % engine->clients_end];
 
 		if (client && client->group == group && !READ_ONCE(client->dead) &&
-		    READ_ONCE(client->cold_count) > 0) {
+		    READ_ONCE(client->cold.count) > 0) {
 			client->references++;
 			clients[count++] = client;
 		}

@@ -12,7 +12,7 @@
  *              anything else. An agent that is slow (its process stopped, or starved) does not hold
  *              an evictor: the batch is parked, the mutex released and the gate stays shut by
  *              `parked`, until the answer comes or the agent is proven dead. Never by a time-out.
- * Threads      worker_count fault threads (worker.c); evictors and the writer come from outside.
+ * Threads      worker_count fault threads (worker.c); evictors, writers and the recompressor come from outside.
  * Life         made by begin (or by a fork event), armed by arm, dead when its address
  *              space is gone; freed when dead and no thread holds a reference. Or made by a successor
  *              from the record it finds (recover.c): then `recovering`, and shut, until a thread of its
@@ -32,6 +32,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "cold.h"
 #include "engine.h"
 #include "group.h"
 #include "io.h"
@@ -162,9 +163,7 @@ struct client {
 	unsigned fault_reads_dense; /* reads that brought one less than AWAKE_NS after the one before */
 	uint64_t fault_ns;      /* the last read that brought one */
 
-	uint64_t *cold;              /* clusters and when they were stored, coldest first: a ring */
-	unsigned cold_capacity, cold_first, cold_count;
-	unsigned cold_examined;      /* so many of them recompress.c has seen */
+	struct cold_list cold; /* what went to the pool */
 
 	uint64_t relative; /* token of the client that it was forked from, or that it forked last; 0: unknown */
 	int64_t resident_pages;
@@ -240,13 +239,11 @@ void client_free_copy(void *client, struct slot slot);
 void client_staged_gone(void *client, uint64_t page, struct slot slot);
 void client_staged_moved(void *client, uint64_t page, struct slot slot);
 
-/* Remember that pages of this cluster went to the pool; and take the coldest: false when none. */
+/* Pages of this cluster went to the pool just now. */
 void client_cold_push(struct client *client, uint64_t cluster_number);
-bool client_cold_pop(struct client *client, uint64_t *ret_cluster_number);
-/* The coldest that was not asked for so yet, and was stored before that time. It stays where it is. */
-bool client_cold_examine(struct client *client, uint64_t before_ms, uint64_t *ret_cluster_number);
-/* Clients of a group that have such clusters, with a reference each. */
-unsigned client_list_cold(struct engine *engine, const struct group *group, struct client **clients, unsigned max);
+/* Clients of a group that have such clusters, with a reference each: those from this index on first. */
+unsigned client_list_cold(struct engine *engine, const struct group *group, unsigned from, struct client **clients,
+			  unsigned max);
 
 /* Post a command. Returns its number. */
 uint32_t client_post(struct client *client, const struct vswap_command *command);

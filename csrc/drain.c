@@ -52,7 +52,7 @@
 #define AGAIN_MS 20
 #define ROOM_MS 50
 #define TURN_BYTES (MOVES_A_TURN * PAGE_BYTES)
-#define BACKGROUND_SEGMENTS 4u  /* compacted at a time by the idle writer */
+#define BACKGROUND_SEGMENTS 4u  /* compacted at a time by an idle writer */
 #define BACKGROUND_PERCENT 50   /* live bytes of a backend, and of a segment, from which on it is left alone */
 #define BACKGROUND_BYTES_MIN (64 * SEGMENT_BYTES)
 
@@ -196,10 +196,8 @@ static int out_flush(struct job *job)
 
 	if (!job->out)
 		return 0;
-	result = spill_segment_write(job->out);
-	if (result < 0)
-		backend_write_failed(job->engine, job->out_number, result);
-	else
+	result = backend_write_segment(job->engine, job->out_number, job->out);
+	if (result == 0)
 		settle(job, job->moves, job->move_count);
 	out_close(job);
 	return result;
@@ -951,26 +949,23 @@ static bool is_fragmented(struct spill *spill)
 	       statistics.live_bytes < statistics.used_bytes / 100 * BACKGROUND_PERCENT;
 }
 
-bool drain_in_background(struct engine *engine)
+bool drain_in_background(struct engine *engine, unsigned number)
 {
 	uint64_t from = 0;
 	struct job job;
-	int number = -ENOENT;
+	bool claimed;
 
 	pthread_mutex_lock(&engine->registry);
-	for (int i = 0; i < BACKENDS_MAX && number < 0; i++)
-		if (engine->backends[i].spill &&
-		    is_fragmented(engine->backends[i].spill) &&
-		    job_claim(engine, i, JOB_COMPACT_BACKGROUND) == 0)
-			number = i;
+	claimed = engine->backends[number].spill && is_fragmented(engine->backends[number].spill) &&
+		  job_claim(engine, (int)number, JOB_COMPACT_BACKGROUND) == 0;
 	pthread_mutex_unlock(&engine->registry);
-	if (number < 0)
+	if (!claimed)
 		return false;
-	if (job_open(&job, engine, (unsigned)number, true, false) == 0) {
+	if (job_open(&job, engine, number, true, false) == 0) {
 		job.is_background = true;
 		(void)pass_by_segment(&job, &from, BACKGROUND_SEGMENTS);
 		job_close(&job);
 	}
-	job_release(engine, (unsigned)number);
+	job_release(engine, number);
 	return true;
 }

@@ -81,7 +81,7 @@ void engine_kick_evictors(struct engine *engine)
 	pthread_cond_broadcast(&engine->evict_work);
 }
 
-void engine_kick_writer(struct engine *engine)
+void engine_kick_writers(struct engine *engine)
 {
 	SCOPED_LOCK(&engine->work_lock);
 	engine->write_requests++;
@@ -194,14 +194,21 @@ static int start_threads(struct engine *engine, uint32_t evictor_count)
 	pthread_attr_setstacksize(&attributes, 256 * 1024);
 	error = pthread_create(&engine->look_thread, &attributes, look_thread_main, engine);
 	if (error == 0)
-		error = pthread_create(&engine->writer_thread, &attributes, writer_main, engine);
-	if (error == 0)
 		error = pthread_create(&engine->recompressor_thread, &attributes, recompressor_main, engine);
 	for (engine->evictor_count = 0; error == 0 && engine->evictor_count < evictor_count;
 	     engine->evictor_count += error == 0)
 		error = pthread_create(&engine->evictors[engine->evictor_count], &attributes,
 				       evictor_main, engine);
 	pthread_attr_destroy(&attributes);
+	for (unsigned i = 0; error == 0 && i < BACKENDS_MAX; i++) { /* of the daemon before */
+		struct writer *writer;
+
+		if (!engine->backends[i].spill)
+			continue;
+		error = -writer_create(engine, &writer);
+		if (error == 0)
+			writer_begin(writer, i);
+	}
 	return -error;
 }
 
@@ -321,12 +328,13 @@ void engine_destroy(struct engine *engine)
 		return;
 	__atomic_store_n(&engine->stopping, true, __ATOMIC_RELEASE);
 	engine_kick_evictors(engine);
-	engine_kick_writer(engine);
+	engine_kick_writers(engine);
 	engine_kick_look(engine);
 	engine_kick_recompressor(engine);
 	for (unsigned i = 0; i < engine->evictor_count; i++)
 		pthread_join(engine->evictors[i], NULL);
-	pthread_join(engine->writer_thread, NULL);
+	for (unsigned i = 0; i < BACKENDS_MAX; i++)
+		writer_destroy(engine->backends[i].writer);
 	pthread_join(engine->recompressor_thread, NULL);
 	pthread_join(engine->look_thread, NULL);
 	destroy_clients(engine);
@@ -490,13 +498,13 @@ int engine_group_destroy(struct engine *engine, int number)
 	pthread_mutex_lock(&engine->registry);
 	group = group_at(engine, number);
 	for (unsigned ms = 0; ms < GROUP_LEAVE_MS && group && !group->client_count && group->users; ms++) {
-		/* An evictor or the writer is just leaving a group without clients. */
+		/* An evictor or a writer is just leaving a group without clients. */
 		pthread_mutex_unlock(&engine->registry);
 		sys_sleep_ms(1);
 		pthread_mutex_lock(&engine->registry);
 		group = group_at(engine, number);
 	}
-	/* Or the writer waits for a device that hangs: nobody is to wait for that with it. */
+	/* Or a writer waits for a device that hangs: nobody is to wait for that with it. */
 	if (!group || group->client_count || group->users) {
 		pthread_mutex_unlock(&engine->registry);
 		return group ? -EBUSY : -ENOENT;
@@ -554,23 +562,21 @@ int backend_adopt(struct engine *engine, unsigned number)
 	return result;
 }
 
-int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
-		       int32_t priority, uint32_t flags)
+/* The number, or -errno: then the descriptor is still the caller's. */
+static int add_backend(struct engine *engine, const struct backend_record *wanted, struct writer *writer)
 {
+	SCOPED_LOCK(&engine->registry);
 	struct backend_record *record;
 	struct backend backend;
 	unsigned number = 0;
 	int result;
 
-	SCOPED_LOCK(&engine->registry);
 	while (number < BACKENDS_MAX && engine->backends[number].spill)
 		number++;
 	if (number == BACKENDS_MAX)
 		return -EMFILE;
 	record = &engine->state->backends[number];
-	*record = (struct backend_record){ .fd = fd, .priority = priority, .flags = flags, .size_bytes = size_bytes };
-	record->lineage.is_sealed = flags & ENGINE_BACKEND_ENCRYPT ? 1 : 0;
-	snprintf(record->path, sizeof record->path, "%s", path);
+	*record = *wanted;
 	result = backend_make(record, &backend);
 	if (result < 0) {
 		spill_lineage_wipe(&record->lineage);
@@ -578,7 +584,26 @@ int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t
 	}
 	__atomic_store_n(&record->used, 1, __ATOMIC_RELEASE);
 	backend_install(engine, number, &backend);
+	writer_begin(writer, number);
 	return (int)number;
+}
+
+int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
+		       int32_t priority, uint32_t flags)
+{
+	struct backend_record record = { .fd = fd, .priority = priority, .flags = flags,
+					 .size_bytes = size_bytes };
+	struct writer *writer;
+	int result = writer_create(engine, &writer);
+
+	if (result < 0)
+		return result;
+	record.lineage.is_sealed = flags & ENGINE_BACKEND_ENCRYPT ? 1 : 0;
+	snprintf(record.path, sizeof record.path, "%s", path);
+	result = add_backend(engine, &record, writer);
+	if (result < 0)
+		writer_destroy(writer);
+	return result;
 }
 
 int engine_backend_set_priority(struct engine *engine, int number, int32_t priority)

@@ -16,7 +16,7 @@
  *
  * Threads    every function may be called from any thread; none calls back into the caller. Calls
  *            may block for milliseconds (locks, system calls), never on a client. The engine runs
- *            its own threads: fault threads, evictors, one look thread, one writer, one recompressor.
+ *            its own threads: fault threads, evictors, one look thread, one recompressor, a writer a backend.
  * Errors     0 or a positive result, else -errno; outputs (ret_*) are untouched on failure.
  * Events     things the control plane should log or act on are queued; engine_event_fd becomes
  *            readable. The queue drops the newest when full and counts it.
@@ -74,8 +74,8 @@ int engine_userfaultfd_device(struct engine *engine);
 /* Flags of a group */
 #define ENGINE_GROUP_TORTURE 1u  /* evict random runs of pages all the time, whatever the limit */
 #define ENGINE_GROUP_NO_SPILL 2u /* never write this group's pages to a backend */
-#define ENGINE_GROUP_NO_RECOMPRESS 8u /* do not compress old pages again (recompress.c) */
 #define ENGINE_GROUP_REGIONS 4u  /* it has regions and no processes: all of the limit is for the pool */
+#define ENGINE_GROUP_NO_RECOMPRESS 8u /* do not compress old pages again (recompress.c) */
 
 /*
  * limit_bytes: resident + pool + metadata of the whole group; pool_limit_bytes: 0 for no limit of its
@@ -351,6 +351,7 @@ struct engine_backend_statistics {
 	uint64_t read_bytes;
 	uint64_t trimmed_bytes;
 	uint64_t errors;
+	uint64_t writing_ms;   /* since a write that is under way began, 0: none is */
 	uint32_t job;          /* enum engine_backend_job */
 	uint32_t job_waiting;  /* 1: it waits for room */
 	uint64_t job_ms;       /* since it began */

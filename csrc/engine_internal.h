@@ -25,7 +25,7 @@
 
 enum backend_state { BACKEND_ACTIVE, BACKEND_DRAINING, BACKEND_FAILED };
 
-#define JOB_COMPACT_BACKGROUND 1000u /* of the writer, a moment at a time; not reported */
+#define JOB_COMPACT_BACKGROUND 1000u /* of its writer, a moment at a time; not reported */
 
 /*
  * An entry of the table is in use while `spill` is not NULL, and may be used by whoever
@@ -41,6 +41,9 @@ struct backend {
 	char path[256];
 	uint64_t errors; /* of writing */
 	uint32_t state;  /* enum backend_state */
+	struct writer *writer;     /* its thread (writeback.c); changed under the registry lock */
+	uint32_t writing;          /* writes under way */
+	uint64_t writing_since_ns; /* ... and when one began, or ended, last: a device that hangs is known by it */
 
 	uint32_t job; /* enum engine_backend_job, or JOB_COMPACT_BACKGROUND; changed under the registry lock */
 	bool job_cancelled, job_waiting; /* ended by request; for room */
@@ -65,9 +68,9 @@ struct engine {
 
 	bool stopping;
 	struct awake awake;
-	pthread_t evictors[EVICTORS_MAX], look_thread, writer_thread, recompressor_thread;
+	pthread_t evictors[EVICTORS_MAX], look_thread, recompressor_thread;
 	unsigned evictor_count;
-	pthread_mutex_t work_lock; /* evictors and writer wait here */
+	pthread_mutex_t work_lock; /* evictors and writers wait here */
 	pthread_cond_t evict_work, write_work, look_work, recompress_work;
 	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
 	uint32_t recompress_age_ms; /* 0: never */
@@ -96,9 +99,9 @@ int backend_adopt(struct engine *engine, unsigned number);
  * done; may_be_done: the daemon before may have), and its arena registered. 0 or -errno. */
 int client_arm_descriptors(struct client *client, bool events, bool may_be_done);
 
-/* Ask for work: evictors look at all groups; the writer looks at all pools. */
+/* Ask for work: evictors look at all groups; writers look at all pools. */
 void engine_kick_evictors(struct engine *engine);
-void engine_kick_writer(struct engine *engine);
+void engine_kick_writers(struct engine *engine);
 /* A client is new: do not sleep over its first megabytes. */
 void engine_kick_look(struct engine *engine);
 /* The end: it has nothing else to be woken for. */
@@ -121,19 +124,21 @@ void engine_room_made(struct engine *engine, struct group *group);
 struct spill *backend_pin(struct engine *engine, unsigned number);
 void backend_install(struct engine *engine, unsigned number, const struct backend *backend);
 void backend_unpin(struct engine *engine, unsigned number);
-/* The backend to write to, pinned: of those with a free segment the highest priority, in turn where several
- * have it. -ENOSPC when there is none. */
+/* The backend to write to, pinned: of those with a free segment that do not hang the highest priority, in turn where
+ * several have it. -ENOSPC when there is none. */
 int backend_pick(struct engine *engine);
-/* A write to it failed. */
-void backend_write_failed(struct engine *engine, unsigned number, int result);
+/* Pin this one if it could be picked, now or in turn; else NULL. */
+struct spill *backend_pin_to_write(struct engine *engine, unsigned number);
+/* Write a segment that was filled for it: as spill_segment_write, with what the outcome says about the backend noted. */
+int backend_write_segment(struct engine *engine, unsigned number, struct spill_segment *segment);
 /* What can still be written to it: free segments, as far as the file system has blocks for them. */
 uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill);
 /* Take a backend without live extents and without writers out of the table; erases and closes it. */
 void backend_remove(struct engine *engine, unsigned number);
 
 /* drain.c */
-/* Compact what has most to gain a little; false when there is nothing to gain. */
-bool drain_in_background(struct engine *engine);
+/* Compact a backend a little; false when there is nothing to gain. For its writer. */
+bool drain_in_background(struct engine *engine, unsigned number);
 
 /* fault.c */
 struct fill_scratch;
@@ -172,7 +177,12 @@ uint64_t reclaim_pageout(struct client *client, uint64_t start, uint64_t end);
 #define OUT_OF_MEMORY_NS 3000000000ULL
 void reclaim_kill_largest(struct engine *engine, struct group *group);
 /* writeback.c */
-void *writer_main(void *engine);
+/* A thread that waits for its backend. 0 or -errno. */
+int writer_create(struct engine *engine, struct writer **ret_writer);
+/* The backend is installed, or about to be: this is its writer. The registry lock is held, or nothing runs yet. */
+void writer_begin(struct writer *writer, unsigned number);
+/* Ends it; nobody has its backend pinned any more. No lock is held. NULL ok. */
+void writer_destroy(struct writer *writer);
 /* True when the group's pages may be written to some backend that has room. */
 bool writeback_is_possible(struct engine *engine, const struct group *group);
 /* recompress.c */

@@ -576,7 +576,8 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 			ghosts_note_evicted(&client->group->ghosts, client->index, page);
 			if (slot_is_kept(record->before[i].tag) && !(stored->reused >> i & 1))
 				client_free_copy(client, record->before[i]);
-			if (stored->created >> i & 1)
+			/* Unchanged ones, too: when the writer came by, they were resident. */
+			if (stored->slots[i].tag == SLOT_POOL)
 				client_cold_push(client, page >> CLUSTER_SHIFT);
 			crash_point(CRASH_EVICT_SETTLED_ONE);
 		} else if (stored->created >> i & 1) {

@@ -7,7 +7,7 @@
  * what is on probation goes first (order.h), then what its hand finds: once around the address space,
  * which for memory that was filled in order is first in, first out.
  *
- * When a pool is at its cap, room comes from the writer (writeback.c) if the group may spill, else
+ * When a pool is at its cap, room comes from the writers (writeback.c) if the group may spill, else
  * from kept copies. When nothing gives room for OUT_OF_MEMORY_NS while faults wait, or metadata takes
  * nearly all of the limit, the group is out of memory: its largest member is killed, and nobody else's.
  */
@@ -182,8 +182,11 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 		}
 	}
 	if (writeback_is_possible(engine, group)) {
-		engine_kick_writer(engine);
+		engine_kick_writers(engine);
 		sys_sleep_ms(1);
+		/* Only copies of resident pages are left: the cap was lowered, or they are all over its slabs. */
+		if (READ_ONCE(client->cold.count) == 0 && evict_drop_kept(client, DROP_PAGES, &cursor) > 0)
+			group_pool_changed(group);
 		return pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
 	}
 	(void)evict_drop_kept(client, DROP_PAGES, &cursor);

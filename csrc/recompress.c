@@ -4,7 +4,7 @@
  *
  * LZ4 is what eviction and faults can afford. A page that has been out for a while pays for a slower method: text takes
  * a quarter less, on the disk too, as objects are written as they are. One thread, while a group uses most of its limit:
- * it follows the order in which clusters were stored (client_cold_examine), so that it is ahead of the writer, and
+ * it follows the order in which clusters were stored (cold.h), so that it is ahead of the writer, and
  * looks at each once for every time that something was stored there. It takes at most a quarter of a CPU.
  *
  * Old        a cluster is in which something was stored last engine->recompress_age_ms ago, and a page of it that was not
@@ -53,6 +53,7 @@ struct recompressor {
 	uint8_t object[PAGE_BYTES];
 	struct candidate candidates[PAGES_A_TURN];
 	unsigned count;
+	unsigned next; /* index of the client whose turn it is */
 };
 
 /* ---- what is old ---- */
@@ -126,7 +127,7 @@ static void collect(struct recompressor *recompressor, struct client *client, ui
 
 static bool may_store(const struct group *group, unsigned units)
 {
-	return group_room_bytes(group) >= (int64_t)group_reserve_bytes(group) / 2 ||
+	return group_room_bytes(group) >= (int64_t)(2 * POOL_SLAB_BYTES) ||
 	       pool_growth_bytes(group->pool, units) == 0;
 }
 
@@ -209,11 +210,12 @@ static bool is_wanted(const struct group *group)
 /* The next old cluster of a client. False: it has none. */
 static bool examine_cluster(struct recompressor *recompressor, struct client *client, uint64_t *since_cpu_ns)
 {
-	uint64_t before_ms = sys_now_coarse_ms() - recompressor->engine->recompress_age_ms, number;
+	uint64_t number;
 	bool found;
 
 	pthread_mutex_lock(&client->gate);
-	found = !client->dead && client_cold_examine(client, before_ms, &number);
+	found = !client->dead && cold_examine(&client->cold, sys_now_coarse_ms(),
+					      recompressor->engine->recompress_age_ms, &number);
 	pthread_mutex_unlock(&client->gate);
 	for (unsigned i = 0; found && i < CLUSTER_PAGES; i += PAGES_A_TURN) {
 		collect(recompressor, client, number * CLUSTER_PAGES + i);
@@ -233,10 +235,11 @@ static bool examine_cluster(struct recompressor *recompressor, struct client *cl
 static bool examine_group(struct recompressor *recompressor, struct group *group, uint64_t *since_cpu_ns)
 {
 	struct client *clients[CLIENTS_A_TURN];
-	unsigned count = client_list_cold(recompressor->engine, group, clients, CLIENTS_A_TURN);
+	unsigned count = client_list_cold(recompressor->engine, group, recompressor->next, clients, CLIENTS_A_TURN);
 	bool found = false;
 
 	for (unsigned i = 0; i < count; i++) {
+		recompressor->next = clients[i]->index + 1;
 		if (is_wanted(group) && !READ_ONCE(recompressor->engine->stopping))
 			found = examine_cluster(recompressor, clients[i], since_cpu_ns) || found;
 		client_put(clients[i]);

@@ -985,6 +985,11 @@ static void cluster_trim(struct slot_space *space, struct slot_map *map, uint64_
 
 /* ---- get and set ---- */
 
+bool slot_map_has(const struct slot_space *space, const struct slot_map *map, uint64_t cluster_number)
+{
+	return index_find(space, map, cluster_number) != 0;
+}
+
 int slot_get(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot *ret_slot)
 {
 	unsigned i = page % CLUSTER_PAGES;

@@ -202,6 +202,9 @@ uint64_t slot_space_shared_spill_pages(const struct slot_space *space);
 /* Bytes of the clusters and the index of one map; any thread. */
 uint64_t slot_map_metadata_bytes(const struct slot_map *map);
 
+/* Has any page of this cluster a slot? */
+bool slot_map_has(const struct slot_space *space, const struct slot_map *map, uint64_t cluster_number);
+
 /* The slot of a page; NONE when it has none, or -ENOMEM when a shared cluster could not be unshared. */
 int slot_get(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot *ret_slot);
 

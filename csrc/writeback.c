@@ -2,10 +2,12 @@
 /*
  * writeback — cold objects leave the pool for a backend, as they are.
  *
- * One writer thread. It works while a pool that may spill is near its cap: it takes the clusters that
+ * A writer thread for each backend, so that a device that hangs keeps nobody else from writing. It works while a pool
+ * that may spill is near its cap and no backend of a higher priority can take what leaves it: it takes the clusters that
  * were stored longest ago, packs their objects into a segment, writes the segment, and only when the
  * write has returned changes the slots and frees the objects. Neighbours in memory become neighbours
  * in the segment, so a run of faults is one read. When there is nothing to write it compacts (drain.c).
+ * Backends of one priority are written to at the same time, each as fast as it is.
  *
  * A slot may change while its object is being written. It is compared whole (place and check) before
  * it is changed; if it is not what it was, the new extent is freed and nothing else happens.
@@ -23,6 +25,7 @@
 
 #define RECORDS_MAX 8192
 #define IDLE_MS 100
+#define STACK_BYTES (256 * 1024)
 
 struct moved_object {
 	uint64_t page;
@@ -35,12 +38,15 @@ struct moved_object {
 
 struct writer {
 	struct engine *engine;
-	unsigned backend;
+	pthread_t thread;
+	bool has_begun, stopping;
+	unsigned backend; /* once it has begun */
 	struct spill_segment *segment;
 	struct moved_object *objects;
 	unsigned object_count;
 	struct client *clients[CLIENTS_MAX];
 	unsigned client_count;
+	unsigned next; /* index of the client whose turn it is */
 };
 
 static uint64_t margin_bytes(const struct group *group)
@@ -109,14 +115,14 @@ static int collect_page(struct writer *writer, struct client *client, uint64_t p
 	return 0;
 }
 
-/* All of one cluster. -ENOSPC: segment full, the cluster goes back to the front later. */
+/* All of one cluster. -ENOSPC: the segment is full, the rest of the cluster is for later. */
 static int collect_cluster(struct writer *writer, struct client *client)
 {
 	uint64_t number;
 	int result = 1;
 
 	SCOPED_LOCK(&client->gate);
-	if (client->dead || client_is_shut(client) || !client_cold_pop(client, &number))
+	if (client->dead || client_is_shut(client) || !cold_pop(&client->cold, &number))
 		return 1;
 	for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 		if (writer->object_count == RECORDS_MAX)
@@ -134,11 +140,13 @@ static int collect_cluster(struct writer *writer, struct client *client)
 static void collect(struct writer *writer, struct group *group)
 {
 	struct client *clients[64];
-	unsigned count = client_list_cold(writer->engine, group, clients, 64);
+	unsigned count = client_list_cold(writer->engine, group, writer->next, clients, 64);
 	bool full = false;
 
 	for (unsigned i = 0; i < count; i++) {
 		writer->clients[writer->client_count++] = clients[i];
+		if (!full)
+			writer->next = clients[i]->index + 1;
 		/* A turn of 16 MiB of address space each, so that several clients age alike. */
 		for (unsigned k = 0; !full && k < (count > 1 ? 32 : RECORDS_MAX); k++) {
 			int result = collect_cluster(writer, clients[i]);
@@ -156,7 +164,7 @@ static void settle_object(struct writer *writer, struct client *client,
 			  const struct moved_object *object)
 {
 	struct engine *engine = writer->engine;
-	struct slot to = object->copy, word;
+	struct slot to = object->copy, word = { .tag = SLOT_NONE };
 	bool done = false;
 
 	to.tag = SLOT_SPILL;
@@ -178,6 +186,8 @@ static void settle_object(struct writer *writer, struct client *client,
 			counter_add(engine, spill_written_recompressed, 1);
 	} else {
 		spill_free(engine->backends[writer->backend].spill, object->extent, object->copy.units);
+		if (word.tag == SLOT_POOL || word.tag == SLOT_INDIRECT) /* compressed again meanwhile, or out again */
+			client_cold_push(client, object->page >> CLUSTER_SHIFT);
 	}
 }
 
@@ -200,16 +210,17 @@ static void settle(struct writer *writer, bool written)
 	writer->object_count = writer->client_count = 0;
 }
 
-/* ---- the writer ---- */
+/* ---- a writer ---- */
 
-/* Write one segment of the group's coldest objects to writer->backend. False: there was nothing to write. */
-static bool write_segment(struct writer *writer, struct group *group)
+/* Write one segment of the group's coldest objects to the backend, which is pinned. False: there was nothing to write,
+ * or it could not be. */
+static bool write_segment(struct writer *writer, struct spill *spill, struct group *group)
 {
 	struct engine *engine = writer->engine;
 	unsigned count;
 	int result;
 
-	if (spill_segment_begin(engine->backends[writer->backend].spill, false, &writer->segment) < 0)
+	if (spill_segment_begin(spill, false, &writer->segment) < 0)
 		return false;
 	collect(writer, group);
 	count = writer->object_count;
@@ -219,30 +230,13 @@ static bool write_segment(struct writer *writer, struct group *group)
 		return false;
 	}
 	crash_point(CRASH_WRITEBACK_COLLECTED);
-	result = spill_segment_write(writer->segment);
+	result = backend_write_segment(engine, writer->backend, writer->segment);
 	crash_point(CRASH_WRITEBACK_WRITTEN);
-	if (result < 0)
-		backend_write_failed(engine, writer->backend, result);
 	settle(writer, result == 0);
 	group_pool_changed(group);
 	__atomic_fetch_add(&group->progress, result == 0 ? count : 0, __ATOMIC_RELAXED);
 	engine_room_made(engine, group);
 	return result == 0;
-}
-
-static bool write_one(struct writer *writer, struct group *group)
-{
-	struct engine *engine = writer->engine;
-	int backend = backend_pick(engine);
-	bool wrote;
-
-	if (backend < 0)
-		return false;
-	writer->backend = (unsigned)backend;
-	WRITE_ONCE(engine->backend_turn, writer->backend);
-	wrote = write_segment(writer, group);
-	backend_unpin(engine, writer->backend);
-	return wrote;
 }
 
 static struct group *pick_group(struct engine *engine, unsigned *cursor)
@@ -260,34 +254,90 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 	return NULL;
 }
 
-void *writer_main(void *argument)
+static bool is_stopping(const struct writer *writer)
 {
-	struct writer *writer = calloc(1, sizeof *writer);
+	return __atomic_load_n(&writer->stopping, __ATOMIC_ACQUIRE) ||
+	       __atomic_load_n(&writer->engine->stopping, __ATOMIC_ACQUIRE);
+}
+
+/* False: no pool is to be written from, or the backend is not to be written to. */
+static bool write_one(struct writer *writer, unsigned *cursor)
+{
+	struct engine *engine = writer->engine;
+	struct spill *spill = backend_pin_to_write(engine, writer->backend);
+	struct group *group = spill ? pick_group(engine, cursor) : NULL;
+	bool wrote = false;
+
+	if (group) {
+		WRITE_ONCE(engine->backend_turn, writer->backend);
+		wrote = write_segment(writer, spill, group);
+		pthread_mutex_lock(&engine->registry);
+		group->users--;
+		pthread_mutex_unlock(&engine->registry);
+	}
+	if (spill)
+		backend_unpin(engine, writer->backend);
+	if (group && !wrote)
+		sys_sleep_ms(5);
+	return group != NULL;
+}
+
+static void *writer_main(void *argument)
+{
+	struct writer *writer = argument;
+	struct engine *engine = writer->engine;
 	unsigned cursor = 0;
 	uint64_t seen = 0;
 
-	VS_CHECK(writer);
-	writer->engine = argument;
-	writer->objects = malloc(RECORDS_MAX * sizeof *writer->objects);
-	VS_CHECK(writer->objects);
-	while (!__atomic_load_n(&writer->engine->stopping, __ATOMIC_ACQUIRE)) {
-		struct group *group = pick_group(writer->engine, &cursor);
-		bool wrote;
-
-		if (!group) {
-			(void)drain_in_background(writer->engine);
-			engine_wait_for_requests(writer->engine, &writer->engine->write_work, &writer->engine->write_requests,
-						 &seen, IDLE_MS);
-			continue;
+	while (!is_stopping(writer)) {
+		if (__atomic_load_n(&writer->has_begun, __ATOMIC_ACQUIRE)) {
+			while (!is_stopping(writer) && write_one(writer, &cursor))
+				;
+			(void)drain_in_background(engine, writer->backend);
 		}
-		wrote = write_one(writer, group);
-		pthread_mutex_lock(&writer->engine->registry);
-		group->users--;
-		pthread_mutex_unlock(&writer->engine->registry);
-		if (!wrote)
-			sys_sleep_ms(5);
+		engine_wait_for_requests(engine, &engine->write_work, &engine->write_requests, &seen, IDLE_MS);
 	}
+	return NULL;
+}
+
+int writer_create(struct engine *engine, struct writer **ret_writer)
+{
+	struct writer *writer = calloc(1, sizeof *writer);
+	pthread_attr_t attributes;
+	int error = ENOMEM;
+
+	if (!writer)
+		return -ENOMEM;
+	writer->engine = engine;
+	writer->objects = malloc(RECORDS_MAX * sizeof *writer->objects);
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, STACK_BYTES);
+	if (writer->objects)
+		error = pthread_create(&writer->thread, &attributes, writer_main, writer);
+	pthread_attr_destroy(&attributes);
+	if (error) {
+		free(writer->objects);
+		free(writer);
+		return -error;
+	}
+	*ret_writer = writer;
+	return 0;
+}
+
+void writer_begin(struct writer *writer, unsigned number)
+{
+	writer->backend = number;
+	writer->engine->backends[number].writer = writer;
+	__atomic_store_n(&writer->has_begun, true, __ATOMIC_RELEASE);
+}
+
+void writer_destroy(struct writer *writer)
+{
+	if (!writer)
+		return;
+	__atomic_store_n(&writer->stopping, true, __ATOMIC_RELEASE);
+	engine_kick_writers(writer->engine);
+	pthread_join(writer->thread, NULL);
 	free(writer->objects);
 	free(writer);
-	return NULL;
 }

@@ -129,6 +129,7 @@ class BackendStatistics:
     read_bytes: int = 0
     trimmed_bytes: int = 0
     errors: int = 0
+    writing_ms: int = 0
     job: int = 0
     job_waiting: int = 0
     job_ms: int = 0

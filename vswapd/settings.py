@@ -217,7 +217,7 @@ TABLES: dict[str, tuple[Key, ...]] = {
             _number(-32768, 32767),
             0,
             "",
-            "Higher ones are filled first, equal ones in turn.",
+            "Higher ones are filled first; equal ones at the same time.",
             "10",
             reloads=True,
         ),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -93,10 +93,11 @@ class Client:
 
 
 @contextmanager
-def _serving(directory: Path, device: Device) -> Iterator[Service]:
+def _serving(directory: Path, device: Device, more: str = "") -> Iterator[Service]:
     service = Service(directory)
     service.conf.write_text(
-        f'[daemon]\nsocket = "{service.socket_path}"\n[[backend]]\npath = "{device.path}"\nsize = "512M"\n',
+        f'[daemon]\nsocket = "{service.socket_path}"\n'
+        f'[[backend]]\npath = "{device.path}"\nsize = "512M"\n{more}',
         encoding="utf-8",
     )
     service.start()
@@ -160,3 +161,32 @@ def test_hanging_write_stalls_no_command(device: Device, near_and_far: str, veri
         assert device.waiting()
         device.answer()
         wait_until("the groups are gone", lambda: not service.status()["groups"])
+
+
+def _backend(service: Service, path: Path) -> dict[str, Any]:
+    return next(backend for backend in service.status()["backends"] if backend["path"] == str(path))
+
+
+@pytest.mark.parametrize("priority", [0, -5])
+def test_hanging_write_keeps_no_other_backend_waiting(
+    device: Device, near_and_far: str, tmp_path: Path, priority: int
+) -> None:
+    """What leaves the pool goes to the others meanwhile, of a lower priority too; nothing is lost."""
+    other = tmp_path / "other"
+    more = f'[[backend]]\npath = "{other}"\nsize = "512M"\npriority = {priority}\n'
+    with _serving(tmp_path, device, more) as service, _client(service, near_and_far) as client:
+        device.hang()
+        before = _backend(service, other)["written_bytes"]
+        client.ask("fresh")
+        assert client.answer() == "fresh 0 0"
+        assert device.waiting()
+        assert _backend(service, other)["written_bytes"] > before + (32 << 20)
+        wait_until("it is known to hang", lambda: _backend(service, device.path)["writing_ms"] > 1000)
+        shown = [command_path("vswapctl"), "status", "--socket", service.socket_path]
+        assert "does not answer" in subprocess.run(shown, capture_output=True, check=True, text=True).stdout
+        client.ask("near")
+        assert client.answer() == "near 0 0"
+        device.answer()
+        client.ask("far")
+        assert client.answer() == "far 0 0"
+        wait_until("the write has ended", lambda: not _backend(service, device.path)["writing_ms"])

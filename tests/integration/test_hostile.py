@@ -31,10 +31,12 @@ _SEGMENT_BYTES = 1 << 20
 _PAGE_BYTES = 4096
 
 # Fills memory with noise, waits, and reads it back page by page. A page that is poisoned is SIGBUS in user mode
-# and EFAULT for a system call that reads it: so it is read by one.
+# and EFAULT for a system call that reads it: so it is read by one. What the program needs itself is locked: it would be
+# among what is damaged, as the interpreter's coldest pages are the first to be written back.
 _READER = """
-import json, mmap, os, random, sys
+import ctypes, json, mmap, os, random, sys
 pages = int(sys.argv[1])
+assert ctypes.CDLL(None).mlockall(1) == 0  # MCL_CURRENT
 memory = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 content = lambda page: random.Random(page).randbytes(4096)
 for page in range(pages):

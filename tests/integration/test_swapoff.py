@@ -106,7 +106,7 @@ def test_backends_come_and_go_under_load(
         _wait_spilled(daemon, paths[0], mib // 16)
         while process.poll() is None:
             paths.append(tmp_path / f"spill-{drained}")
-            _done(daemon, "swapon", str(paths[-1]), "--size", "1G", "--priority", "0")
+            _done(daemon, "swapon", str(paths[-1]), "--size", "4G", "--priority", "0")
             older = paths.pop(0)
             _done(daemon, "compact", str(older))
             _done(daemon, "swapoff", str(older))
@@ -121,15 +121,14 @@ def test_backends_come_and_go_under_load(
     assert counters["check_failures"] == 0
 
 
-def test_equal_priorities_take_turns(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
-    """And a higher one is filled first."""
+def test_equal_priorities_share(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
+    """Both are written to, each by a writer of its own; and a higher one is filled first."""
     for name, priority in (("a", "7"), ("b", "7"), ("c", "6")):
         _done(daemon, "swapon", str(tmp_path / name), "--size", "64M", "--priority", priority)
     argv = [verify_memory, "--mib", "96", "--kind", "random", "--seconds", "20"]
     with _running(daemon, 24, argv, "--pool", "4M"):
         _wait_spilled(daemon, tmp_path / "b", 16)
-        first, second = (_backend(daemon, tmp_path / name)["used_bytes"] for name in "ab")
-        assert abs(first - second) <= 8 * MIB
+        assert _backend(daemon, tmp_path / "a")["used_bytes"] >= 4 * MIB
         assert _backend(daemon, tmp_path / "c")["used_bytes"] == 0
 
 

@@ -248,7 +248,7 @@ def _add_swapon(parser: argparse.ArgumentParser) -> None:
         "--priority",
         type=_priority,
         metavar="N",
-        help="higher is written to first, equal ones in turn (default: below all others)",
+        help="higher is written to first, equal ones at the same time (default: below all others)",
     )
     parser.add_argument(
         "-d", "--discard", action="store_true", help="discard freed segments of a device (files are always punched)"

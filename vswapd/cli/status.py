@@ -122,14 +122,25 @@ def _client_table(status: dict[str, Any]) -> Table:
     return table
 
 
+_HANGS_MS = 1000  # as the engine has it: others are written to then
+
+
+def _state(backend: dict[str, Any]) -> str:
+    state = str(backend["state"]) + (", encrypted" if backend["encrypted"] else "")
+    if backend["writing_ms"] > _HANGS_MS:
+        state += f"; does not answer for {backend['writing_ms'] / 1000:.0f} s"
+    if backend["job"]:
+        state += f"; {backend['job']}: {progress.format_job(backend)}"
+    return state
+
+
 def _backend_table(status: dict[str, Any]) -> Table:
     table = _table("Spill", ("path", "state"), ("size", "used", "room", "live", "priority"))
     for backend in status["backends"]:
-        job = f"; {backend['job']}: {progress.format_job(backend)}" if backend["job"] else ""
         used = backend["used_bytes"]
         table.add_row(
             backend["path"],
-            backend["state"] + (", encrypted" if backend["encrypted"] else "") + job,
+            _state(backend),
             format_size(backend["size_bytes"]),
             format_size(used),
             format_size(backend["room_bytes"]),

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""What leaves the pool: of every client, whatever its pages did before, and also when the pool's limit is lowered."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.puppets import Puppet, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+_MIB = 1 << 20
+_LIMIT_BYTES = 64 * _MIB
+_LARGE_BYTES = 512 * _MIB  # a tenth of it is for the pool when nothing compresses
+_PAGES = 4096
+
+
+def _wait(condition: Callable[[], bool], what: str, seconds_max: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds_max
+    while not condition():
+        assert time.monotonic() < deadline, f"never {what}"
+        time.sleep(0.02)  # polling another process's state
+
+
+def _figures(stage: Stage, puppet: Puppet) -> dict[str, int]:
+    return stage.ask(f"client {puppet.pid}")
+
+
+def _fill(stage: Stage, puppet: Puppet, seed: int, kind: str = "text") -> None:
+    """All of its pages, which are then in the pool."""
+    puppet.write(kind, seed, 0, _PAGES)
+    _wait(lambda: stage.is_managed(puppet), "managed")
+    assert stage.page_out(puppet)["pool"] == _PAGES
+
+
+def _lower_until_written(stage: Stage, pages: int) -> None:
+    """The pool's limit, a little at a time."""
+    pool_bytes = 32 * _MIB
+    while stage.ask("statistics")["spill"] < pages:
+        pool_bytes -= _MIB
+        assert pool_bytes > 0
+        stage.order(f"limit {_LIMIT_BYTES} {pool_bytes}")
+        time.sleep(0.3)  # writers see it at the latest after a tenth of a second
+
+
+@pytest.fixture
+def stage(stage_programs: Mapping[str, str], client_library: str, tmp_path: Path) -> Stage:
+    return Stage(stage_programs, client_library, tmp_path, pages=_PAGES, limit_bytes=_LIMIT_BYTES)
+
+
+def test_copies_of_resident_pages_leave_a_pool_that_shrinks(stage: Stage) -> None:
+    """When there is nothing else in it: eviction goes on, and nobody is out of memory."""
+    with stage:
+        [puppet] = stage.puppets
+        stage.order(f"limit {_LARGE_BYTES} 0")
+        _fill(stage, puppet, 1, "random")
+        puppet.check("random", 1, 0, _PAGES)
+        assert _figures(stage, puppet)["kept"] > _PAGES // 2
+        stage.order(f"limit {_LARGE_BYTES} {4 * _MIB}")
+        puppet.write("random", 2, 0, _PAGES // 8)
+        figures = stage.page_out(puppet)
+        assert figures["swapped"] == _PAGES, figures
+        puppet.check("random", 2, 0, _PAGES // 8)
+        puppet.check("random", 1, _PAGES // 8, _PAGES - _PAGES // 8)
+        stage.end(puppet)
+    assert stage.status == 0, stage.log
+
+
+def test_unchanged_pages_are_written_back(stage: Stage) -> None:
+    """They were resident when the writer came by, and went out again without being stored."""
+    half = _PAGES // 2
+    with stage:
+        [puppet] = stage.puppets
+        puppet.write("text", 1, 0, half)
+        _wait(lambda: stage.is_managed(puppet), "managed")
+        stage.page_out(puppet)
+        puppet.write("text", 1, half, _PAGES - half)
+        stage.page_out(puppet)
+        puppet.check("text", 1, 0, half)
+        stage.order(f"limit {_LIMIT_BYTES} 1")
+        _wait(lambda: _figures(stage, puppet)["pool"] == 0, "the other half written, and so all of the list seen")
+        stage.order(f"limit {_LIMIT_BYTES} 0")
+        figures = stage.page_out(puppet)
+        assert figures["pool"] > half // 2
+        stage.order(f"limit {_LIMIT_BYTES} 1")
+        _wait(lambda: _figures(stage, puppet)["pool"] == 0, "written back")
+        puppet.check("text", 1, 0, _PAGES)
+        stage.end(puppet)
+    assert stage.status == 0, stage.log
+
+
+def test_clients_take_turns(stage: Stage) -> None:
+    """The first one has enough to fill every segment, but the others' pages are as old."""
+    with stage:
+        [first] = stage.puppets
+        _fill(stage, first, 1)
+        second = stage.fork(first)
+        _fill(stage, first, 2)
+        _fill(stage, second, 3)
+        _lower_until_written(stage, _PAGES // 2)
+        assert _figures(stage, first)["spill"] > 256
+        assert _figures(stage, second)["spill"] > 256
+        first.check("text", 2, 0, _PAGES)
+        second.check("text", 3, 0, _PAGES)
+        stage.end(second)
+        stage.end(first)
+    assert stage.status == 0, stage.log
