@@ -5,14 +5,18 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <grp.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -121,6 +125,20 @@ static void fork_many(int times)
 	answer("ok", failed);
 }
 
+/* A userfaultfd of its own for the buffer, through libc's ioctl. Answers the errno. */
+static void watch_itself(void)
+{
+	struct uffdio_register buffer_range = { .range = { (uintptr_t)buffer, CLIENT_PAGES * PAGE },
+						.mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct uffdio_api api = { .api = UFFD_API };
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0)
+		_exit(93);
+	answer("ok", ioctl(fd, UFFDIO_REGISTER, &buffer_range) == 0 ? 0 : errno);
+	close(fd);
+}
+
 static void count_descriptors(void)
 {
 	DIR *directory = opendir("/proc/self/fd");
@@ -164,6 +182,8 @@ static void obey(char *line)
 		seccomp_allow_all();
 	else if (!strcmp(line, "mlockall"))
 		answer("ok", mlockall(MCL_CURRENT | MCL_FUTURE));
+	else if (!strcmp(line, "watch"))
+		watch_itself();
 	else if (!strcmp(line, "count"))
 		count_descriptors();
 	else if (!strcmp(line, "pthread_exit"))

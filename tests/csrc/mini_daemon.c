@@ -196,6 +196,13 @@ void peer_register(struct peer *peer, uint64_t address, uint64_t pages)
 	watch(peer->events, address, pages * TEST_PAGE, UFFDIO_REGISTER_MODE_MISSING);
 }
 
+void peer_unregister(struct peer *peer, uint64_t address, uint64_t pages)
+{
+	struct uffdio_range range = { address, pages * TEST_PAGE };
+
+	CHECK(ioctl(peer->events, UFFDIO_UNREGISTER, &range) == 0);
+}
+
 static void ring_make(struct peer *peer)
 {
 	peer->ring_fd = memfd_create("ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);

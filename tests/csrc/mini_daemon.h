@@ -55,6 +55,7 @@ void peer_refuse(struct peer *peer, uint16_t status);
 /* Wait until the peer's process forked; returns the child's token. */
 uint64_t peer_wait_forked(struct peer *peer);
 void peer_register(struct peer *peer, uint64_t address, uint64_t pages);
+void peer_unregister(struct peer *peer, uint64_t address, uint64_t pages);
 /* Execute one command; answered when it returns. */
 void peer_execute(struct peer *peer, struct vswap_command *command);
 /* MOVE_OUT of one run to a window, which is stored and released. Returns pages stored. */

@@ -27,6 +27,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -301,6 +302,7 @@ static const struct test_case cases[] = {
 	{ "seccomp", test_seccomp },
 	{ "mlockall", test_mlockall },
 	{ "hangup", test_hangup },
+	{ "left_while_asking", test_left_while_asking },
 };
 
 static bool is_wanted(const char *name, char **names)

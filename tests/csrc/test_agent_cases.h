@@ -503,3 +503,37 @@ static void test_hangup(void)
 	CHECK(stderr_lines(&program, text, sizeof text) == 0);
 	close(listener);
 }
+
+static void wait_word(const uint32_t *word, uint32_t value)
+{
+	uint64_t deadline = test_now_ns() + PATIENCE_MS * 1000000ULL;
+
+	while (__atomic_load_n(word, __ATOMIC_SEQ_CST) != value) {
+		CHECK(test_now_ns() < deadline);
+		sched_yield();
+	}
+}
+
+/* It asks for memory that is managed, and its daemon dies in a detach. The next one buries it and says ESRCH: which no
+ * program gets of UFFDIO_REGISTER, for it is there. What follows is that all is let go of. */
+static void test_left_while_asking(void)
+{
+	int listener = daemon_listen(socket_path);
+	struct program program = client_run(-1);
+	struct peer *peer = managed(&program, listener);
+	struct vswap_ring *ring = peer->ring;
+
+	ring->features |= VSWAP_FEATURE_YIELD;
+	tell(&program, "watch");
+	wait_word(&ring->yield_asked, 1);
+	CHECK(ring->yield_start == program.buffer && ring->yield_bytes == CLIENT_PAGES * TEST_PAGE);
+	ring->yield_error = ESRCH;
+	__atomic_store_n(&ring->yield_answered, 1, __ATOMIC_SEQ_CST);
+	wait_word(&ring->yield_over, 1); /* it has the answer, and the range is not let go of yet */
+	peer_unregister(peer, program.buffer, CLIENT_PAGES);
+	CHECK(expect(&program, "ok") == 0);
+	ask(&program, "check 10", "ok");
+	expect_quiet_end(&program);
+	peer_close(peer);
+	close(listener);
+}
