@@ -4,10 +4,10 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "base.h"
 #include "engine_internal.h"
+#include "sys.h"
 
 #define STEP_BITS 16
 
@@ -129,8 +129,9 @@ enum step checkpoint_step(struct client *client)
 	return STEP_FRESH;
 }
 
-void checkpoint_discard(struct state *state, unsigned client_index)
+void checkpoint_discard(struct state *state, int state_fd, unsigned client_index)
 {
-	/* Only tmpfs without memory could refuse, and then what is there is merely not given back. */
-	(void)madvise(state_checkpoints(state, client_index), 2 * sizeof(struct checkpoint), MADV_REMOVE);
+	struct checkpoint *both = state_checkpoints(state, client_index);
+
+	sys_discard(state_fd, (uint64_t)((char *)both - (char *)state), both, 2 * sizeof *both);
 }

@@ -40,7 +40,7 @@ enum step checkpoint_step(struct client *client);
 /* In a successor: a step outside of messages (remap_settle) was begun and its checkpoint not written. */
 bool checkpoint_is_interrupted(const struct client *client);
 
-/* Give back the memory of both; a new client begins with none. */
-void checkpoint_discard(struct state *state, unsigned client_index);
+/* Give back the memory of both, in the state that is mapped from state_fd; a new client begins with none. */
+void checkpoint_discard(struct state *state, int state_fd, unsigned client_index);
 
 #endif

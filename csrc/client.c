@@ -217,7 +217,7 @@ void client_put(struct client *client)
 	pthread_mutex_unlock(&engine->registry);
 	if (!last)
 		return;
-	checkpoint_discard(engine->state, client->index);
+	checkpoint_discard(engine->state, engine->state_fd, client->index);
 	client_free(client);
 	__atomic_store_n(&record->phase, CLIENT_UNUSED, __ATOMIC_RELEASE);
 }

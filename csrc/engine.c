@@ -24,6 +24,7 @@
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "region.h"
+#include "shelve.h"
 #include "sys.h"
 #include "worker.h"
 
@@ -173,7 +174,8 @@ static int make_state(struct engine *engine, char *message)
 	if (getrandom(state->secret, CODEC_SECRET_BYTES, 0) != CODEC_SECRET_BYTES)
 		return -EIO;
 	__atomic_store_n(&state->magic, STATE_MAGIC, __ATOMIC_RELEASE);
-	return slot_space_create((char *)state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS, &engine->slots);
+	return slot_space_create(engine->state_fd, STATE_SLOTS, (char *)state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS,
+				 &engine->slots);
 }
 
 static int make_pool(struct engine *engine, uint64_t capacity_bytes)
@@ -232,6 +234,8 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	if (!engine)
 		return -ENOMEM;
 	sys_prefer_this_thread(); /* and all that it starts */
+	if (sys_lock_memory())
+		shelve_unlock();
 	if (config->state_fd) {
 		result = recover_descriptors(config);
 		if (result < 0) {

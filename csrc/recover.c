@@ -329,7 +329,7 @@ static void forget_clients(struct engine *engine)
 
 		if (record->phase == CLIENT_UNUSED || client_is_kept(record))
 			continue;
-		checkpoint_discard(engine->state, i);
+		checkpoint_discard(engine->state, engine->state_fd, i);
 		__atomic_store_n(&record->phase, CLIENT_UNUSED, __ATOMIC_RELEASE);
 	}
 }
@@ -388,8 +388,8 @@ int recover_engine(struct engine *engine)
 	forget_clients(engine);
 	settle_forks(engine);
 	if (result == 0)
-		result = slot_space_open((char *)engine->state + STATE_SLOTS, STATE_BYTES - STATE_SLOTS,
-					 &engine->slots);
+		result = slot_space_open(engine->state_fd, STATE_SLOTS, (char *)engine->state + STATE_SLOTS,
+					 STATE_BYTES - STATE_SLOTS, &engine->slots);
 	for (unsigned i = 0; result == 0 && i < engine->clients_end; i++)
 		if (engine->clients[i])
 			result = slot_space_adopt(engine->slots, &engine->clients[i]->record->map);

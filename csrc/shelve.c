@@ -216,6 +216,12 @@ void shelve_unmap_clean(void)
 	close(pagemap_fd);
 }
 
+void shelve_unlock(void)
+{
+	for (int i = 0; i < shelf_count; i++)
+		(void)munlock((void *)(uintptr_t)shelf[i].start, shelf[i].end - shelf[i].start);
+}
+
 void shelve_page_out(int fd)
 {
 	(void)sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);

@@ -9,7 +9,8 @@
  *
  * For the interpreter alone, before the engine starts: what is mapped later is memory as ever. A fault that needs no disk
  * allocates nothing, so it does not wait for this file. A thread of the data plane that does allocate may, where there are so
- * many threads that libc gives them the first thread's arena. A file that can no longer be read is SIGBUS.
+ * many threads that libc gives them the first thread's arena. A file that can no longer be read is SIGBUS. The daemon locks its
+ * memory (sys_lock_memory), but not this: it is here to leave RAM.
  *
  * Threads    one, the caller's, and no signal handler runs meanwhile (all are blocked).
  */
@@ -22,6 +23,9 @@
  * is itself in RAM, -EBUSY when there are other threads. On failure all or some of the memory is as it was, and nothing is lost.
  */
 int shelve_memory(int fd);
+
+/* After mlockall(): what was shelved is to leave RAM as before. Any thread. */
+void shelve_unlock(void);
 
 /* The kernel maps what lies around a page that is used. Unmap what has not been written to since; for a process with one
  * thread that is about to wait. */

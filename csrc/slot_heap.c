@@ -7,6 +7,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "sys.h"
+
 #define POPULATE_WRITE 23 /* MADV_POPULATE_WRITE */
 static_assert(SLOT_CHUNK_BYTES % PAGE_BYTES == 0 && SLOT_GRANULE_BYTES % sizeof(uint64_t) == 0,
 	      "chunks are whole pages, and granules hold words");
@@ -23,18 +25,15 @@ static int memory_populate(struct slot_heap *heap, char *at, uint64_t bytes)
 	return 0;
 }
 
-void slot_memory_discard(void *at, uint64_t bytes)
+void slot_heap_discard(const struct slot_heap *heap, char *at, uint64_t bytes)
 {
-	if (bytes == 0 || madvise(at, bytes, MADV_REMOVE) == 0)
-		return;
-	/* Private memory (tests) knows no REMOVE, locked memory refuses it; and whoever takes it next relies on zeros. */
-	memset(at, 0, bytes);
-	(void)madvise(at, bytes, MADV_DONTNEED);
+	if (bytes > 0)
+		sys_discard(heap->memfd, heap->offset + (uint64_t)(at - heap->blocks), at, bytes);
 }
 
 static void memory_return(struct slot_heap *heap, char *at, uint64_t bytes)
 {
-	slot_memory_discard(at, bytes);
+	slot_heap_discard(heap, at, bytes);
 	WRITE_ONCE(heap->bytes, heap->bytes - bytes);
 }
 
@@ -268,7 +267,7 @@ int slot_heap_run_alloc(struct slot_heap *heap, uint64_t pages, uint64_t *ret_pa
 	if (result < 0)
 		return result;
 	if (memory_populate(heap, slot_heap_run_at(heap, page), pages * PAGE_BYTES) != 0) {
-		slot_memory_discard(slot_heap_run_at(heap, page), pages * PAGE_BYTES);
+		slot_heap_discard(heap, slot_heap_run_at(heap, page), pages * PAGE_BYTES);
 		run_remove(heap, i);
 		return -ENOMEM;
 	}
@@ -290,10 +289,10 @@ void slot_heap_run_free(struct slot_heap *heap, uint64_t page)
 
 /* ---- create ---- */
 
-int slot_heap_create(struct slot_heap *heap, char *blocks, uint64_t block_bytes, char *runs,
-		     uint64_t run_bytes)
+int slot_heap_create(struct slot_heap *heap, int memfd, uint64_t offset, char *blocks, uint64_t block_bytes,
+		     char *runs, uint64_t run_bytes)
 {
-	*heap = (struct slot_heap){ .blocks = blocks, .runs = runs,
+	*heap = (struct slot_heap){ .blocks = blocks, .runs = runs, .memfd = memfd, .offset = offset,
 				    .chunk_count = block_bytes / SLOT_CHUNK_BYTES,
 				    .run_pages = run_bytes / PAGE_BYTES };
 	VS_CHECK(heap->chunk_count > 0 && heap->chunk_count < UINT32_MAX >> SLOT_CHUNK_SHIFT);
@@ -352,11 +351,11 @@ int slot_heap_ready(struct slot_heap *heap)
 {
 	uint64_t page = 0;
 
-	slot_memory_discard(chunk_memory(heap, heap->chunk_end),
-			    (heap->chunk_count - heap->chunk_end) * SLOT_CHUNK_BYTES);
+	slot_heap_discard(heap, chunk_memory(heap, heap->chunk_end),
+			  (heap->chunk_count - heap->chunk_end) * SLOT_CHUNK_BYTES);
 	for (uint32_t at = 0; at < heap->chunk_end; at++) {
 		if (heap->chunks[at].state == SLOT_CHUNK_EMPTY)
-			slot_memory_discard(chunk_memory(heap, at), SLOT_CHUNK_BYTES);
+			slot_heap_discard(heap, chunk_memory(heap, at), SLOT_CHUNK_BYTES);
 		else if (memory_populate(heap, chunk_memory(heap, at), SLOT_CHUNK_BYTES) != 0)
 			return -ENOMEM;
 		else
@@ -365,7 +364,7 @@ int slot_heap_ready(struct slot_heap *heap)
 	for (size_t i = 0; i <= heap->run_count; i++) {
 		uint64_t end = i < heap->run_count ? heap->run[i].page : heap->run_pages;
 
-		slot_memory_discard(slot_heap_run_at(heap, page), (end - page) * PAGE_BYTES);
+		slot_heap_discard(heap, slot_heap_run_at(heap, page), (end - page) * PAGE_BYTES);
 		page = i < heap->run_count ? end + heap->run[i].pages : end;
 	}
 	return 0;

@@ -7,6 +7,7 @@
  *             back every other can use. A chunk whose last block is freed goes back to the system, but for
  *             SLOT_SPARE_CHUNKS of them. The chunks' own memory is not touched to find or free a block.
  * Runs        whole pages, for indexes: few and rare. First fit; a freed run goes back to the system at once.
+ * Giving back is done through the memfd: the mapping may be locked, and MADV_REMOVE refuses that (sys_discard).
  * Truth       Nothing in here is. Only what is reachable from a client's map exists; which memory is free is
  *             known to the process alone and rebuilt by a successor from what the maps reach.
  * Invariants  1 `used` has the bits of a chunk's granules that are in a block, `starts` those of their first ones
@@ -51,6 +52,8 @@ struct slot_run {
 struct slot_heap {
 	pthread_mutex_t lock;
 	char *blocks, *runs; /* the two parts of the memory */
+	int memfd;           /* it is mapped from, .. */
+	uint64_t offset;     /* .. the blocks from here on */
 	uint64_t chunk_count, run_pages;
 	struct slot_chunk *chunks;
 	uint64_t chunk_hint, chunk_end;
@@ -62,9 +65,10 @@ struct slot_heap {
 	uint64_t bytes; /* with memory behind them; read from anywhere */
 };
 
-/* Take two parts of the state memfd, with nothing in them or with what a dead daemon left there. */
-int slot_heap_create(struct slot_heap *heap, char *blocks, uint64_t block_bytes, char *runs,
-		     uint64_t run_bytes);
+/* Take two parts of one mapping of `memfd`, of which the blocks begin at `offset`, with nothing in them or with what a
+ * dead daemon left there. The descriptor stays the caller's, open until slot_heap_destroy(). */
+int slot_heap_create(struct slot_heap *heap, int memfd, uint64_t offset, char *blocks, uint64_t block_bytes,
+		     char *runs, uint64_t run_bytes);
 void slot_heap_destroy(struct slot_heap *heap);
 
 /* A block is named by its chunk << SLOT_CHUNK_SHIFT | its first granule, + 1. 0: no memory. Content is undefined. */
@@ -93,8 +97,8 @@ static inline bool slot_heap_has(const struct slot_heap *heap, uint32_t block, u
 	       slot_block_granule(block) + granules <= SLOT_CHUNK_GRANULES;
 }
 
-/* Give the memory behind these pages back to the system: they read as zeros. */
-void slot_memory_discard(void *at, uint64_t bytes);
+/* Give the memory behind these pages, anywhere in that mapping, back to the system: they read as zeros. */
+void slot_heap_discard(const struct slot_heap *heap, char *at, uint64_t bytes);
 
 /* Zeroed pages. Returns 0 or -ENOMEM. */
 int slot_heap_run_alloc(struct slot_heap *heap, uint64_t pages, uint64_t *ret_page);

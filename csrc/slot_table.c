@@ -423,7 +423,7 @@ static bool cluster_open_entry(struct slot_map *map, uint32_t id, struct cluster
 
 /* ---- the space ---- */
 
-int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space)
+int slot_space_create(int memfd, uint64_t offset, void *base, uint64_t bytes, struct slot_space **ret_space)
 {
 	struct slot_space *space = calloc(1, sizeof *space);
 	/* A multiple of what each part is handed out in. */
@@ -432,7 +432,7 @@ int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space)
 
 	if (!space)
 		return -ENOMEM;
-	if (slot_heap_create(&space->heap, parts, 2 * quarter, parts + 3 * quarter, quarter) != 0) {
+	if (slot_heap_create(&space->heap, memfd, offset, parts, 2 * quarter, parts + 3 * quarter, quarter) != 0) {
 		free(space);
 		return -ENOMEM;
 	}
@@ -532,7 +532,7 @@ static void shared_release(struct slot_space *space, uint64_t index)
 	/* The last one: all the memory goes back. */
 	shared->free = 0;
 	WRITE_ONCE(shared->used, sizeof(struct shared_slot));
-	slot_memory_discard(shared->base, shared->populated);
+	slot_heap_discard(&space->heap, shared->base, shared->populated);
 	WRITE_ONCE(shared->populated, 0);
 }
 
@@ -1332,10 +1332,10 @@ static bool index_entry_is_possible(const uint64_t *entries, uint64_t capacity, 
 	return number < CLUSTER_NUMBERS_MAX && index_probe(entries, capacity, number) == i;
 }
 
-int slot_space_open(void *base, uint64_t bytes, struct slot_space **ret_space)
+int slot_space_open(int memfd, uint64_t offset, void *base, uint64_t bytes, struct slot_space **ret_space)
 {
 	struct slot_space *space;
-	int result = slot_space_create(base, bytes, &space);
+	int result = slot_space_create(memfd, offset, base, bytes, &space);
 	void *seen;
 
 	if (result < 0)
@@ -1488,7 +1488,7 @@ int slot_space_ready(struct slot_space *space)
 		return result;
 	if (shared->live > 0 && shared_reserve(shared, shared->used) != 0)
 		return -ENOMEM;
-	slot_memory_discard(shared->base + shared->populated, shared->bytes - shared->populated);
+	slot_heap_discard(&space->heap, shared->base + shared->populated, shared->bytes - shared->populated);
 	for (uint64_t index = shared->used / sizeof(struct shared_slot) - 1; index > 0; index--) {
 		if (space->shared_seen[index])
 			continue;

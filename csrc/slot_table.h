@@ -174,10 +174,11 @@ static inline uint64_t slot_map_swapped_pages(const struct slot_map *map)
 /* What is done with a copy that no slot names any more: frees the pool object or spill extent. */
 typedef void (*slot_free_fn)(void *context, struct slot slot);
 
-/* Take [base, base + bytes) of the state memfd, mapped there. Returns 0 or -ENOMEM. */
-int slot_space_create(void *base, uint64_t bytes, struct slot_space **ret_space);
+/* Take [offset, offset + bytes) of the state memfd, mapped at `base`. The descriptor stays the caller's, open until
+ * slot_space_destroy(). Returns 0 or -ENOMEM. */
+int slot_space_create(int memfd, uint64_t offset, void *base, uint64_t bytes, struct slot_space **ret_space);
 /* The same memory, with what a dead daemon left in it: see Recovery. Returns 0 or -ENOMEM. */
-int slot_space_open(void *base, uint64_t bytes, struct slot_space **ret_space);
+int slot_space_open(int memfd, uint64_t offset, void *base, uint64_t bytes, struct slot_space **ret_space);
 /* Take over one of its maps: all counts are made anew. Returns 0, -ENOMEM, or -EUCLEAN: it cannot be. */
 int slot_space_adopt(struct slot_space *space, struct slot_map *map);
 /* All maps are adopted; what they do not reach is free memory. Returns 0 or -ENOMEM. */

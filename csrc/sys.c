@@ -603,6 +603,21 @@ int sys_memfd(const char *name, uint64_t bytes, bool sealed)
 	return fd;
 }
 
+void sys_discard(int memfd, uint64_t offset, void *at, uint64_t bytes)
+{
+	off_t start = (off_t)offset, end = (off_t)(offset + bytes), data, hole;
+
+	if (!fault_point("sys/discard") &&
+	    fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, (off_t)bytes) == 0)
+		return;
+	/* Holes are zeros, and to write there would be to fill them. */
+	for (; start < end && (data = lseek(memfd, start, SEEK_DATA)) >= 0 && data < end; start = hole) {
+		hole = lseek(memfd, data, SEEK_HOLE);
+		hole = hole < 0 || hole > end ? end : hole;
+		memset((char *)at + (data - (off_t)offset), 0, (size_t)(hole - data));
+	}
+}
+
 #define DAEMON_NICE (-10)
 
 void sys_pin_this_thread(unsigned cpu)
@@ -617,6 +632,27 @@ void sys_pin_this_thread(unsigned cpu)
 void sys_prefer_this_thread(void)
 {
 	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */
+}
+
+/* With MCL_FUTURE each mapping counts in full, whatever is touched of it: where there is a limit the next ones would
+ * fail, which is found out here. */
+bool sys_lock_memory(void)
+{
+	struct rlimit limit;
+	void *beyond;
+
+	if (fault_point("sys/lock") || getrlimit(RLIMIT_MEMLOCK, &limit) < 0 ||
+	    mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) < 0)
+		return false;
+	if (limit.rlim_cur == RLIM_INFINITY)
+		return true;
+	beyond = mmap(NULL, limit.rlim_cur + PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (beyond == MAP_FAILED) {
+		(void)munlockall();
+		return false;
+	}
+	munmap(beyond, limit.rlim_cur + PAGE_BYTES);
+	return true;
 }
 
 void sys_refuse_core_dumps(void)

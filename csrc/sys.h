@@ -131,6 +131,9 @@ int sys_futex_wait(const uint32_t *word, uint32_t value, unsigned timeout_ms);
 void sys_futex_wake(const uint32_t *word); /* all who wait */
 
 int sys_memfd(const char *name, uint64_t bytes, bool sealed);
+/* Give back the memory behind [offset, offset + bytes) of a memfd, whole pages, which is mapped at `at`: it reads as zeros. Through
+ * the file, as MADV_REMOVE refuses what is locked; where that is refused too, zeroed where it is. */
+void sys_discard(int memfd, uint64_t offset, void *at, uint64_t bytes);
 int sys_open_proc(pid_t pid, const char *file);
 
 /* Total size and anonymous resident size of a process in pages, from an open /proc/PID/statm. */
@@ -144,6 +147,9 @@ void sys_pin_this_thread(unsigned cpu);
 
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);
+/* What this process has and will map stays in RAM once it was touched: programs wait for it. False: not allowed
+ * (CAP_IPC_LOCK, RLIMIT_MEMLOCK), nothing is locked, and a kernel that swaps may swap it. Not inherited by a fork. */
+bool sys_lock_memory(void);
 int sys_nice(int nice); /* of this thread; returns what it was */
 void sys_refuse_core_dumps(void); /* of this process, from now on */
 

@@ -7,7 +7,7 @@
  * Then a child does the same with two maps and is killed, hundreds of times: whatever instruction it was at,
  * each page must have what it had or what it was being given.
  *
- * Build: this file, csrc/slot_table.c, csrc/slot_heap.c, csrc/base.c. Argument: seed.
+ * Build: this file, csrc/slot_table.c, csrc/slot_heap.c, csrc/sys.c, csrc/base.c. Argument: seed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "base.h"
+#include "fault_point.h"
 #include "slot_heap.h"
 #include "slot_table.h"
 
@@ -29,6 +30,7 @@
 #define PAGES 4096u
 #define FAMILY 4
 #define COPIES 400000u
+#define DISCARDS_GRANTED 50
 
 #define CHECK(condition)                                                                     \
 	do {                                                                                 \
@@ -42,6 +44,7 @@
 static unsigned long seed = 1, state;
 static struct slot_space *space;
 static void *memory;
+static int memfd;
 static struct slot_map maps[FAMILY];
 static int alive[FAMILY];
 static struct slot model[FAMILY][PAGES]; /* INDIRECT never stands here: what is behind it does */
@@ -246,7 +249,7 @@ static void leaks(void)
 static void reopen(struct slot_map *all, int count)
 {
 	slot_space_destroy(space);
-	CHECK(slot_space_open(memory, SPACE_BYTES, &space) == 0);
+	CHECK(slot_space_open(memfd, 0, memory, SPACE_BYTES, &space) == 0);
 	for (int m = 0; m < count; m++) {
 		memset(all[m].counts, 0xff, sizeof all[m].counts);
 		all[m].cluster_count = all[m].cluster_bytes = all[m].index_used = 99;
@@ -365,7 +368,7 @@ static void expect_unclean(uint64_t *word, uint64_t value)
 
 	slot_space_destroy(space);
 	*word = value;
-	CHECK(slot_space_open(memory, SPACE_BYTES, &space) == 0);
+	CHECK(slot_space_open(memfd, 0, memory, SPACE_BYTES, &space) == 0);
 	if (word == &maps[0].root)
 		map.root = value;
 	CHECK(slot_space_adopt(space, &map) == -EUCLEAN);
@@ -396,7 +399,7 @@ static void test_refusals(void)
 	expect_unclean(&cluster[2], cluster[2] | 0x30);                          /* reserved bits */
 	slot_space_destroy(space);
 	memset(map, 0, sizeof *map);
-	CHECK(slot_space_open(memory, SPACE_BYTES, &space) == 0 && slot_space_ready(space) == 0);
+	CHECK(slot_space_open(memfd, 0, memory, SPACE_BYTES, &space) == 0 && slot_space_ready(space) == 0);
 	CHECK(slot_space_metadata_bytes(space) == 0); /* nobody reaches anything: all of it is free */
 }
 
@@ -532,9 +535,18 @@ int main(int argc, char **argv)
 {
 	seed = argc > 1 ? strtoul(argv[1], NULL, 0) : 1;
 	state = seed * 2654435761u;
-	memory = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	CHECK(memory != MAP_FAILED && slot_space_create(memory, SPACE_BYTES, &space) == 0);
+	memfd = memfd_create("slots", MFD_CLOEXEC);
+	CHECK(memfd >= 0 && ftruncate(memfd, SPACE_BYTES) == 0);
+	memory = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, 0);
+	CHECK(memory != MAP_FAILED && slot_space_create(memfd, 0, memory, SPACE_BYTES, &space) == 0);
+#ifdef VSWAP_FAULT_POINTS
+	fault_point_set("sys/discard", DISCARDS_GRANTED, EPERM, true); /* zeroed instead, and nothing is noticed */
+#endif
 	test_model();
+#ifdef VSWAP_FAULT_POINTS
+	CHECK(fault_point_hits("sys/discard") > 0);
+	fault_point_clear();
+#endif
 	test_cost();
 	test_refusals();
 	test_deaths();

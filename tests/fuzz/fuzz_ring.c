@@ -179,16 +179,12 @@ int sys_read_client_pages(int fd, uint64_t address, void *buffer, uint64_t mask)
 }
 
 /* Memory that is given back reads as zeros; nothing else of it matters here, and the kernel takes its time. */
-int madvise(void *address, size_t bytes, int advice)
-{
-	if (advice == MADV_REMOVE || advice == MADV_DONTNEED)
-		memset(address, 0, bytes);
-	return 0;
-}
+void sys_discard(int fd, uint64_t offset, void *at, uint64_t bytes) { (void)fd, (void)offset, memset(at, 0, bytes); }
+int madvise(void *address, size_t bytes, int advice) { return (void)address, (void)bytes, (void)advice, 0; }
 
 /* ---- the rest of the engine ---- */
 
-void checkpoint_discard(struct state *state, unsigned client_index) { (void)state, (void)client_index; }
+void checkpoint_discard(struct state *state, int state_fd, unsigned client_index) { (void)state, (void)state_fd, (void)client_index; }
 void engine_event_push(struct engine *e, const struct engine_event *event) { (void)e, (void)event; }
 void engine_room_made(struct engine *e, struct group *g) { (void)e, (void)g; }
 void checkpoint_write(struct client *c, uint32_t applied) { (void)c, (void)applied; }
@@ -229,7 +225,7 @@ static void set_up(void)
 	MUST(space != MAP_FAILED && memfd >= 0);
 	engine.state = mmap(NULL, sizeof *engine.state, PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	MUST(engine.state != MAP_FAILED && slot_space_create(space, bytes, &engine.slots) == 0);
+	MUST(engine.state != MAP_FAILED && slot_space_create(-1, 0, space, bytes, &engine.slots) == 0);
 	MUST(pool_space_create(memfd, 64 << 20, &engine.pool_space) == 0);
 	MUST(ghosts_create(&group.ghosts, REGION_PAGES * PAGE_BYTES) == 0);
 	MUST(pool_create(engine.pool_space, &group.pool) == 0 && evictor_create(&evictor) == 0);

@@ -59,6 +59,8 @@ _POINTS = [
     Point("sys/pidfd", errno.EMFILE, (_CHILD_KILLED,)),
     Point("sys/memfd", errno.EMFILE, (_CHILD_KILLED,), first=3),
     Point("sys/mapping", errno.ENOMEM),
+    Point("sys/discard", errno.EPERM, persistent=True),
+    Point("sys/lock", errno.EPERM),
     Point("pool/grow", errno.ENOMEM),
     Point("client/create", errno.ENOMEM, (_CHILD_KILLED,)),
     Point("fault/read", errno.EMFILE),

@@ -27,9 +27,11 @@ from support.limited import (
     run_native,
 )
 from support.sampler import ControlClient
-from vswapd import paths
+from vswapd import config, paths
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from integration.conftest import DaemonProcess
 
 _INTERLEAVE = Path(__file__).parent.parent / "support" / "interleave.py"
@@ -134,6 +136,69 @@ def test_sums_agree_with_parts(verify_memory: str) -> None:
 def test_daemon_stays_small(verify_memory: str) -> None:
     result = run_limited(_LIMIT, [verify_memory, "--mib", str(_MIB)])
     assert 0 < result.samples.daemon_bytes_max <= 48 * MIB, result.describe()
+
+
+def _locked_of(pid: int, is_chosen: Callable[[list[str]], bool]) -> list[bool]:
+    """Of each mapping that is chosen by its line of smaps: is it locked ("lo" among its flags)?"""
+    locked: list[bool] = []
+    chosen = False
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            chosen = is_chosen(words)
+        elif words[0] == "VmFlags:" and chosen:
+            locked.append("lo" in words)
+    return locked
+
+
+def _daemon_pid(control: ControlClient) -> int:
+    return int(control.request("ping")["pid"])
+
+
+def test_daemon_is_locked(daemon: DaemonProcess) -> None:
+    """A kernel that swaps would have programs wait for it, too."""
+    with daemon.control() as control:
+        pid = _daemon_pid(control)
+    for memfd in ("/memfd:vswap-state", "/memfd:vswap-pool"):
+        assert _locked_of(pid, lambda words, memfd=memfd: words[5:6] == [memfd]) == [True]
+    own = _locked_of(pid, lambda words: words[1] == "rw-p")
+    assert len(own) > 10
+    assert all(own), f"{own.count(False)} of {len(own)} writable mappings are not locked"
+
+
+def test_successor_is_locked(daemon: DaemonProcess) -> None:
+    """Locks are not inherited by a fork, and each daemon is one of the supervisor's."""
+    with daemon.control() as control:
+        pid = _daemon_pid(control)
+    os.kill(pid, signal.SIGKILL)
+    with daemon.control() as control:
+        successor = _daemon_pid(control)
+    assert successor != pid
+    assert _locked_of(successor, lambda words: words[5:6] == ["/memfd:vswap-state"]) == [True]
+
+
+def test_shelved_memory_is_not_locked() -> None:
+    """What a private daemon does not use has to leave RAM (docs/decisions/0016); the rest of it stays."""
+    shelf = f"{os.environ.get('VSWAPD_SPILL_DIR') or config.SPILL_DIRECTORY}/"
+    with LimitedProgram(64 * MIB, ["sleep", "60"]) as program:
+        with ControlClient(program.socket_path) as control:
+            pid = _daemon_pid(control)
+        shelved = _locked_of(pid, lambda words: words[1] == "rw-p" and "".join(words[5:6]).startswith(shelf))
+        state = _locked_of(pid, lambda words: words[5:6] == ["/memfd:vswap-state"])
+        program.process.terminate()
+    assert shelved, "nothing was shelved"
+    assert not any(shelved)
+    assert state == [True]
+
+
+def test_without_the_right_to_lock(verify_memory: str) -> None:
+    """As in a container: nothing is locked, and all the rest is as ever."""
+    prefix = ["prlimit", "--memlock=1048576", "setpriv", "--bounding-set=-ipc_lock"]
+    command = [command_path("vswapctl"), "run", "--private", "--limit", str(_LIMIT), "--"]
+    program = [verify_memory, "--mib", str(_MIB)]
+    result = subprocess.run([*prefix, *command, *program], capture_output=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["wrong_pages"] == 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -18,7 +18,7 @@ from support.header import CSRC
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SOURCES = ("base", "crash_point", "fault_point", "slot_heap", "slot_table", "codec", "pool", "io", "io_threads", "seal", "spill")
+_SOURCES = ("base", "crash_point", "fault_point", "sys", "slot_heap", "slot_table", "codec", "pool", "io", "io_threads", "seal", "spill")
 _HEADERS = ("limits", "fault_point", "slot_table", "codec", "pool", "io", "spill")
 _SYSTEM_HEADERS = ("assert", "pthread", "stdbool", "stddef", "stdint")
 _LIBRARIES = ("-llz4", "-lzstd", "-luring", "-lxxhash", "-lcrypto", "-pthread")

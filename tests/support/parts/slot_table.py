@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from support.parts.slots import PAGES_MAX, Slot, Tag
@@ -44,7 +45,9 @@ class SlotTable:
 
     def __init__(self, ffi: Any, functions: Any, size_bytes: int) -> None:
         self._ffi, self._c = ffi, functions
-        self._memory = mmap.mmap(-1, size_bytes, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+        self._memfd = os.memfd_create("slots")
+        os.ftruncate(self._memfd, size_bytes)
+        self._memory = mmap.mmap(self._memfd, size_bytes)
         self._base = ffi.from_buffer(self._memory)
         self._space = self._make(functions.slot_space_create)
         self._maps: dict[int, Any] = {}
@@ -54,7 +57,7 @@ class SlotTable:
 
     def _make(self, how: Any) -> Any:
         space = self._ffi.new("struct slot_space **")
-        result = how(self._base, len(self._memory), space)
+        result = how(self._memfd, 0, self._base, len(self._memory), space)
         assert result == 0, result
         return space[0]
 
@@ -75,6 +78,7 @@ class SlotTable:
         self._c.slot_space_destroy(self._space)
         self._ffi.release(self._base)
         self._memory.close()
+        os.close(self._memfd)
 
     # ---- slots in and out ----
 
