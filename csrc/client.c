@@ -418,6 +418,8 @@ void client_set_resident(struct client *client, int64_t pages, int64_t growth_pa
 
 	if (READ_ONCE(client->leaving))
 		pages = growth_pages = 0;
+	else if (!READ_ONCE(client->dead))
+		pages += READ_ONCE(client->filling_pages);
 	old = __atomic_exchange_n(&client->resident_pages, pages, __ATOMIC_SEQ_CST);
 	old_growth = __atomic_exchange_n(&client->growth_pages, growth_pages, __ATOMIC_SEQ_CST);
 	__atomic_fetch_add(&client->group->resident_pages, pages - old, __ATOMIC_RELAXED);
@@ -517,6 +519,30 @@ uint32_t client_post(struct client *client, const struct vswap_command *command)
 	if (__atomic_load_n(&client->ring->agent_sleeping, __ATOMIC_SEQ_CST))
 		sys_futex_wake(&client->ring->posted);
 	return number;
+}
+
+void client_populates(struct client *client, uint32_t number, const struct vswap_command *command)
+{
+	uint32_t run_count = min_of(READ_ONCE(command->run_count), (uint32_t)VSWAP_RUNS_MAX), left = BATCH_PAGES_MAX;
+
+	for (uint32_t i = 0; i < run_count; i++) {
+		struct populate_run *run = &client->populate_runs[i];
+
+		run->first_page = page_of(READ_ONCE(command->runs[i].address));
+		run->pages = min_of(READ_ONCE(command->runs[i].pages), left);
+		left -= run->pages;
+	}
+	client->populate_run_count = run_count;
+	client->populate_number = number;
+	client->populating = true;
+}
+
+bool client_is_populated(const struct client *client, uint64_t page)
+{
+	for (unsigned i = 0; client->populating && i < client->populate_run_count; i++)
+		if (page - client->populate_runs[i].first_page < client->populate_runs[i].pages)
+			return true;
+	return false;
 }
 
 int client_wait(struct client *client, uint32_t number, unsigned timeout_ms)

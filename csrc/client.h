@@ -78,6 +78,12 @@ struct batch {
 
 struct spill_read; /* fill.c: a read from a backend on its way */
 
+/* What the agent touches at our command. */
+struct populate_run {
+	uint64_t first_page;
+	uint32_t pages;
+};
+
 struct client {
 	struct engine *engine;
 	struct group *group;
@@ -108,6 +114,8 @@ struct client {
 	bool wiped_unknown; /* a forked child: some of its slots may be of memory that was wiped */
 	bool populating;   /* a POPULATE is in the ring: it may fault, so no MOVE behind it */
 	uint32_t populate_number;
+	struct populate_run populate_runs[VSWAP_RUNS_MAX]; /* BATCH_PAGES_MAX pages in all */
+	unsigned populate_run_count;
 	uint64_t populated_address; /* first page of the last POPULATE */
 
 	int events_fd, trash_fd, ring_fd, wake_fd;
@@ -167,6 +175,7 @@ struct client {
 
 	uint64_t relative; /* token of the client that it was forked from, or that it forked last; 0: unknown */
 	int64_t resident_pages;
+	int64_t filling_pages; /* of these: charged, and perhaps not there yet */
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
 	int64_t growth_pages;        /* between the last two readings of Pss, and no fault told of it */
 	/* cow.c */
@@ -224,7 +233,8 @@ void client_free_forgotten(struct client *client);
 /* Its address space is gone: free all it held. Idempotent. */
 void client_bury(struct client *client);
 
-/* Its resident pages, for itself and for its group, and by how much they grow unseen. Any thread. */
+/* Its resident pages as they were seen, for itself and for its group, and by how much they grow unseen. What was charged
+ * and is on its way, for many processes at once much, is counted with them. Any thread. */
 void client_set_resident(struct client *client, int64_t pages, int64_t growth_pages);
 
 /* Memory of the slot map changed: tell the group. Gate held. */
@@ -248,6 +258,10 @@ unsigned client_list_cold(struct engine *engine, const struct group *group, unsi
 /* Post a command. Returns its number. */
 uint32_t client_post(struct client *client, const struct vswap_command *command);
 bool client_is_answered(const struct client *client, uint32_t number);
+/* From now on command `number` is under way, which populates. `command` may lie in memory of the client's. */
+void client_populates(struct client *client, uint32_t number, const struct vswap_command *command);
+/* Whether the agent is touching this page, or about to. */
+bool client_is_populated(const struct client *client, uint64_t page);
 /* Wait until the agent has answered `number`: 0, -EPIPE when it is gone, -ETIMEDOUT. */
 int client_wait(struct client *client, uint32_t number, unsigned timeout_ms);
 /* Settle windows whose RELEASE was answered. */

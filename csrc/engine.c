@@ -23,6 +23,7 @@
 #include "checkpoint.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "fill.h"
 #include "region.h"
 #include "shelve.h"
 #include "sys.h"
@@ -257,6 +258,8 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_mutex_init(&engine->work_lock, NULL);
 	pthread_mutex_init(&engine->event_lock, NULL);
 	pthread_mutex_init(&engine->region_scratch_lock, NULL);
+	block_cache_init(&engine->expand_blocks, FILL_PAGES_MAX * PAGE_BYTES);
+	block_cache_init(&engine->read_blocks, READ_BLOCK_BYTES);
 	pthread_cond_init(&engine->evict_work, NULL);
 	pthread_cond_init(&engine->write_work, NULL);
 	pthread_cond_init(&engine->look_work, NULL);
@@ -344,6 +347,8 @@ void engine_destroy(struct engine *engine)
 	destroy_clients(engine);
 	awake_stop(&engine->awake);
 	region_scratch_destroy(engine);
+	block_cache_destroy(&engine->expand_blocks);
+	block_cache_destroy(&engine->read_blocks);
 	for (unsigned i = 0; i < GROUPS_MAX; i++)
 		if (engine->groups[i]) {
 			pool_destroy(engine->groups[i]->pool);
@@ -1113,7 +1118,7 @@ int engine_is_valid(struct engine *engine)
 		pthread_mutex_lock(&client->gate);
 		if (!slot_map_is_valid(engine->slots, &client->record->map) ||
 		    !range_set_is_valid(&client->regions) || !range_set_is_valid(&client->quarantine) ||
-		    !pool_is_valid(client->group->pool))
+		    !pool_is_valid(client->group->pool) || (!client->dead && !fill_is_charged_right(client)))
 			result = -EUCLEAN;
 		pthread_mutex_unlock(&client->gate);
 		client_put(client);

@@ -8,7 +8,7 @@
  *   registry lock     the tables of groups, clients, backends
  *   slot space share_lock, then its lock
  *   pool and spill mutexes
- *   event lock; region_scratch_lock
+ *   event lock; region_scratch_lock; those of the block caches
  */
 #ifndef VSWAP_ENGINE_INTERNAL_H
 #define VSWAP_ENGINE_INTERNAL_H
@@ -16,6 +16,7 @@
 #include <pthread.h>
 
 #include "awake.h"
+#include "block_cache.h"
 #include "client.h"
 #include "engine.h"
 #include "spill.h"
@@ -74,6 +75,9 @@ struct engine {
 	pthread_cond_t evict_work, write_work, look_work, recompress_work;
 	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
 	uint32_t recompress_age_ms; /* 0: never */
+
+	struct block_cache expand_blocks; /* FILL_PAGES_MAX pages each: fill_scratch */
+	struct block_cache read_blocks;   /* READ_BLOCK_BYTES each: fill_read.c */
 
 	struct region_scratch *region_scratch; /* those that no call uses */
 	pthread_mutex_t region_scratch_lock;

@@ -624,8 +624,7 @@ static void make_exclusive(struct client *client, const struct choice *choice, u
 	WRITE_ONCE(client->pss, true); /* a fork that we did not see, before we managed it */
 	for (unsigned r = 0; r < left.command.run_count; r++)
 		cow_let_through(client, page_of(left.command.runs[r].address), left.command.runs[r].pages);
-	client->populate_number = client_post(client, &left.command);
-	client->populating = true;
+	client_populates(client, client_post(client, &left.command), &left.command);
 	counter_add(client->engine, populated_pages, choice->page_count);
 }
 

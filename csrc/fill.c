@@ -84,11 +84,18 @@ static void note_recent(struct client *client, uint64_t page)
 
 /* ---- the outcome of a fill ---- */
 
+/* Of what was charged so many are there, or will not come. */
+static void note_filled(struct client *client, uint64_t pages)
+{
+	__atomic_fetch_sub(&client->filling_pages, (int64_t)pages, __ATOMIC_SEQ_CST);
+}
+
 /* Pages [page, page + count) were filled: they may be evicted again, even if once removed. */
 static void filled(struct client *client, uint64_t page, uint64_t count)
 {
 	counter_add(client->engine, fill_calls, 1);
 	counter_add(client->engine, fill_pages, count);
+	note_filled(client, count);
 	note_recent(client, page);
 	if (client->quarantine.count)
 		(void)range_set_remove(&client->quarantine, address_of(page),
@@ -155,14 +162,18 @@ enum fill_result fill_poison(struct client *client, uint64_t page, struct slot s
 	return FILL_ANSWERED;
 }
 
-static bool charge(struct client *client, uint64_t pages)
+static bool charge(struct client *client, uint64_t page, uint64_t pages)
 {
+	/* First, so that no look at its size comes in between and sees neither. */
+	__atomic_fetch_add(&client->filling_pages, (int64_t)pages, __ATOMIC_SEQ_CST);
 	if (client->leaving)
 		return true;
 	if (!group_charge(client->group, pages)) {
-		/* A fault of the agent's own while it makes room (POPULATE) cannot wait for room. */
-		if (!client->populating || pages > 1)
+		/* A fault of the agent's own while it makes room (POPULATE) cannot wait for room. No other goes before. */
+		if (pages > 1 || !client_is_populated(client, page)) {
+			note_filled(client, pages);
 			return false;
+		}
 		group_charge_anyway(client->group, pages);
 	}
 	__atomic_fetch_add(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
@@ -171,16 +182,17 @@ static bool charge(struct client *client, uint64_t pages)
 
 void fill_uncharge(struct client *client, uint64_t pages)
 {
+	note_filled(client, pages);
 	if (client->leaving)
 		return;
 	group_uncharge(client->group, pages);
 	__atomic_fetch_sub(&client->resident_pages, (int64_t)pages, __ATOMIC_RELAXED);
 }
 
-unsigned fill_charge_some(struct client *client, unsigned want)
+unsigned fill_charge_some(struct client *client, uint64_t page, unsigned want)
 {
 	for (; want > 0; want /= 2)
-		if (charge(client, want))
+		if (charge(client, page, want))
 			return want;
 	return 0;
 }
@@ -227,7 +239,7 @@ static bool may_map_zero_page(struct client *client, const struct fault *fault, 
 
 static enum fill_result fill_zeros(struct client *client, const struct fault *fault, unsigned window)
 {
-	unsigned count = fill_charge_some(client, run_of_zeros(client, fault->page, window));
+	unsigned count = fill_charge_some(client, fault->page, run_of_zeros(client, fault->page, window));
 	bool zero_page = may_map_zero_page(client, fault, count);
 	enum fill_outcome outcome;
 	uint64_t bytes, done;
@@ -263,7 +275,7 @@ retry:
 static enum fill_result fill_protected(struct client *client, const struct fault *fault)
 {
 	unsigned window = window_in_region(client, fault->page, stream_window(client, fault));
-	unsigned count = fill_charge_some(client, window);
+	unsigned count = fill_charge_some(client, fault->page, window);
 	enum fill_outcome outcome;
 
 	if (count == 0)
@@ -276,6 +288,7 @@ static enum fill_result fill_protected(struct client *client, const struct fault
 	}
 	if (outcome == FILL_DONE) {
 		cow_note_copied(client, count);
+		note_filled(client, count);
 		note_recent(client, fault->page);
 		return FILL_ANSWERED;
 	}
@@ -451,7 +464,7 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	struct fill_run run;
 	int result;
 
-	window = fill_charge_some(client, window);
+	window = fill_charge_some(client, fault->page, window);
 	if (window == 0)
 		return FILL_DEFER;
 	run.count = 1;

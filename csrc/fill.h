@@ -8,6 +8,9 @@
 #include "client.h"
 
 #define FILL_READ_BYTES_MAX (FILL_PAGES_MAX * PAGE_BYTES + 2 * PAGE_BYTES)
+#define READ_BUFFER_BYTES (1UL << 20)
+#define READ_HEADER_BYTES (2 * PAGE_BYTES) /* what is known of a read lies before its buffer */
+#define READ_BLOCK_BYTES (READ_HEADER_BYTES + READ_BUFFER_BYTES)
 
 /* Extents of one backend, pinned, that are read at once. With only that filled in: none. */
 struct fill_span {
@@ -34,7 +37,7 @@ enum fill_result {
 	FILL_DEFER,    /* no room, or an event is unread: try again later */
 };
 
-/* Scratch of one fault thread. */
+/* Of a fault thread while it serves a client. */
 struct fill_scratch {
 	uint8_t *pages; /* FILL_PAGES_MAX pages */
 };
@@ -50,6 +53,9 @@ bool fill_drop_reads(struct client *client);
 
 /* Whether a read for a page of [first, end) is under way. */
 bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t end_page);
+
+/* Whether nothing but what is being read is charged and not there (of a client that lives). For test builds. */
+bool fill_is_charged_right(const struct client *client);
 
 /* Forget reads that will not be delivered; none may be in flight. */
 void fill_free_reads(struct client *client);

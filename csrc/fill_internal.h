@@ -18,8 +18,8 @@ struct fill_run {
 /* The object behind a word: the word itself, or what an INDIRECT one names. */
 struct slot fill_copy_of(struct client *client, struct slot word);
 
-/* Charge as many of `want` pages as there is room for, at least 1; 0 when there is none. */
-unsigned fill_charge_some(struct client *client, unsigned want);
+/* Charge as many of `want` pages from `page` on as there is room for, at least 1; 0 when there is none. */
+unsigned fill_charge_some(struct client *client, uint64_t page, unsigned want);
 void fill_uncharge(struct client *client, uint64_t pages);
 
 /* Nothing will tell when: after a moment. */

@@ -14,7 +14,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "base.h"
@@ -25,7 +24,6 @@
 
 #define READ_AROUND_PAGES 8
 #define READ_GAP_BYTES 32768u /* is read in less time than another request takes */
-#define BUFFER_BYTES_MAX (1u << 20)
 #define IN_MEMORY 255 /* instead of a range */
 #define COOKIE_RANGE_SHIFT 8
 
@@ -47,9 +45,16 @@ struct spill_read {
 	uint8_t range_of[FILL_PAGES_MAX];   /* or IN_MEMORY; of the first page: 0 */
 	struct slot words[FILL_PAGES_MAX];  /* as in the map: SPILL or INDIRECT */
 	struct slot copies[FILL_PAGES_MAX]; /* behind them: SPILL */
-	uint8_t *buffer;
 	uint32_t buffer_bytes;
 };
+
+static_assert(sizeof(struct spill_read) <= READ_HEADER_BYTES, "a read and its buffer are one block");
+static_assert(READ_BUFFER_BYTES >= FILL_READ_BYTES_MAX, "any range fits");
+
+static uint8_t *buffer_of(const struct spill_read *read)
+{
+	return (uint8_t *)(uintptr_t)read + READ_HEADER_BYTES;
+}
 
 /* ---- ranges ---- */
 
@@ -86,7 +91,7 @@ static bool range_add(struct spill_read *read, unsigned r, struct slot copy)
 	if (!fill_span_add(&wider, copy, READ_GAP_BYTES))
 		return false;
 	more_bytes = span_bytes(&wider) - span_bytes(span);
-	if (read->buffer_bytes + more_bytes > BUFFER_BYTES_MAX)
+	if (read->buffer_bytes + more_bytes > READ_BUFFER_BYTES)
 		return false;
 	read->buffer_bytes += (uint32_t)more_bytes;
 	*span = wider;
@@ -197,8 +202,7 @@ static void read_free(struct client *client, unsigned i)
 
 	for (unsigned r = 0; r < read->range_count; r++)
 		range_unpin(client, &read->ranges[r]);
-	free(read->buffer);
-	free(read);
+	block_give(&client->engine->read_blocks, read);
 	client->reads[i] = NULL;
 }
 
@@ -216,7 +220,7 @@ static int range_submit(struct client *client, unsigned i, unsigned r)
 {
 	struct spill_read *read = client->reads[i];
 	struct read_range *range = &read->ranges[r];
-	int result = io_read(client->io, spill_fd(range->span.spill), read->buffer + range->buffer_at,
+	int result = io_read(client->io, spill_fd(range->span.spill), buffer_of(read) + range->buffer_at,
 			     span_bytes(&range->span), range->span.start_bytes, i | (uint64_t)r << COOKIE_RANGE_SHIFT);
 
 	if (result < 0)
@@ -232,7 +236,7 @@ static int read_submit(struct client *client, unsigned i)
 {
 	struct spill_read *read = client->reads[i];
 	uint32_t at = 0;
-	int result = -posix_memalign((void **)&read->buffer, PAGE_BYTES, read->buffer_bytes);
+	int result = 0;
 
 	for (unsigned r = 0; result == 0 && r < read->range_count; r++) {
 		read->ranges[r].buffer_at = at;
@@ -266,15 +270,15 @@ enum fill_result fill_from_spill(struct client *client, const struct fault *faul
 		slot++;
 	if (slot == READS_MAX || !io_queue_of(client))
 		return fill_try_again(client);
-	window = fill_charge_some(client, window_before_reads(client, fault->page, window));
+	window = fill_charge_some(client, fault->page, window_before_reads(client, fault->page, window));
 	if (window == 0)
 		return FILL_DEFER;
-	read = calloc(1, sizeof *read);
+	read = block_take(&client->engine->read_blocks);
 	if (!read) {
 		fill_uncharge(client, window);
 		return fill_try_again(client);
 	}
-	read->fault = *fault;
+	*read = (struct spill_read){ .fault = *fault };
 	read->words[0] = word;
 	read->copies[0] = copy;
 	read_plan(client, read, window, is_stream);
@@ -321,7 +325,7 @@ static int expand_extent(struct client *client, const struct spill_read *read, u
 {
 	const struct read_range *range = &read->ranges[read->range_of[i]];
 	struct slot copy = read->copies[i];
-	const uint8_t *bytes = read->buffer + range->buffer_at;
+	const uint8_t *bytes = buffer_of(read) + range->buffer_at;
 
 	if (range->error < 0)
 		return range->error;
@@ -493,6 +497,16 @@ bool fill_drop_reads(struct client *client)
 		if (client->reads[i])
 			return false;
 	return true;
+}
+
+bool fill_is_charged_right(const struct client *client)
+{
+	int64_t pages = 0;
+
+	for (unsigned i = 0; i < READS_MAX; i++)
+		if (client->reads[i])
+			pages += client->reads[i]->page_count;
+	return READ_ONCE(client->filling_pages) == pages;
 }
 
 void fill_free_reads(struct client *client)

@@ -6,6 +6,7 @@
 
 #define MIB (1ULL << 20)
 #define STREAMING_PERCENT 40
+#define REGISTER_CLIENT_BYTES (2 * MIB) /* what is filled elsewhere while one client is registered */
 
 uint64_t group_usage_bytes(const struct group *group)
 {
@@ -52,9 +53,9 @@ void group_uncharge(struct group *group, uint64_t pages)
 
 uint64_t group_register_bytes(const struct group *group)
 {
-	uint64_t limit = READ_ONCE(group->limit_bytes);
+	uint64_t limit = READ_ONCE(group->limit_bytes), others = max_of(READ_ONCE(group->unregistered), 1u) - 1;
 
-	return min_of(max_of(limit / 16, 12 * MIB), limit / 3);
+	return min_of(min_of(max_of(limit / 16, 12 * MIB), limit / 3) + others * REGISTER_CLIENT_BYTES, limit / 2);
 }
 
 uint64_t group_reserve_bytes(const struct group *group)

@@ -45,6 +45,7 @@ struct group {
 
 	uint32_t client_count;     /* registry lock */
 	uint32_t users;            /* evictors and writer at work on it; registry lock */
+	uint32_t unregistered;     /* clients whose memory is not registered yet, at the last look */
 	uint32_t parked;           /* clients with a parked batch */
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */
@@ -69,6 +70,10 @@ bool group_charge(struct group *group, uint64_t pages);
 void group_charge_anyway(struct group *group, uint64_t pages);
 void group_uncharge(struct group *group, uint64_t pages);
 
+/*
+ * Below this much room its clients' memory is registered. They are registered one after the other, and meanwhile those
+ * that are not fill unseen: the more of them, the earlier.
+ */
 uint64_t group_register_bytes(const struct group *group);
 uint64_t group_reserve_bytes(const struct group *group);
 /* Room for so many reserves, and for what its clients are expected to grow by unseen. */

@@ -320,22 +320,27 @@ static uint64_t interval_ms(const struct group *group)
 }
 
 /* Once over the clients, once over the groups: there may be a thousand of either, and this is done at every look. */
-static void note_maxima(struct engine *engine)
+static void note_sums(struct engine *engine)
 {
 	uint64_t swapped[GROUPS_MAX] = { 0 };
+	uint32_t unregistered[GROUPS_MAX] = { 0 };
 
 	SCOPED_LOCK(&engine->registry);
 	for (unsigned i = 0; i < engine->clients_end; i++) {
 		const struct client *client = engine->clients[i];
 
-		if (client)
-			swapped[client->group->number] += slot_map_swapped_pages(&client->record->map);
+		if (!client)
+			continue;
+		swapped[client->group->number] += slot_map_swapped_pages(&client->record->map);
+		if (!READ_ONCE(client->registered) && !READ_ONCE(client->dead) && !client_is_region(client))
+			unregistered[client->group->number]++;
 	}
 	for (unsigned g = 0; g < GROUPS_MAX; g++) {
 		struct group *group = engine->groups[g];
 
 		if (!group)
 			continue;
+		WRITE_ONCE(group->unregistered, unregistered[g]);
 		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped[g]);
 		engine->state->groups[g].swapped_pages_max = group->swapped_pages_max;
 		engine->state->groups[g].usage_bytes_max = READ_ONCE(group->usage_bytes_max);
@@ -364,7 +369,7 @@ static uint64_t look_at_all(struct engine *engine)
 			engine_kick_evictors(engine);
 		client_put(client);
 	}
-	note_maxima(engine);
+	note_sums(engine);
 	return next_ms;
 }
 

@@ -7,10 +7,10 @@
  * is written to an unlinked file and mapped from it again, privately, at the same addresses. What is read comes from the
  * page cache, what is written becomes the process's own page again, and the rest is no longer mapped at all.
  *
- * For the interpreter alone, before the engine starts: what is mapped later is memory as ever. A fault that needs no disk
- * allocates nothing, so it does not wait for this file. A thread of the data plane that does allocate may, where there are so
- * many threads that libc gives them the first thread's arena. A file that can no longer be read is SIGBUS. The daemon locks its
- * memory (sys_lock_memory), but not this: it is here to leave RAM.
+ * For the interpreter alone, before the engine starts: what is mapped later is memory as ever. A fault allocates nothing of
+ * malloc's, and a read from a backend has blocks of its own (block_cache.h), so they do not wait for this file. A thread of the
+ * data plane that does allocate may, where there are so many threads that libc gives them the first thread's arena. A file that
+ * can no longer be read is SIGBUS. The daemon locks its memory (sys_lock_memory), but not this: it is here to leave RAM.
  *
  * Threads    one, the caller's, and no signal handler runs meanwhile (all are blocked).
  */

@@ -6,7 +6,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "awake.h"
 #include "base.h"
@@ -160,31 +159,34 @@ static void *worker_main(void *argument)
 {
 	struct worker worker = *(struct worker *)argument;
 	struct client *client = worker.client;
-	struct fill_scratch scratch = { 0 };
+	struct block_cache *blocks = &client->engine->expand_blocks;
 
 	free(argument);
-	scratch.pages = mmap(NULL, FILL_PAGES_MAX * PAGE_BYTES, PROT_READ | PROT_WRITE,
-			     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	VS_CHECK(scratch.pages != MAP_FAILED);
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
+		struct fill_scratch scratch;
 		bool shut;
 
 		client_free_forgotten(client);
 		settle_on_cpu(&worker);
 		wait_for_work(&worker);
+		scratch.pages = block_take(blocks);
+		if (!scratch.pages) {
+			sys_sleep_ms(1);
+			continue;
+		}
 		pthread_mutex_lock(&client->gate);
 		shut = client->fork_pending || client_is_shut(client);
 		if (!shut && !client->stopping)
 			fault_serve(client, &scratch);
 		shut |= client->fork_waits;
 		pthread_mutex_unlock(&client->gate);
+		block_give(blocks, scratch.pages);
 		if (shut)
 			sys_sleep_ms(1); /* poll would return at once, for nothing */
 	}
 	if (worker.number == 0)
 		wait_for_reads(client);
 	client_wake(client); /* this one may have drained the wake-up meant for all */
-	munmap(scratch.pages, FILL_PAGES_MAX * PAGE_BYTES);
 	client_put(client);
 	return NULL;
 }

@@ -72,7 +72,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory with the C programs of tests/support that are clients."""
     directory = tmp_path_factory.mktemp("programs")
-    for name in ("verify_memory", "churn", "fork_early", "races", "puppet"):
+    for name in ("verify_memory", "churn", "fork_early", "races", "puppet", "siblings"):
         command = [
             "cc",
             "-std=gnu11",
@@ -103,6 +103,12 @@ def churn(compiled: Path) -> str:
 def fork_early(compiled: Path) -> str:
     """tests/support/fork_early.c, built."""
     return str(compiled / "fork_early")
+
+
+@pytest.fixture(scope="session")
+def siblings(compiled: Path) -> str:
+    """tests/support/siblings.c, built."""
+    return str(compiled / "siblings")
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ _POINTS = [
     Point("pool/grow", errno.ENOMEM),
     Point("client/create", errno.ENOMEM, (_CHILD_KILLED,)),
     Point("fault/read", errno.EMFILE),
+    Point("block/map", errno.ENOMEM, spill=True),
     Point("io/submit", errno.EAGAIN, spill=True),
     Point("io/submit", errno.ENOMEM, spill=True),
     Point("io/read", errno.EIO, spill=True),  # of several pages: tried for each alone

@@ -201,6 +201,15 @@ def test_without_the_right_to_lock(verify_memory: str) -> None:
     assert json.loads(result.stdout)["wrong_pages"] == 0
 
 
+def test_many_processes_at_once(siblings: str) -> None:
+    """None of them is a large part of the limit, nor does the daemon grow with their number."""
+    limit = 64 * MIB
+    result = run_limited(limit, [siblings, "16", "8"])
+    assert result.status == 0, result.describe()
+    assert_honest(result, limit, demand_bytes=16 * 9 * MIB, moment_bytes=0)
+    assert 0 < result.samples.daemon_bytes_max <= 48 * MIB, result.describe()
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_churn_under_torture(churn: str, seed: int) -> None:
     """Every memory operation there is, while random runs of pages are evicted all the time."""
