@@ -332,6 +332,20 @@ struct engine_client_statistics {
 };
 int engine_client_list(struct engine *engine, struct engine_client_statistics *records, int max);
 
+#define ENGINE_BACKENDS_MAX 15
+
+/* Pages that are out by where they are, and copies kept of pages that are resident. Backends by number. */
+struct engine_client_tiers {
+	uint64_t zero_pages;
+	uint64_t same_pages;
+	uint64_t pool_pages;
+	uint64_t pool_kept_pages;
+	uint64_t backend_pages[ENGINE_BACKENDS_MAX];
+	uint64_t backend_kept_pages[ENGINE_BACKENDS_MAX];
+};
+/* Counted now: as long as there are many pages (slow). -ESRCH: no such client. */
+int engine_client_tiers(struct engine *engine, uint64_t token, struct engine_client_tiers *ret_tiers);
+
 enum engine_backend_job { ENGINE_JOB_NONE, ENGINE_JOB_DRAIN, ENGINE_JOB_COMPACT };
 
 struct engine_backend_statistics {

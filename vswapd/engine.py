@@ -361,6 +361,12 @@ class Engine:
         """All clients, forked children that have not said hello included."""
         return self._list(lib.engine_client_list, "engine_client_statistics", records.ClientStatistics)
 
+    def client_tiers(self, token: int) -> records.ClientTiers:
+        """Where its pages are (slow: counted now). OSError (ESRCH): it has ended."""
+        struct = ffi.new("struct engine_client_tiers *")
+        _check(lib.engine_client_tiers(self._handle, token, struct), "client")
+        return _record(records.ClientTiers, struct)
+
     def backends(self) -> list[records.BackendStatistics]:
         """All spill backends."""
         return self._list(lib.engine_backend_list, "engine_backend_statistics", records.BackendStatistics)

@@ -110,6 +110,18 @@ class ClientStatistics:
 
 
 @dataclass(frozen=True)
+class ClientTiers:
+    """struct engine_client_tiers. The last two by number of the backend."""
+
+    zero_pages: int = 0
+    same_pages: int = 0
+    pool_pages: int = 0
+    pool_kept_pages: int = 0
+    backend_pages: tuple[int, ...] = ()
+    backend_kept_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class BackendStatistics:
     """struct engine_backend_statistics. `state` indexes BACKEND_STATES, `job` JOBS."""
 

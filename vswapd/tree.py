@@ -3,12 +3,12 @@
 
     swaps  stat  pressure
     groups/NAME/{status,limit}
-    clients/PID/{status,limit,pageout,pagein}
+    clients/PID/{status,limit,tiers,pageout,pagein}
     backends/NUMBER/{status,priority,drain}
     regions/NAME
 
 Formats: swaps as /proc/swaps, stat as /proc/vmstat, pressure as /proc/pressure/memory, status as
-/proc/PID/status with sizes in kB; limit is a number of bytes, and takes whatever --limit takes. What is
+/proc/PID/status with sizes in kB; tiers is a table of kB, a line for each; limit is a number of bytes, and takes whatever --limit takes. What is
 written is carried out as the writer's own request (operations.py decides), at once, one value a write.
 fs.py puts it into a file system; this file knows nothing of FUSE. What is in regions/ is no text, and region_files.py's.
 """
@@ -265,12 +265,14 @@ class Tree:
         owner = self._operations.client_uid(record)
         uid = 0 if owner is None else owner
         if not file:
-            return _directory(lambda: ["status", "limit", "pageout", "pagein"], uid, 0o500)
+            return _directory(lambda: ["status", "limit", "tiers", "pageout", "pagein"], uid, 0o500)
         if file == "status":
             return _file(lambda: self._client_status(record), uid, 0o400)
         if file == "limit":
             request = _size_request("limit", "limit_bytes", pid=pid)
             return Node(stat.S_IFREG | 0o600, uid, read=lambda: self._client_limit(record), request=request)
+        if file == "tiers":
+            return _file(lambda: self._client_tiers(record), uid, 0o400)
         if file in ("pageout", "pagein"):
             return Node(stat.S_IFREG | 0o200, uid, request=_page_request(file, pid))
         return None
@@ -279,6 +281,16 @@ class Tree:
         group = self._groups.by_number(record.group)
         figures = self._groups.statistics(group) if group else None
         return f"{figures.limit_bytes if figures else 0}\n"
+
+    def _client_tiers(self, record: ClientStatistics) -> str:
+        tiers = self._engine.client_tiers(record.token)
+        rows = [("zero", tiers.zero_pages, 0), ("same", tiers.same_pages, 0)]
+        rows.append(("pool", tiers.pool_pages, tiers.pool_kept_pages))
+        for backend in self._engine.backends():
+            number = backend.backend
+            rows.append((f"backends/{number}", tiers.backend_pages[number], tiers.backend_kept_pages[number]))
+        lines = [f"{name}\t{swapped << 2}\t{kept << 2}\n" for name, swapped, kept in rows]
+        return "Tier\tSwapped_kB\tKept_kB\n" + "".join(lines)
 
     def _client_status(self, record: ClientStatistics) -> str:
         group = self._groups.by_number(record.group)

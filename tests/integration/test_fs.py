@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -38,14 +40,35 @@ def _as_nobody(code: str) -> int:
     return subprocess.run([sys.executable, "-Ic", text], check=False, user=65534, group=65534).returncode
 
 
+def _assert_tiers_are_true(client: Path) -> None:
+    """Counted slot by slot they are the sums that the map keeps, if nothing moves between the two."""
+    for _ in range(200):
+        status = (client / "status").read_text()
+        header, *lines = (client / "tiers").read_text().splitlines()
+        if status == (client / "status").read_text():
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("pages move all the time")
+    sums = {name: int(value.removesuffix(" kB")) for name, value in re.findall(r"(\w+):\t(\d+ kB)", status)}
+    rows = {name: (int(swapped), int(kept)) for name, swapped, kept in (line.split("\t") for line in lines)}
+    backends = [row for name, row in rows.items() if name.startswith("backends/")]
+    assert header.split("\t") == ["Tier", "Swapped_kB", "Kept_kB"]
+    assert (rows["zero"], rows["same"]) == ((sums["Zero"], 0), (sums["SameFilled"], 0))
+    assert (rows["pool"][0], sum(swapped for swapped, _ in backends)) == (sums["Pool"], sums["Spill"])
+    assert rows["pool"][1] + sum(kept for _, kept in backends) == sums["Kept"]
+    assert sums["Pool"] + sums["Spill"] > 0
+
+
 def test_files_as_a_shell_uses_them(tmp_path: Path) -> None:
     where, line = _fs(tmp_path)
     with serving(tmp_path, _BATCH, more=line) as service, program(service, "batch") as pid:
         client = where / "clients" / str(pid)
         assert _shell("ls", where).split() == ["backends", "clients", "groups", "pressure", "regions", "stat", "swaps"]
-        assert _shell("find . -type f | wc -l", where).strip() == "12"
+        assert _shell("find . -type f | wc -l", where).strip() == "13"
         swapped = next(text for text in _shell("cat status", client).splitlines() if text.startswith("Swapped:"))
         assert int(swapped.split()[1]) > 16 * 1024
+        _assert_tiers_are_true(client)
         _shell("echo 128M > limit", where / "groups/batch")
         assert _shell("cat limit", client) == f"{128 * MIB}\n"
         _shell("echo 1 > pagein", client)

@@ -288,6 +288,12 @@ class FakeEngine:
         with self._lock:
             return list(self._clients.values())
 
+    def client_tiers(self, token: int) -> records.ClientTiers:
+        with self._lock:
+            client = self._clients[token]
+        pages = (client.spill_pages, *(0,) * 14)
+        return records.ClientTiers(client.zero_pages, client.same_pages, client.pool_pages, 0, pages, (7, *(0,) * 14))
+
     # ---- regions ----
 
     def region_create(self, region: records.Region) -> int:

@@ -25,6 +25,7 @@ _ENGINE = Path(vswapd.__file__).parent / "engine.py"
     [
         ("engine_group_statistics", records.GroupStatistics),
         ("engine_client_statistics", records.ClientStatistics),
+        ("engine_client_tiers", records.ClientTiers),
         ("engine_backend_statistics", records.BackendStatistics),
         ("engine_room", records.Room),
     ],

@@ -74,7 +74,7 @@ async def test_everything_listed_is_there_and_nothing_else() -> None:
         assert sorted(walk(())) == sorted(
             ["swaps", "stat", "pressure"]
             + [f"groups/g/{name}" for name in ("status", "limit")]
-            + [f"clients/{pid}/{name}" for name in ("status", "limit", "pageout", "pagein")]
+            + [f"clients/{pid}/{name}" for name in ("status", "limit", "tiers", "pageout", "pagein")]
             + [f"backends/0/{name}" for name in ("status", "priority", "drain")]
         )
         for path in (
@@ -106,6 +106,10 @@ async def test_texts() -> None:
         client = _fields(_text(tree, "clients", pid, "status"))
         assert (client["Pid"], client["Group"], client["Swapped"]) == (pid, "g", "1024 kB")
         assert _text(tree, "clients", pid, "limit") == f"{LIMIT}\n"
+        tiers = [line.split("\t") for line in _text(tree, "clients", pid, "tiers").splitlines()]
+        assert tiers[0] == ["Tier", "Swapped_kB", "Kept_kB"]
+        assert [row[0] for row in tiers[1:]] == ["zero", "same", "pool", "backends/0"]
+        assert tiers[4][2] == "28"
         assert _fields(_text(tree, "backends", "0", "status"))["Path"] == "/var/tmp/a b\\n"
         assert _text(tree, "backends", "0", "priority") == "-2\n"
         assert _text(tree, "backends", "0", "drain") == "0\n"
