@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "base.h"
 #include "check.h"
@@ -155,18 +156,22 @@ static void test_examine(void)
 int main(int argc, char **argv)
 {
 	uint64_t seed = argc > 1 ? strtoul(argv[1], NULL, 0) : 1, random;
-	void *memory = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int memfd = memfd_create("slots", MFD_CLOEXEC);
+	void *memory;
 
 	if (seed == 0)
 		seed = test_now_ns();
 	random = seed;
 	now_ms = 1;
-	CHECK(memory != MAP_FAILED && slot_space_create(memory, SPACE_BYTES, &space) == 0);
+	CHECK(memfd >= 0 && ftruncate(memfd, SPACE_BYTES) == 0);
+	memory = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, 0);
+	CHECK(memory != MAP_FAILED && slot_space_create(memfd, 0, memory, SPACE_BYTES, &space) == 0);
 	test_busy_ones_do_not_displace();
 	test_gone_clusters_are_forgotten();
 	test_model(&random);
 	test_examine();
 	slot_space_destroy(space);
+	close(memfd);
 	printf("test_cold: passed, seed %lu\n", (unsigned long)seed);
 	return 0;
 }
