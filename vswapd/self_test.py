@@ -7,14 +7,15 @@ all of it is paged out, and it reads it back. A round without an end, or a wrong
 or worse: nothing is told to the manager, which kills and starts anew. What says nothing about the data plane does
 not stop the feeding: that there is no room for the program or one more client, or that somebody killed it.
 
-It is never in the way: a successor closes the pipe it reads from, so that it ends; its group is doomed from the
-beginning; and it is ended first when the daemon stops.
+It is never in the way: a successor closes the socket it reads from, so that it ends; its group is doomed from the
+beginning; and it is ended first when the daemon stops. Not a pipe: who reads from one while a page of its buffer is out
+holds its lock, and to close the other end would be to wait for a client, whose page waits for us.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,13 @@ from vswapd.groups import GroupError
 if TYPE_CHECKING:
     from vswapd.clients import ClientServer
     from vswapd.engine import Engine
-    from vswapd.groups import GroupRegistry
+    from vswapd.groups import Group, GroupRegistry
     from vswapd.log import Log
 
 _LOOK_SECONDS = 0.02
 _JOIN_SECONDS_MAX = 10.0
 _PAGES = 64
+_ANSWER_BYTES = 64
 _ENDED = "its program has ended"
 _PROGRAM = f"""
 import mmap, sys
@@ -69,10 +71,10 @@ class SelfTest:
             try:
                 if not self._clients.is_stopping:
                     await self._run_program(seconds)
+            except (ConnectionError, trio.EndOfChannel):
+                self._log.warning("no self-test", error=_ENDED)
             except (OSError, Failure, GroupError) as error:
                 self._log.warning("no self-test", error=str(error))
-            except (trio.BrokenResourceError, trio.EndOfChannel):
-                self._log.warning("no self-test", error=_ENDED)
             # Not tested, or stopping: that this loop turns and the engine answers has to do.
             self._engine.statistics()
             notify.notify("WATCHDOG=1")
@@ -83,28 +85,36 @@ class SelfTest:
         """Until it has ended, or the daemon is to stop."""
         group = self._groups.create(config.SELF_TEST_GROUP, os.geteuid(), config.LIMIT_BYTES_MIN, no_spill=True)
         try:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-I", "-S", "-c", _PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,
-                env=self._environment(group.name),
-            )
-            try:
-                await self._wait_joined(process.pid)
-                self._groups.doom(group)
-                while not self._clients.is_stopping:
-                    await self._round(process, group.number)
-                    notify.notify("WATCHDOG=1")
-                    with trio.move_on_after(seconds):
-                        await self._clients.stopping.wait()
-            finally:
-                process.kill()
-                with trio.CancelScope(shield=True):
-                    await process.wait()
+            ours, its = socket.socketpair()
+            with ours, its:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-I", "-S", "-c", _PROGRAM],
+                    stdin=its,
+                    stdout=its,
+                    start_new_session=True,
+                    env=self._environment(group.name),
+                )
+                its.close()
+                try:
+                    await self._run_rounds(process.pid, trio.socket.from_stdlib_socket(ours), group, seconds)
+                finally:
+                    process.kill()
+                    with trio.CancelScope(shield=True):
+                        await process.wait()
         finally:
             if not group.doomed:
                 self._groups.doom(group)
+
+    async def _run_rounds(
+        self, pid: int, connection: trio.socket.SocketType, group: Group, seconds: float
+    ) -> None:
+        await self._wait_joined(pid)
+        self._groups.doom(group)
+        while not self._clients.is_stopping:
+            await self._round(pid, connection, group.number)
+            notify.notify("WATCHDOG=1")
+            with trio.move_on_after(seconds):
+                await self._clients.stopping.wait()
 
     def _environment(self, group: str) -> dict[str, str]:
         """Of its agent (wire.h)."""
@@ -124,17 +134,17 @@ class SelfTest:
             return
         raise OSError("its program was not taken as a client")
 
-    async def _round(self, process: trio.Process, group: int) -> None:
+    async def _round(self, pid: int, connection: trio.socket.SocketType, group: int) -> None:
         """Memory out, by the evictors and all the rest by request, and back."""
         self._word += 1
-        await self._ask(process, str(self._word))
-        evicted = self._evicted_pages(process.pid)
+        await self._ask(connection, str(self._word))
+        evicted = self._evicted_pages(pid)
         self._engine.group_set_limit(group, config.MIB)
-        while self._evicted_pages(process.pid) == evicted:  # noqa: ASYNC110 -- evictors tell nobody
+        while self._evicted_pages(pid) == evicted:  # noqa: ASYNC110 -- evictors tell nobody
             await trio.sleep(_LOOK_SECONDS)
         self._engine.group_set_limit(group, config.LIMIT_BYTES_MIN)
-        await trio.to_thread.run_sync(self._engine.pageout, process.pid, config.PAGE_TIMEOUT_MS)
-        if await self._ask(process, "?") != "right":
+        await trio.to_thread.run_sync(self._engine.pageout, pid, config.PAGE_TIMEOUT_MS)
+        if await self._ask(connection, "?") != "right":
             self._log.error("memory that came back from the self-test is not what went out")
             await trio.sleep_forever()
 
@@ -146,13 +156,11 @@ class SelfTest:
         raise OSError(_ENDED)
 
     @staticmethod
-    async def _ask(process: trio.Process, line: str) -> str:
-        assert process.stdin  # noqa: S101 -- for types: both are pipes
-        assert process.stdout  # noqa: S101
-        await process.stdin.send_all(f"{line}\n".encode())
+    async def _ask(connection: trio.socket.SocketType, line: str) -> str:
+        await connection.send(f"{line}\n".encode())  # some bytes, one at a time: never in part
         answer = b""
         while not answer.endswith(b"\n"):
-            received = await process.stdout.receive_some()
+            received = await connection.recv(_ANSWER_BYTES)
             if not received:
                 raise trio.EndOfChannel
             answer += received

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
+import struct
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from support.limited import command_path
@@ -16,10 +20,11 @@ from support.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _SECONDS_MAX = 30.0
 _FEEDINGS_MISSED = 5
+_SYS_PIDFD_GETFD = 438
+_TRIES = 10
 
 
 class _Watched:
@@ -29,7 +34,7 @@ class _Watched:
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "vswapd.log"
-        self._socket_path = str(directory / "vswapd.sock")
+        self.socket_path = str(directory / "vswapd.sock")
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._manager.bind(str(directory / "notify"))
         environment = {
@@ -38,7 +43,7 @@ class _Watched:
             "WATCHDOG_USEC": str(int(self.interval_seconds * 2e6)),
         }
         (directory / "vswapd.conf").touch()
-        command = [command_path("vswapd"), "--socket", self._socket_path, "--config", str(directory / "vswapd.conf")]
+        command = [command_path("vswapd"), "--socket", self.socket_path, "--config", str(directory / "vswapd.conf")]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -64,9 +69,14 @@ class _Watched:
 
     def client(self) -> dict[str, Any]:
         """The self-test's; {} when it is not there."""
-        with ControlClient(self._socket_path) as control:
+        with ControlClient(self.socket_path) as control:
             clients: list[dict[str, Any]] = control.status()["clients"]
         return clients[0] if clients else {}
+
+    def daemon_pid(self) -> int:
+        """The daemon's, not its supervisor's."""
+        with ControlClient(self.socket_path) as control:
+            return int(control.request("ping")["pid"])
 
     def close(self) -> int:
         """Its exit status."""
@@ -99,6 +109,57 @@ def test_fed_after_pages_went_out_and_came_back(tmp_path: Path) -> None:
         assert first["pid"] == later["pid"]
         assert later["evicted_pages"] > first["evicted_pages"] > 0
         assert later["faults"] > first["faults"] > 0
+
+
+def _ends_to(daemon: int, program: int) -> Iterator[int]:
+    """Copies of what the daemon may have made to write to the program: ends of its pipes, pairs of sockets."""
+    pipes = {os.readlink(f"/proc/{program}/fd/0")}
+    process = os.pidfd_open(daemon)
+    for name in os.listdir(f"/proc/{daemon}/fd"):
+        link = os.readlink(f"/proc/{daemon}/fd/{name}")
+        if link not in pipes and not link.startswith("socket:"):
+            continue
+        end = ctypes.CDLL(None, use_errno=True).syscall(_SYS_PIDFD_GETFD, process, int(name), 0)
+        assert end >= 0, os.strerror(ctypes.get_errno())
+        if link in pipes:
+            yield end
+        else:
+            with socket.socket(fileno=os.dup(end)) as peer:
+                maker = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                is_listening = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if maker == daemon and not is_listening:
+                yield end
+        os.close(end)
+    os.close(process)
+
+
+def _waits_for_a_page(pid: int) -> bool:
+    return "handle_userfault" in Path(f"/proc/{pid}/stack").read_text(encoding="ascii")
+
+
+def test_daemon_dies_while_the_program_reads_into_a_page_that_is_out(tmp_path: Path) -> None:
+    """The successor closes the other end, and must not have to wait for the reader, whose page waits for it."""
+    with _watched(tmp_path) as watched:
+        for _ in range(_TRIES):  # a round may come in between
+            watched.wait_fed()
+            pid, daemon = int(watched.client()["pid"]), watched.daemon_pid()
+            with ControlClient(watched.socket_path) as control:
+                control.request("pageout", pid=pid)
+            os.kill(daemon, signal.SIGSTOP)
+            for end in _ends_to(daemon, pid):
+                with contextlib.suppress(OSError):  # one to read from
+                    os.write(end, b"?\n")
+            with contextlib.suppress(AssertionError):
+                wait_until("it waits for a page", lambda pid=pid: _waits_for_a_page(pid))
+                break
+            os.kill(daemon, signal.SIGCONT)
+        assert _waits_for_a_page(pid)
+        os.kill(daemon, signal.SIGKILL)
+        try:
+            watched.wait_fed()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it would hold everybody up for ever
 
 
 def test_not_fed_while_a_page_does_not_come_back(tmp_path: Path) -> None:
