@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import applications, gil, plots, scaling, scenarios, systems, table
+from benchmarks import applications, floor, gil, plots, scaling, scenarios, systems, table
 from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
 from benchmarks.execute import ExecuteError
 from benchmarks.journal import DEFAULT_PATH, STOP_SIGNALS, Journal, JournalError, restore
 from benchmarks.session import ScenarioResult, Session, as_json, from_json
+from vswapd.config import SPILL_DIRECTORY
 from vswapd.failure import Failure
 from vswapd.sizes import format_size, parse_size
 
@@ -134,6 +135,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         const=",".join(axis.name for axis in scaling.AXES),
         metavar="AXIS,…",
         help="instead: the cost of a fault against the number of some of %(const)s (default: all)",
+    )
+    parser.add_argument(
+        "--floor", action="store_true", help="instead: the steps that swap in user space cannot leave out, and their sums"
     )
     parser.add_argument("--list", action="store_true", help="name the scenarios and end")
     parser.add_argument("--restore", action="store_true", help="put back what a killed run left, and end")
@@ -397,6 +401,13 @@ def _run_gil(rounds: int, console: Console) -> int:
     return 0
 
 
+def _run_floor(console: Console) -> int:
+    if os.geteuid() != 0:
+        raise BenchError("needs root, for userfaultfd")
+    console.print("\n".join(floor.table_of(floor.measure(os.environ.get("VSWAPD_SPILL_DIR") or SPILL_DIRECTORY))))
+    return 0
+
+
 def _run_scaling(options: argparse.Namespace, console: Console) -> int:
     if os.geteuid() != 0:
         raise BenchError("needs root, for userfaultfd")
@@ -431,6 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _restore(console)
         for number in STOP_SIGNALS:
             signal.signal(number, _on_signal)
+        if options.floor:
+            return _run_floor(console)
         if options.scaling is not None:
             return _run_scaling(options, console)
         return _run_gil(options.rounds, console) if options.gil else _run(options, console)

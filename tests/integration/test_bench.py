@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import floor
 from benchmarks.journal import DEFAULT_PATH
 
 _BENCH = Path(__file__).parents[2] / "scripts/bench"
@@ -30,6 +31,19 @@ def machine_state() -> dict[str, object]:
         ),
         "journal": os.path.exists(DEFAULT_PATH),
     }
+
+
+def test_floor_has_all_that_its_sums_need() -> None:
+    before = machine_state()
+    done = subprocess.run([str(_BENCH), "--floor"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert machine_state() == before
+    steps, floors = done.stdout.split("\n\n")
+    lines = steps[steps.index("step, ") :].splitlines()[1:]
+    microseconds = {words[0]: float(words[-2]) for words in map(str.split, lines)}
+    assert set(microseconds) >= {name for row in floor.SUMS for name in row.parts}
+    assert all(value > 0 for value in microseconds.values()), microseconds
+    assert all(row.title in floors for row in floor.SUMS)
 
 
 @pytest.mark.full

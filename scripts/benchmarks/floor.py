@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""floor — how fast swapping in user space can be here: the steps that cannot be left out, each alone, and their sums.
+
+A figure of the bench that is near its floor cannot be mended by better code of this kind, only by leaving a step out. What is
+measured is told in floor.c. The sums leave out all bookkeeping, every lock, and whoever else wants the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.execute import ExecuteError
+
+_SOURCES = Path(__file__).resolve().parent
+_CSRC = _SOURCES.parent.parent / "csrc"
+_FILE_BYTES = 64 << 20
+_BATCH_PAGES = 64  # pages of one closing of the gate (BATCH_PAGES_MAX)
+
+
+@dataclass(frozen=True)
+class Step:
+    """As floor.c says it."""
+
+    count: int
+    p50_ns: float
+    p99_ns: float
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A row of the bench: how often each step is in it, for each page."""
+
+    title: str
+    parts: dict[str, float]
+
+    def us(self, steps: dict[str, Step]) -> float:
+        """What the medians add up to, in microseconds."""
+        return sum(steps[name].p50_ns * times for name, times in self.parts.items()) / 1000
+
+
+SUMS = (
+    Sum("one random fault from the pool, p50", {"round_trip_same": 1, "expand": 1}),
+    Sum("one random fault from disk, p50", {"round_trip_same": 1, "disk": 1, "expand": 1}),
+    Sum(
+        "swap-out of an unchanged page",
+        {"move": 1, "read": 1, "check": 1, "release": 1, "wake": 2 / _BATCH_PAGES},
+    ),
+)
+
+
+def _build(directory: str) -> str:
+    program = os.path.join(directory, "floor")
+    sources = [_SOURCES / "floor.c", _SOURCES / "latency.c"]
+    sources += [_CSRC / f"{name}.c" for name in ("codec", "base", "fault_point")]
+    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-iquote", str(_CSRC), "-o", program, *map(str, sources)]
+    done = subprocess.run([*command, "-llz4", "-lzstd", "-lm"], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ExecuteError(f"cannot compile floor.c: {done.stderr.strip()[-500:]}")
+    return program
+
+
+def _write_file(path: str) -> None:
+    """Noise, and on the disk: a hole would be read from nowhere."""
+    with open(path, "wb") as file:
+        for _ in range(_FILE_BYTES >> 20):
+            file.write(os.urandom(1 << 20))
+        os.fsync(file.fileno())
+
+
+def measure(place: str) -> dict[str, Step]:
+    """All steps; some seconds. `place`: a directory on the disk in question. ExecuteError, OSError."""
+    with tempfile.TemporaryDirectory(prefix="vswap-floor-", dir=place) as directory:
+        path = os.path.join(directory, "noise")
+        _write_file(path)
+        done = subprocess.run([_build(directory), path], check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ExecuteError(done.stderr.strip() or f"floor.c ended with {done.returncode}")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    return {record.pop("step"): Step(**record) for record in records}
+
+
+def table_of(steps: dict[str, Step]) -> list[str]:
+    """For a terminal."""
+    lines = [f"{'step, microseconds':<40} {'p50':>8} {'p99':>10}"]
+    lines += [f"{name:<40} {step.p50_ns / 1000:8.2f} {step.p99_ns / 1000:10.2f}" for name, step in steps.items()]
+    lines += ["", "floor: what the medians of its steps add up to, microseconds a page"]
+    for row in SUMS:
+        parts = " + ".join(name if times == 1 else f"{times:.2g} {name}" for name, times in row.parts.items())
+        lines += [f"{row.title:<40} {row.us(steps):8.2f}", f"    {parts}"]
+    return lines
