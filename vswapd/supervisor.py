@@ -66,12 +66,15 @@ def supervise(
     state_fd, pool_fd = memfds or engine.make_memfds()
     deaths, young = int(memfds is not None), 0
     signals = _block_signals()
+    died_of = ""
     while True:
         inheritance = Inheritance(state_fd, pool_fd, os.getpid(), deaths)
         started = time.monotonic()
         pid = engine.fork_sharing_descriptors()
         if pid == 0:
             _run_daemon(serve, inheritance)
+        if died_of:  # not before: a client may hold up the log, and waits for this daemon
+            log.warning("the daemon died and is started again", signal=died_of, deaths=deaths)
         named = {"state": state_fd, "pool": pool_fd, **(upgradable or {})}
         upgrade = partial(_upgrade, pid, signals, named, log) if upgradable is not None else None
         status = _wait(pid, signals, upgrade)
@@ -80,11 +83,7 @@ def supervise(
         deaths += 1
         by_itself = os.WTERMSIG(status) != signal.SIGKILL
         young = young + 1 if by_itself and time.monotonic() - started < _YOUNG_SECONDS else 0
-        log.warning(
-            "the daemon died and is started again",
-            signal=signal.Signals(os.WTERMSIG(status)).name,
-            deaths=deaths,
-        )
+        died_of = signal.Signals(os.WTERMSIG(status)).name
         if young > _PAUSE_FROM:
             time.sleep(min(_PAUSE_SECONDS_MIN * 2 ** (young - _PAUSE_FROM), _PAUSE_SECONDS_MAX))
 

@@ -112,6 +112,29 @@ def test_pauses_between_young_deaths(tmp_path: Path, name: str, pauses: int) -> 
     assert result.returncode == pauses, result.stderr
 
 
+_HELD_UP = """
+served, serves = os.pipe()
+
+class HeldUp:
+    def __getattr__(self, level):
+        return lambda *_, **fields: os.read(served, 1)
+
+def serve(inheritance):
+    if inheritance.deaths == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.write(serves, b"x")
+    return 3
+
+sys.exit(supervisor.supervise(serve, HeldUp()))
+"""
+
+
+def test_log_that_is_held_up_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Its other end may be a client that waits for the next daemon."""
+    result = _run(tmp_path, _HELD_UP)
+    assert result.returncode == 3, result.stderr
+
+
 _IGNORED = """
 def serve(inheritance):
     os.kill(inheritance.supervisor_pid, signal.SIGHUP)
