@@ -18,6 +18,8 @@
 #include "sys.h"
 
 #define WRITE_ERRORS_MAX 8
+#define ROOM_LOOK_NS 500000000ULL
+#define ROOM_AGAIN_NS 5000000000ULL /* after a write that found none, whatever the file system says: a quota, say */
 #define HANG_NS 1000000000ULL /* a segment is a megabyte */
 
 struct spill *backend_pin(struct engine *engine, unsigned number)
@@ -50,6 +52,9 @@ void backend_install(struct engine *engine, unsigned number, const struct backen
 	memcpy(backend->path, from->path, sizeof backend->path);
 	backend->errors = 0;
 	backend->writing = 0;
+	backend->rate_bytes = from->rate_bytes;
+	backend->lacks_room = false;
+	backend->room_look_ns = 0;
 	backend->job = ENGINE_JOB_NONE;
 	WRITE_ONCE(backend->state, BACKEND_ACTIVE);
 	__atomic_store_n(&backend->spill, from->spill, __ATOMIC_SEQ_CST);
@@ -90,12 +95,26 @@ static bool hangs(const struct backend *backend)
 	       sys_now_ns() - READ_ONCE(backend->writing_since_ns) > HANG_NS;
 }
 
+/* What its file system can still hold of it. */
+static uint64_t disk_room_bytes(const struct backend *backend, struct spill *spill)
+{
+	struct spill_statistics statistics;
+	struct statvfs disk;
+
+	if (backend->is_device || fstatvfs(spill_fd(spill), &disk) != 0)
+		return UINT64_MAX;
+	spill_statistics(spill, &statistics);
+	/* What is free but not trimmed yet has its blocks already. */
+	return (uint64_t)disk.f_bavail * disk.f_frsize + statistics.untrimmed_bytes;
+}
+
 static bool may_be_written(const struct backend *backend, struct spill *spill)
 {
 	struct spill_statistics statistics;
 
 	/* After the pin: a drain sets the state first and then waits for pins. */
-	if (__atomic_load_n(&backend->state, __ATOMIC_SEQ_CST) != BACKEND_ACTIVE || hangs(backend))
+	if (__atomic_load_n(&backend->state, __ATOMIC_SEQ_CST) != BACKEND_ACTIVE || hangs(backend) ||
+	    READ_ONCE(backend->lacks_room))
 		return false;
 	spill_statistics(spill, &statistics);
 	return statistics.used_bytes + spill_reserve_bytes(spill) + SEGMENT_BYTES <= statistics.size_bytes;
@@ -126,12 +145,30 @@ int backend_pick(struct engine *engine)
 	return best;
 }
 
+/* Its file system may have room again, or none. Asked by its writer: the answer may take as long as a write. The
+ * backend is pinned. */
+static void look_for_room(struct backend *backend, struct spill *spill)
+{
+	uint64_t now_ns = sys_now_ns();
+
+	if (now_ns < READ_ONCE(backend->room_look_ns))
+		return;
+	WRITE_ONCE(backend->lacks_room, disk_room_bytes(backend, spill) < SEGMENT_BYTES);
+	WRITE_ONCE(backend->room_look_ns, now_ns + ROOM_LOOK_NS);
+}
+
 struct spill *backend_pin_to_write(struct engine *engine, unsigned number)
 {
 	struct backend *backend = &engine->backends[number];
 	struct spill *spill = backend_pin(engine, number);
-	int best = spill && may_be_written(backend, spill) ? backend_pick(engine) : -ENOSPC;
-	bool wanted = best >= 0 && READ_ONCE(engine->backends[best].priority) <= READ_ONCE(backend->priority);
+	int best = -ENOSPC;
+	bool wanted;
+
+	if (spill)
+		look_for_room(backend, spill);
+	if (spill && may_be_written(backend, spill))
+		best = backend_pick(engine);
+	wanted = best >= 0 && READ_ONCE(engine->backends[best].priority) <= READ_ONCE(backend->priority);
 
 	if (best >= 0)
 		backend_unpin(engine, (unsigned)best);
@@ -146,9 +183,12 @@ static void note_failure(struct engine *engine, unsigned number, int result)
 	struct engine_event event = { .kind = ENGINE_EVENT_BACKEND_ERROR, .group = -1, .a = number,
 				      .b = (uint64_t)(int64_t)result };
 
-	/* A full file system may have room later; a device that cannot write is left alone. */
-	if (result != -ENOSPC && result != -EDQUOT && result != -ENOMEM &&
-	    __atomic_add_fetch(&backend->errors, 1, __ATOMIC_RELAXED) >= WRITE_ERRORS_MAX) {
+	/* A full file system, or quota, may have room later; a device that cannot write is left alone. */
+	if (result == -ENOSPC || result == -EDQUOT) {
+		WRITE_ONCE(backend->room_look_ns, sys_now_ns() + ROOM_AGAIN_NS);
+		WRITE_ONCE(backend->lacks_room, true);
+	} else if (result != -ENOMEM &&
+		   __atomic_add_fetch(&backend->errors, 1, __ATOMIC_RELAXED) >= WRITE_ERRORS_MAX) {
 		uint32_t active = BACKEND_ACTIVE;
 
 		(void)__atomic_compare_exchange_n(&backend->state, &active, BACKEND_FAILED, false,
@@ -175,15 +215,12 @@ int backend_write_segment(struct engine *engine, unsigned number, struct spill_s
 uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill)
 {
 	struct spill_statistics statistics;
-	struct statvfs disk;
 	uint64_t room, taken;
 
 	spill_statistics(spill, &statistics);
 	taken = statistics.used_bytes + spill_reserve_bytes(spill);
 	room = statistics.size_bytes - min_of(taken, statistics.size_bytes);
-	/* What is free but not trimmed yet has its blocks already. */
-	if (!backend->is_device && fstatvfs(spill_fd(spill), &disk) == 0)
-		room = min_of(room, disk.f_bavail * disk.f_frsize + statistics.untrimmed_bytes);
+	room = min_of(room, disk_room_bytes(backend, spill));
 	return room / SEGMENT_BYTES * SEGMENT_BYTES;
 }
 
@@ -211,6 +248,8 @@ static void describe(const struct backend *backend, struct spill *spill, unsigne
 		.written_bytes = statistics.written_bytes,
 		.read_bytes = statistics.read_bytes,
 		.trimmed_bytes = statistics.trimmed_bytes,
+		.rate_bytes = READ_ONCE(backend->rate_bytes),
+		.lacks_room = READ_ONCE(backend->lacks_room),
 		.errors = statistics.write_errors + statistics.read_errors,
 		.writing_ms = __atomic_load_n(&backend->writing, __ATOMIC_ACQUIRE) ?
 				      (sys_now_ns() - READ_ONCE(backend->writing_since_ns)) / 1000000 : 0,

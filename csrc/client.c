@@ -53,6 +53,7 @@ static void client_free(struct client *client)
 	range_set_clear(&client->armed);
 	probation_clear(&client->probation);
 	cold_destroy(&client->cold);
+	cold_destroy(&client->cold_raw);
 	free(client->parked);
 	pthread_cond_destroy(&client->batches_changed);
 	pthread_rwlock_destroy(&client->region_lock);
@@ -476,9 +477,14 @@ void client_staged_moved(void *context, uint64_t page, struct slot slot)
 
 /* ---- what is cold ---- */
 
-void client_cold_push(struct client *client, uint64_t cluster_number)
+void client_cold_push(struct client *client, uint64_t cluster_number, bool is_raw)
 {
-	cold_push(&client->cold, client->engine->slots, &client->record->map, cluster_number, sys_now_coarse_ms());
+	const struct slot_map *map = &client->record->map;
+	uint64_t now_ms = sys_now_coarse_ms();
+
+	cold_push(&client->cold, client->engine->slots, map, cluster_number, now_ms);
+	if (is_raw)
+		cold_push(&client->cold_raw, client->engine->slots, map, cluster_number, now_ms);
 }
 
 unsigned client_list_cold(struct engine *engine, const struct group *group, unsigned from, struct client **clients,
@@ -491,7 +497,7 @@ unsigned client_list_cold(struct engine *engine, const struct group *group, unsi
 		struct client *client = engine->clients[(from + i) % engine->clients_end];
 
 		if (client && client->group == group && !READ_ONCE(client->dead) &&
-		    READ_ONCE(client->cold.count) > 0) {
+		    !client_is_warm(client)) {
 			client->references++;
 			clients[count++] = client;
 		}

@@ -171,7 +171,8 @@ struct client {
 	unsigned fault_reads_dense; /* reads that brought one less than AWAKE_NS after the one before */
 	uint64_t fault_ns;      /* the last read that brought one */
 
-	struct cold_list cold; /* what went to the pool */
+	struct cold_list cold;     /* clusters with objects in the pool */
+	struct cold_list cold_raw; /* those of them that had incompressible ones */
 
 	uint64_t relative; /* token of the client that it was forked from, or that it forked last; 0: unknown */
 	int64_t resident_pages;
@@ -249,9 +250,14 @@ void client_free_copy(void *client, struct slot slot);
 void client_staged_gone(void *client, uint64_t page, struct slot slot);
 void client_staged_moved(void *client, uint64_t page, struct slot slot);
 
-/* Pages of this cluster went to the pool just now. */
-void client_cold_push(struct client *client, uint64_t cluster_number);
-/* Clients of a group that have such clusters, with a reference each: those from this index on first. */
+/* Pages of this cluster went to the pool just now, incompressible ones maybe. */
+void client_cold_push(struct client *client, uint64_t cluster_number, bool is_raw);
+/* There is nothing of it to be written back. */
+static inline bool client_is_warm(const struct client *client)
+{
+	return READ_ONCE(client->cold.count) == 0 && READ_ONCE(client->cold_raw.count) == 0;
+}
+/* Clients of a group that have something, with a reference each: those from this index on first. */
 unsigned client_list_cold(struct engine *engine, const struct group *group, unsigned from, struct client **clients,
 			  unsigned max);
 

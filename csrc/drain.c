@@ -154,7 +154,7 @@ static void settle_move(struct job *job, const struct move *move)
 	}
 	crash_point(CRASH_DRAIN_SETTLED_ONE);
 	if (move->to.tag == SLOT_POOL)
-		client_cold_push(client, move->page >> CLUSTER_SHIFT);
+		client_cold_push(client, move->page >> CLUSTER_SHIFT, move->to.units == POOL_UNITS_MAX);
 	if (move->to.tag == SLOT_POOL || move->to.tag == SLOT_NONE)
 		group_spill_changed(client->group, -(int)move->copy.units);
 	spill_free(job->spill, move->copy.location, move->copy.units);

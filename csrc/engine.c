@@ -29,7 +29,7 @@
 #include "sys.h"
 #include "worker.h"
 
-#define CHANGEABLE_FLAGS ENGINE_GROUP_NO_RECOMPRESS
+#define CHANGEABLE_FLAGS (ENGINE_GROUP_NO_SPILL | ENGINE_GROUP_NO_RECOMPRESS)
 #define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
 
 /* ---- small services for the other files ---- */
@@ -244,6 +244,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 			return result;
 		}
 	}
+	engine->accept_percent = config->accept_percent ? min_of(config->accept_percent, 100u) : 100;
 	engine->recompress_age_ms = config->recompress_age_ms;
 	engine->cpu_count = (uint32_t)max_of(sysconf(_SC_NPROCESSORS_ONLN), 1L);
 	result = sys_probe(&engine->device_fd, message);
@@ -404,6 +405,7 @@ static int group_make(struct engine *engine, const struct group_record *record, 
 	memcpy(group->name, record->name, sizeof group->name);
 	group->limit_bytes = record->limit_bytes;
 	group->pool_limit_bytes = record->pool_limit_bytes;
+	group->spill_limit_bytes = record->spill_limit_bytes;
 	group->flags = record->flags;
 	group->usage_bytes_max = record->usage_bytes_max;
 	group->swapped_pages_max = record->swapped_pages_max;
@@ -486,6 +488,18 @@ int engine_group_set_limit(struct engine *engine, int number, uint64_t limit_byt
 	return 0;
 }
 
+int engine_group_set_spill_limit(struct engine *engine, int number, uint64_t spill_limit_bytes)
+{
+	SCOPED_LOCK(&engine->registry);
+	struct group *group = group_at(engine, number);
+
+	if (!group)
+		return -ENOENT;
+	engine->state->groups[number].spill_limit_bytes = spill_limit_bytes;
+	WRITE_ONCE(group->spill_limit_bytes, spill_limit_bytes);
+	return 0;
+}
+
 int engine_group_set_flags(struct engine *engine, int number, uint32_t set, uint32_t clear)
 {
 	SCOPED_LOCK(&engine->registry);
@@ -540,9 +554,12 @@ int engine_group_set_unmanaged(struct engine *engine, int number, uint64_t bytes
 
 /* ---- backends ---- */
 
+/* A segment at a time is written: less than one a second would be none for a while, and reclaim would give up. */
+static bool rate_is_possible(uint64_t rate_bytes) { return rate_bytes == 0 || rate_bytes >= SEGMENT_BYTES; }
+
 static int backend_make(struct backend_record *record, struct backend *ret_backend)
 {
-	struct backend backend = { .priority = record->priority };
+	struct backend backend = { .priority = record->priority, .rate_bytes = record->rate_bytes };
 	struct stat status;
 	int result;
 
@@ -598,12 +615,12 @@ static int add_backend(struct engine *engine, const struct backend_record *wante
 }
 
 int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
-		       int32_t priority, uint32_t flags)
+		       int32_t priority, uint32_t flags, uint64_t rate_bytes)
 {
 	struct backend_record record = { .fd = fd, .priority = priority, .flags = flags,
-					 .size_bytes = size_bytes };
+					 .size_bytes = size_bytes, .rate_bytes = rate_bytes };
 	struct writer *writer;
-	int result = writer_create(engine, &writer);
+	int result = rate_is_possible(rate_bytes) ? writer_create(engine, &writer) : -EINVAL;
 
 	if (result < 0)
 		return result;
@@ -624,6 +641,19 @@ int engine_backend_set_priority(struct engine *engine, int number, int32_t prior
 	/* A successor goes by the record: first that, or it would undo what was seen to be so. */
 	WRITE_ONCE(engine->state->backends[number].priority, priority);
 	WRITE_ONCE(engine->backends[number].priority, priority);
+	return 0;
+}
+
+int engine_backend_set_rate(struct engine *engine, int number, uint64_t rate_bytes)
+{
+	SCOPED_LOCK(&engine->registry);
+
+	if (number < 0 || number >= BACKENDS_MAX || !engine->backends[number].spill)
+		return -ENOENT;
+	if (!rate_is_possible(rate_bytes))
+		return -EINVAL;
+	WRITE_ONCE(engine->state->backends[number].rate_bytes, rate_bytes);
+	WRITE_ONCE(engine->backends[number].rate_bytes, rate_bytes);
 	return 0;
 }
 
@@ -988,6 +1018,25 @@ int engine_statistics(struct engine *engine, struct engine_statistics *ret_stati
 	return 0;
 }
 
+static void add_pages(struct engine_group_statistics *record, const struct slot_map *map)
+{
+	uint64_t counts[SLOT_TAG_COUNT];
+
+	for (int tag = 0; tag < SLOT_TAG_COUNT; tag++)
+		counts[tag] = slot_map_count(map, (enum slot_tag)tag);
+	record->swapped_pages += slot_map_swapped_pages(map);
+	record->zero_pages += counts[SLOT_ZERO];
+	record->same_pages += counts[SLOT_SAME];
+	record->pool_pages += counts[SLOT_POOL];
+	record->spill_pages += counts[SLOT_SPILL];
+	record->shared_pages += counts[SLOT_INDIRECT];
+	record->staged_pages += counts[SLOT_STAGED];
+	record->poisoned_pages += counts[SLOT_POISONED];
+	record->kept_pages += counts[SLOT_KEPT_POOL] + counts[SLOT_KEPT_SPILL];
+	record->virtual_pages = record->zero_pages + record->same_pages + record->pool_pages + record->spill_pages +
+				record->shared_pages + record->staged_pages + record->poisoned_pages + record->kept_pages;
+}
+
 int engine_group_list(struct engine *engine, struct engine_group_statistics *records, int max)
 {
 	int count = 0;
@@ -1004,6 +1053,7 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		memcpy(record.name, group->name, sizeof record.name);
 		record.limit_bytes = group->limit_bytes;
 		record.pool_limit_bytes = group->pool_limit_bytes;
+		record.spill_limit_bytes = group->spill_limit_bytes;
 		record.usage_bytes = group_usage_bytes(group);
 		record.usage_bytes_max = group->usage_bytes_max;
 		record.resident_bytes = (uint64_t)max_of(READ_ONCE(group->resident_pages), 0) * PAGE_BYTES;
@@ -1018,8 +1068,7 @@ int engine_group_list(struct engine *engine, struct engine_group_statistics *rec
 		memcpy(record.label, engine->state->groups[g].label, sizeof record.label);
 		for (unsigned i = 0; i < engine->clients_end; i++)
 			if (engine->clients[i] && engine->clients[i]->group == group) {
-				record.swapped_pages +=
-					slot_map_swapped_pages(&engine->clients[i]->record->map);
+				add_pages(&record, &engine->clients[i]->record->map);
 				record.managed_count += READ_ONCE(engine->clients[i]->registered);
 			}
 		records[count - 1] = record;

@@ -36,6 +36,7 @@ struct engine_config {
 	uint64_t pool_capacity_bytes; /* address space of the pool memfd; 0: total RAM */
 	uint32_t evictor_count;       /* 0: as many as CPUs, at most 4 */
 	uint32_t recompress_age_ms;   /* pages out for so long are compressed again; 0: never */
+	uint32_t accept_percent;      /* of a pool's cap: writeback that has begun goes on until there; 0: 100 */
 	uint32_t io_threads;          /* 1: use pread/pwrite threads even where io_uring works */
 	int32_t state_fd, pool_fd;    /* memfds that outlive the daemon (engine_make_memfds); 0: its own */
 	const int32_t *keep_fds;      /* descriptors above 2 that a successor is not to close, besides */
@@ -85,7 +86,9 @@ int engine_group_create(struct engine *engine, const char *name, uint64_t limit_
 			uint64_t pool_limit_bytes, uint32_t flags);
 int engine_group_set_limit(struct engine *engine, int group, uint64_t limit_bytes,
 			   uint64_t pool_limit_bytes);
-/* Set and clear flags: NO_RECOMPRESS. */
+/* Most that its clients may have on backends, 0: no limit. */
+int engine_group_set_spill_limit(struct engine *engine, int group, uint64_t spill_limit_bytes);
+/* Set and clear flags: NO_SPILL, NO_RECOMPRESS. */
 int engine_group_set_flags(struct engine *engine, int group, uint32_t set, uint32_t clear);
 int engine_group_find(struct engine *engine, const char *name); /* number or -ENOENT */
 /* -EBUSY while it has clients, or objects of it are being written by a device that takes its time. */
@@ -108,7 +111,10 @@ int engine_group_set_unmanaged(struct engine *engine, int group, uint64_t bytes)
  * equal priority are written to in turn. Returns the backend's number (>= 0), -EMFILE, or -ENOTSUP: libcrypto cannot encrypt it.
  */
 int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t size_bytes,
-		       int32_t priority, uint32_t flags);
+		       int32_t priority, uint32_t flags, uint64_t rate_bytes);
+
+/* Write back to it no more than so many bytes a second from now on; 0: no limit. -EINVAL: less than a segment. */
+int engine_backend_set_rate(struct engine *engine, int backend, uint64_t rate_bytes);
 
 struct engine_room {
 	uint64_t live_bytes;    /* to be moved */
@@ -293,6 +299,7 @@ struct engine_group_statistics {
 	char name[32];
 	uint64_t limit_bytes;
 	uint64_t pool_limit_bytes;
+	uint64_t spill_limit_bytes;
 	uint64_t usage_bytes;      /* what the limit bounds: resident + unmanaged + pool + metadata */
 	uint64_t usage_bytes_max;  /* highest usage seen */
 	uint64_t resident_bytes;   /* of managed clients */
@@ -302,6 +309,9 @@ struct engine_group_statistics {
 	uint64_t swapped_pages;
 	uint64_t swapped_pages_max;
 	uint64_t spill_bytes; /* live extents of its clients, kept copies included */
+	/* Pages that have a slot; the sum of the following. Those that forked relatives share are in pool or spill. */
+	uint64_t virtual_pages;
+	uint64_t zero_pages, same_pages, pool_pages, spill_pages, shared_pages, staged_pages, poisoned_pages, kept_pages;
 	uint32_t client_count;
 	uint32_t managed_count; /* clients whose regions are registered */
 	uint64_t faults;
@@ -365,6 +375,8 @@ struct engine_backend_statistics {
 	uint64_t read_bytes;
 	uint64_t trimmed_bytes;
 	uint64_t errors;
+	uint64_t rate_bytes;   /* a second, of writeback; 0: no limit */
+	uint64_t lacks_room;   /* 1: nothing is written to it, its file system is full */
 	uint64_t writing_ms;   /* since a write that is under way began, 0: none is */
 	uint32_t job;          /* enum engine_backend_job */
 	uint32_t job_waiting;  /* 1: it waits for room */

@@ -43,6 +43,9 @@ struct backend {
 	uint64_t errors; /* of writing */
 	uint32_t state;  /* enum backend_state */
 	struct writer *writer;     /* its thread (writeback.c); changed under the registry lock */
+	uint64_t rate_bytes;       /* a second, of writeback to it; 0: as fast as it is */
+	bool lacks_room;           /* its file system has none */
+	uint64_t room_look_ns;     /* ... which is asked for again then, by its writer */
 	uint32_t writing;          /* writes under way */
 	uint64_t writing_since_ns; /* ... and when one began, or ended, last: a device that hangs is known by it */
 
@@ -75,6 +78,7 @@ struct engine {
 	pthread_cond_t evict_work, write_work, look_work, recompress_work;
 	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
 	uint32_t recompress_age_ms; /* 0: never */
+	uint32_t accept_percent;    /* of a pool's cap: what writeback brings it down to once it has begun */
 
 	struct block_cache expand_blocks; /* FILL_PAGES_MAX pages each: fill_scratch */
 	struct block_cache read_blocks;   /* READ_BLOCK_BYTES each: fill_read.c */

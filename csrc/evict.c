@@ -578,7 +578,8 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 				client_free_copy(client, record->before[i]);
 			/* Unchanged ones, too: when the writer came by, they were resident. */
 			if (stored->slots[i].tag == SLOT_POOL)
-				client_cold_push(client, page >> CLUSTER_SHIFT);
+				client_cold_push(client, page >> CLUSTER_SHIFT,
+						 stored->slots[i].units == POOL_UNITS_MAX);
 			crash_point(CRASH_EVICT_SETTLED_ONE);
 		} else if (stored->created >> i & 1) {
 			client_free_copy(client, stored->slots[i]);
@@ -917,7 +918,7 @@ void evict_recover_release(struct client *client, unsigned windows)
 
 /* ---- kept copies ---- */
 
-unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor)
+unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pages, uint64_t *cursor)
 {
 	struct slot_space *space = client->engine->slots;
 	struct slot_map *map = &client->record->map;
@@ -925,7 +926,8 @@ unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor
 	uint64_t first;
 
 	SCOPED_LOCK(&client->gate);
-	if (slot_map_count(map, SLOT_KEPT_POOL) == 0)
+	VS_CHECK(slot_is_kept(kept));
+	if (slot_map_count(map, kept) == 0)
 		return 0;
 	while (dropped < pages) {
 		if (!slot_map_next(space, map, cursor, &first)) {
@@ -935,7 +937,7 @@ unsigned evict_drop_kept(struct client *client, unsigned pages, uint64_t *cursor
 		for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 			struct slot slot;
 
-			if (slot_get(space, map, first + i, &slot) < 0 || slot.tag != SLOT_KEPT_POOL)
+			if (slot_get(space, map, first + i, &slot) < 0 || slot.tag != kept)
 				continue;
 			VS_CHECK(slot_set(space, map, first + i, (struct slot){ .tag = SLOT_NONE }) == 0);
 			client_free_copy(client, slot);

@@ -348,7 +348,7 @@ static uint32_t ranges_kept(struct client *client, const struct spill_read *read
 {
 	uint32_t kept = 0;
 
-	for (unsigned r = 0; r < read->range_count; r++) {
+	for (unsigned r = 0; r < read->range_count && group_keeps_spilled_copies(client->group); r++) {
 		const struct read_range *range = &read->ranges[r];
 		struct spill_statistics statistics;
 

@@ -110,6 +110,20 @@ void group_spill_changed(struct group *group, int units)
 	__atomic_fetch_add(&group->spill_bytes, units * (int64_t)POOL_UNIT_BYTES, __ATOMIC_RELAXED);
 }
 
+uint64_t group_spill_room_bytes(const struct group *group)
+{
+	uint64_t limit = READ_ONCE(group->spill_limit_bytes);
+	uint64_t used = (uint64_t)max_of(READ_ONCE(group->spill_bytes), (int64_t)0) +
+			READ_ONCE(group->segments_under_way) * SEGMENT_BYTES;
+
+	return limit ? limit - min_of(used, limit) : UINT64_MAX;
+}
+
+bool group_keeps_spilled_copies(const struct group *group)
+{
+	return group_spill_room_bytes(group) >= READ_ONCE(group->spill_limit_bytes) / 4;
+}
+
 bool group_gives_up_copies(const struct group *group)
 {
 	return !group_is_streaming(group) && group->pool_limit_bytes == 0;

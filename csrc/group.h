@@ -30,6 +30,7 @@ struct group {
 	uint32_t flags;
 	uint64_t limit_bytes;
 	uint64_t pool_limit_bytes; /* 0: no limit of its own */
+	uint64_t spill_limit_bytes; /* of spill_bytes; 0: none */
 	struct pool *pool;
 	struct ghosts ghosts;
 
@@ -50,6 +51,8 @@ struct group {
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */
 	uint64_t stuck_since_ns;   /* reclaim finds nothing since then; 0: it does */
+	uint32_t segments_under_way; /* that writers fill and write for it; registry lock */
+	bool writes_back;          /* its pool is being brought below the accept threshold */
 	/* Of readings of Pss (cow.c); the look thread's. A round is one reading of each client that has relatives. */
 	uint64_t pss_round;
 	uint64_t pss_round_ns, pss_round_before_ns; /* what this round took so far, and the one before */
@@ -89,6 +92,11 @@ uint64_t group_pool_cap_bytes(const struct group *group);
 void group_pool_changed(struct group *group);
 /* So many units more, or less, are its own in backends. */
 void group_spill_changed(struct group *group, int units);
+
+/* What may still be written to backends. */
+uint64_t group_spill_room_bytes(const struct group *group);
+/* May copies of resident pages stay on backends? Not when they would take the room of what is to be written. */
+bool group_keeps_spilled_copies(const struct group *group);
 
 /* Are its faults mostly scans? Then copies are worth keeping; under random access they only take memory from
  * resident pages. */

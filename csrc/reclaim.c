@@ -163,6 +163,24 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 
 /* ---- evicting ---- */
 
+/* The group's budget of disk is used up, by copies of resident pages maybe: they take the room of what is to be written. */
+static void give_up_spilled_copies(struct engine *engine, const struct group *group)
+{
+	static __thread uint64_t cursor;
+
+	if (READ_ONCE(group->flags) & ENGINE_GROUP_NO_SPILL)
+		return;
+	for (unsigned i = 0; i < READ_ONCE(engine->clients_end) && group_spill_room_bytes(group) < SEGMENT_BYTES; i++) {
+		struct client *client = client_get_index(engine, i);
+
+		if (!client)
+			continue;
+		if (client->group == group)
+			(void)evict_drop_kept(client, SLOT_KEPT_SPILL, DROP_PAGES, &cursor);
+		client_put(client);
+	}
+}
+
 /* The pool is at its cap: have something leave it. True when eviction may go on. */
 static bool pool_has_room(struct engine *engine, struct group *group, struct client *client)
 {
@@ -173,7 +191,7 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 		return true;
 	/* What is on the disk instead of a copy that saves nothing costs most. */
 	if (group_gives_up_copies(group)) {
-		bool dropped = evict_drop_kept(client, DROP_PAGES, &cursor) > 0;
+		bool dropped = evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0;
 
 		WRITE_ONCE(group->kept_exhausted, !dropped);
 		if (dropped) {
@@ -181,15 +199,16 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 			return true;
 		}
 	}
+	give_up_spilled_copies(engine, group);
 	if (writeback_is_possible(engine, group)) {
 		engine_kick_writers(engine);
 		sys_sleep_ms(1);
 		/* Only copies of resident pages are left: the cap was lowered, or they are all over its slabs. */
-		if (READ_ONCE(client->cold.count) == 0 && evict_drop_kept(client, DROP_PAGES, &cursor) > 0)
+		if (client_is_warm(client) && evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0)
 			group_pool_changed(group);
 		return pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
 	}
-	(void)evict_drop_kept(client, DROP_PAGES, &cursor);
+	(void)evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor);
 	group_pool_changed(group);
 	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */

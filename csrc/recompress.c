@@ -7,12 +7,12 @@
  * it follows the order in which clusters were stored (cold.h), so that it is ahead of the writer, and
  * looks at each once for every time that something was stored there. It takes at most a quarter of a CPU.
  *
- * Old        a cluster is in which something was stored last engine->recompress_age_ms ago, and a page of it that was not
- *            evicted again in the latter half of that, unchanged perhaps: the ghosts (order.h) know, by the group's
+ * Old        a cluster is in which something was stored last engine->recompress_age_ms ago, and a page of it that was
+ *            not evicted again in the latter half of that, unchanged perhaps: the ghosts (order.h) know, by the group's
  *            clock of evictions, which is noted twice an age. So pages that fault often stay LZ4; and one that was taken
  *            for old wrongly has its copy given up when it comes back soon (recompress_is_regretted): LZ4 is next.
- * Room       what is old together was stored together, and so leaves whole slabs in the end; the pool does not grow meanwhile
- *            where there is no room below the limit (may_store).
+ * Room       what is old together was stored together, and so leaves whole slabs in the end; meanwhile the pool does not
+ *            grow where there is no room below the limit (may_store).
  * Life       1 gate      the slots of some pages are remembered, whole, and the objects' bytes copied
  *            2 no gate   each is expanded and checked against its slot, compressed, and stored if that saves an eighth
  *            3 gate      if the slot is still what it was, it now names the smaller object, in one store, and the old

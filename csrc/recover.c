@@ -214,7 +214,7 @@ static int claim_slot(void *context, uint64_t page, struct slot slot)
 	struct batch_record *batch;
 
 	if (slot.tag == SLOT_POOL)
-		client_cold_push(client, page >> CLUSTER_SHIFT); /* the writer finds it nowhere else */
+		client_cold_push(client, page >> CLUSTER_SHIFT, slot.units == POOL_UNITS_MAX); /* the writer finds it nowhere else */
 	if (slot.tag != SLOT_STAGED)
 		return claim_copy(client, slot);
 	batch = &client->record->batches[window];

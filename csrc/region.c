@@ -291,7 +291,7 @@ static bool settle_page(struct client *client, uint64_t page, struct slot slot)
 	if (before.tag == SLOT_POOL || before.tag == SLOT_SPILL)
 		client_free_copy(client, before);
 	if (slot.tag == SLOT_POOL)
-		client_cold_push(client, page >> CLUSTER_SHIFT);
+		client_cold_push(client, page >> CLUSTER_SHIFT, slot.units == POOL_UNITS_MAX);
 	return true;
 }
 

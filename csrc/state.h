@@ -39,7 +39,7 @@
 #include "wire.h"
 
 #define STATE_MAGIC 0x3154535057535600ULL
-#define STATE_VERSION 6
+#define STATE_VERSION 7
 
 enum batch_phase { BATCH_FREE, BATCH_INTENT, BATCH_STAGED, BATCH_RELEASING };
 
@@ -124,7 +124,7 @@ struct client_record {
 struct group_record {
 	uint32_t used;
 	uint32_t flags;
-	uint64_t limit_bytes, pool_limit_bytes;
+	uint64_t limit_bytes, pool_limit_bytes, spill_limit_bytes;
 	char name[32];
 	int32_t session_fd; /* the connection it belongs to, -1: none */
 	uint32_t reserved;
@@ -138,6 +138,7 @@ struct backend_record {
 	int32_t priority;
 	uint32_t flags; /* ENGINE_BACKEND_* */
 	uint64_t size_bytes;
+	uint64_t rate_bytes;
 	char path[256];
 	struct spill_lineage lineage; /* wiped when it is used no more */
 };
@@ -166,8 +167,8 @@ static inline struct checkpoint *state_checkpoints(struct state *state, unsigned
 }
 
 static_assert(VSWAP_WINDOW_PAGES == BATCH_PAGES_MAX, "one batch fills one window");
-static_assert(sizeof(struct state) == 86114336 && offsetof(struct state, groups) == 3184 &&
-	      offsetof(struct state, backends) == 355440 && offsetof(struct state, clients) == 360480,
+static_assert(sizeof(struct state) == 86122648 && offsetof(struct state, groups) == 3184 &&
+	      offsetof(struct state, backends) == 363632 && offsetof(struct state, clients) == 368792,
 	      "another layout is another STATE_VERSION: a daemon must not take over what it reads differently");
 static_assert(sizeof(struct state) < STATE_CHECKPOINTS, "records come before the checkpoints");
 static_assert(sizeof(struct checkpoint) % PAGE_BYTES == 0, "each can be given back alone");

@@ -7,7 +7,9 @@
  * were stored longest ago, packs their objects into a segment, writes the segment, and only when the
  * write has returned changes the slots and frees the objects. Neighbours in memory become neighbours
  * in the segment, so a run of faults is one read. When there is nothing to write it compacts (drain.c).
- * Backends of one priority are written to at the same time, each as fast as it is.
+ * Backends of one priority are written to at the same time, each as fast as it is, or as its rate allows.
+ * A group may be without writeback, or have a budget of bytes on backends; a file whose file system is full is left alone
+ * until there is room for a segment.
  *
  * A slot may change while its object is being written. It is compared whole (place and check) before
  * it is changed; if it is not what it was, the new extent is freed and nothing else happens.
@@ -25,6 +27,7 @@
 
 #define RECORDS_MAX 8192
 #define IDLE_MS 100
+#define REST_MS 50 /* between two looks for its end */
 #define STACK_BYTES (256 * 1024)
 
 struct moved_object {
@@ -54,21 +57,26 @@ static uint64_t margin_bytes(const struct group *group)
 	return max_of(group_pool_cap_bytes(group) / 32, 2ULL << 20);
 }
 
-static bool needs_writeback(struct engine *engine, const struct group *group)
+/* Once it has begun it goes on until the pool is below the accept threshold, so that it does not begin all the time. */
+static bool needs_writeback(struct engine *engine, struct group *group)
 {
-	uint64_t cap = group_pool_cap_bytes(group), margin = margin_bytes(group);
+	uint64_t cap = group_pool_cap_bytes(group), begin = cap - min_of(cap, margin_bytes(group));
+	uint64_t end = min_of(begin, cap / 100 * engine->accept_percent);
+	bool needs;
 
 	/* Under random access kept copies go first (reclaim.c). */
 	if (group_gives_up_copies(group) && !READ_ONCE(group->kept_exhausted))
 		return false;
-	return pool_bytes(group->pool) + margin > cap && writeback_is_possible(engine, group);
+	needs = pool_bytes(group->pool) > (READ_ONCE(group->writes_back) ? end : begin);
+	WRITE_ONCE(group->writes_back, needs);
+	return needs && writeback_is_possible(engine, group);
 }
 
 bool writeback_is_possible(struct engine *engine, const struct group *group)
 {
 	int backend;
 
-	if (group->flags & ENGINE_GROUP_NO_SPILL)
+	if (READ_ONCE(group->flags) & ENGINE_GROUP_NO_SPILL || group_spill_room_bytes(group) < SEGMENT_BYTES)
 		return false;
 	backend = backend_pick(engine);
 	if (backend >= 0)
@@ -78,13 +86,14 @@ bool writeback_is_possible(struct engine *engine, const struct group *group)
 
 /* ---- collecting; the client's gate is held ---- */
 
-/* Put one page's object into the segment: 0, -ENOSPC when the segment is full, 1: nothing to write. */
-static int collect_page(struct writer *writer, struct client *client, uint64_t page)
+/* Put one page's object into the segment, if it is, or is not, an incompressible one: 0, -ENOSPC when the segment is
+ * full, 1: nothing to write. */
+static int collect_page(struct writer *writer, struct client *client, uint64_t page, bool is_raw)
 {
 	struct engine *engine = writer->engine;
 	struct moved_object *object = &writer->objects[writer->object_count];
 	int64_t extent;
-	bool shared;
+	bool shared, wanted;
 
 	if (slot_get(engine->slots, &client->record->map, page, &object->word) < 0)
 		return 1;
@@ -95,7 +104,8 @@ static int collect_page(struct writer *writer, struct client *client, uint64_t p
 		slot_share_lock(engine->slots);
 	object->copy = shared ? slot_shared_peek(engine->slots, object->word.location) : object->word;
 	extent = 1;
-	if (object->copy.tag == SLOT_POOL) {
+	wanted = object->copy.tag == SLOT_POOL && (object->copy.units == POOL_UNITS_MAX) == is_raw;
+	if (wanted) {
 		const void *bytes = pool_object(engine->pool_space, object->copy.location);
 
 		object->is_recompressed = codec_is_zstd(bytes, object->copy.units);
@@ -104,7 +114,7 @@ static int collect_page(struct writer *writer, struct client *client, uint64_t p
 	}
 	if (shared)
 		slot_share_unlock(engine->slots);
-	if (object->copy.tag != SLOT_POOL)
+	if (!wanted)
 		return 1;
 	if (extent < 0)
 		return (int)extent;
@@ -115,46 +125,55 @@ static int collect_page(struct writer *writer, struct client *client, uint64_t p
 	return 0;
 }
 
-/* All of one cluster. -ENOSPC: the segment is full, the rest of the cluster is for later. */
-static int collect_cluster(struct writer *writer, struct client *client)
+/* All of one cluster, of the kind that its list is of. -ENOSPC: the segment is full, the rest of the cluster is for later. */
+static int collect_cluster(struct writer *writer, struct client *client, bool is_raw)
 {
 	uint64_t number;
 	int result = 1;
 
 	SCOPED_LOCK(&client->gate);
-	if (client->dead || client_is_shut(client) || !cold_pop(&client->cold, &number))
+	if (client->dead || client_is_shut(client) ||
+	    !cold_pop(is_raw ? &client->cold_raw : &client->cold, &number))
 		return 1;
 	for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 		if (writer->object_count == RECORDS_MAX)
 			result = -ENOSPC;
 		else
-			result = collect_page(writer, client, number * CLUSTER_PAGES + i);
+			result = collect_page(writer, client, number * CLUSTER_PAGES + i, is_raw);
 		if (result == -ENOSPC) {
-			client_cold_push(client, number);
+			client_cold_push(client, number, is_raw);
 			return -ENOSPC;
 		}
 	}
 	return 0;
 }
 
+/* False: the segment is full. */
+static bool collect_clusters(struct writer *writer, struct client *client, unsigned max, bool is_raw)
+{
+	int result = 0;
+
+	for (unsigned k = 0; k < max && result == 0; k++)
+		result = collect_cluster(writer, client, is_raw);
+	return result != -ENOSPC;
+}
+
 static void collect(struct writer *writer, struct group *group)
 {
 	struct client *clients[64];
 	unsigned count = client_list_cold(writer->engine, group, writer->next, clients, 64);
-	bool full = false;
+	/* A turn of 16 MiB of address space each, so that several clients age alike. */
+	unsigned max = count > 1 ? 32 : RECORDS_MAX;
+	bool has_room = true;
 
 	for (unsigned i = 0; i < count; i++) {
 		writer->clients[writer->client_count++] = clients[i];
-		if (!full)
-			writer->next = clients[i]->index + 1;
-		/* A turn of 16 MiB of address space each, so that several clients age alike. */
-		for (unsigned k = 0; !full && k < (count > 1 ? 32 : RECORDS_MAX); k++) {
-			int result = collect_cluster(writer, clients[i]);
-
-			full = result == -ENOSPC;
-			if (result != 0)
-				break;
-		}
+		if (!has_room)
+			continue;
+		writer->next = clients[i]->index + 1;
+		/* In the pool an incompressible page takes what it would as a resident one: it goes first. */
+		has_room = collect_clusters(writer, clients[i], max, true) &&
+			   collect_clusters(writer, clients[i], max, false);
 	}
 }
 
@@ -187,7 +206,7 @@ static void settle_object(struct writer *writer, struct client *client,
 	} else {
 		spill_free(engine->backends[writer->backend].spill, object->extent, object->copy.units);
 		if (word.tag == SLOT_POOL || word.tag == SLOT_INDIRECT) /* compressed again meanwhile, or out again */
-			client_cold_push(client, object->page >> CLUSTER_SHIFT);
+			client_cold_push(client, object->page >> CLUSTER_SHIFT, object->copy.units == POOL_UNITS_MAX);
 	}
 }
 
@@ -201,7 +220,8 @@ static void settle(struct writer *writer, bool written)
 			if (written)
 				settle_object(writer, client, &writer->objects[n]);
 			else if (!client->dead)
-				client_cold_push(client, writer->objects[n].page >> CLUSTER_SHIFT);
+				client_cold_push(client, writer->objects[n].page >> CLUSTER_SHIFT,
+						 writer->objects[n].copy.units == POOL_UNITS_MAX);
 			n++;
 		}
 		pthread_mutex_unlock(&client->gate);
@@ -247,6 +267,7 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 
 		if (group && group->client_count && needs_writeback(engine, group)) {
 			group->users++;
+			WRITE_ONCE(group->segments_under_way, group->segments_under_way + 1);
 			*cursor = (*cursor + i + 1) % GROUPS_MAX;
 			return group;
 		}
@@ -260,24 +281,38 @@ static bool is_stopping(const struct writer *writer)
 	       __atomic_load_n(&writer->engine->stopping, __ATOMIC_ACQUIRE);
 }
 
+/* So long that no more than its rate is written to it. It is not pinned meanwhile. */
+static void rest_after(struct writer *writer, uint64_t start_ns)
+{
+	uint64_t rate = READ_ONCE(writer->engine->backends[writer->backend].rate_bytes);
+	uint64_t end_ns = rate ? start_ns + SEGMENT_BYTES * 1000000000ULL / rate : 0, now_ns;
+
+	while ((now_ns = sys_now_ns()) < end_ns && !is_stopping(writer))
+		sys_sleep_ms((unsigned)min_of((end_ns - now_ns) / 1000000 + 1, (uint64_t)REST_MS));
+}
+
 /* False: no pool is to be written from, or the backend is not to be written to. */
 static bool write_one(struct writer *writer, unsigned *cursor)
 {
 	struct engine *engine = writer->engine;
 	struct spill *spill = backend_pin_to_write(engine, writer->backend);
 	struct group *group = spill ? pick_group(engine, cursor) : NULL;
+	uint64_t start_ns = sys_now_ns();
 	bool wrote = false;
 
 	if (group) {
 		WRITE_ONCE(engine->backend_turn, writer->backend);
 		wrote = write_segment(writer, spill, group);
 		pthread_mutex_lock(&engine->registry);
+		WRITE_ONCE(group->segments_under_way, group->segments_under_way - 1);
 		group->users--;
 		pthread_mutex_unlock(&engine->registry);
 	}
 	if (spill)
 		backend_unpin(engine, writer->backend);
-	if (group && !wrote)
+	if (wrote)
+		rest_after(writer, start_ns);
+	else if (group)
 		sys_sleep_ms(5);
 	return group != NULL;
 }

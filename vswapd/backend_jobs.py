@@ -74,13 +74,23 @@ class BackendJobs:
     # ---- swapon ----
 
     async def add(
-        self, path: str, size_bytes: int, priority: int | None, *, discard: bool, encrypt: bool
+        self,
+        path: str,
+        size_bytes: int,
+        priority: int | None,
+        *,
+        rate_bytes: int = 0,
+        discard: bool,
+        encrypt: bool,
     ) -> Reply:
         """Use the file or device at `path`. Failure, RequestError."""
         if not os.path.isabs(path):
             raise RequestError("bad-request", "'path' is not an absolute path", "correct the request")
         if size_bytes and size_bytes < config.SPILL_BYTES_MIN:
             raise RequestError("bad-request", f"{format_size(size_bytes)} is too little", "give at least 1M")
+        if rate_bytes and rate_bytes < config.RATE_BYTES_MIN:
+            text = f"a rate of {format_size(rate_bytes)} a second is too little"
+            raise RequestError("bad-request", text, "give at least 1M, or none for no limit")
         async with self._adding:
             records = self._engine.backends()
             if any(_is_same_file(path, record.path) for record in records):
@@ -90,20 +100,19 @@ class BackendJobs:
             call = self._open_and_add
             with trio.CancelScope(shield=True):
                 spill = await trio.to_thread.run_sync(
-                    call, path, size_bytes, priority, discard, encrypt, limiter=self._workers
+                    call, path, size_bytes, priority, rate_bytes, discard, encrypt, limiter=self._workers
                 )
         size = format_size(spill.size_bytes)
         self._log.info("swapon", path=spill.path, size=size, priority=priority, encrypted=encrypt)
         return {"path": spill.path, "size_bytes": spill.size_bytes, "priority": priority, "encrypted": encrypt}
 
     def _open_and_add(
-        self, path: str, size_bytes: int, priority: int, discard: bool, encrypt: bool
+        self, path: str, size_bytes: int, priority: int, rate_bytes: int, discard: bool, encrypt: bool
     ) -> backends.Spill:
-        spill = backends.open_spill(path, size_bytes, 0, priority, encrypt=encrypt)
+        spill = backends.open_spill(path, size_bytes, 0, priority, encrypt=encrypt, rate_bytes=rate_bytes)
         try:
             _check_room(spill)
-            flags = spill.flags | (0 if discard else BACKEND_KEEP_BLOCKS)
-            self._engine.backend_add(spill.fd, spill.path, spill.size_bytes, priority, flags)
+            spill.add_to(self._engine, 0 if discard else BACKEND_KEEP_BLOCKS)
         except OSError as error:
             spill.undo()
             if error.errno == errno.EMFILE:

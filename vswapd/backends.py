@@ -21,6 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vswapd.engine import Engine
+
 _MAGIC = (b"VSWPSEG", b"VSWPSEAL")  # of a segment, of whatever version
 _HEAD_BYTES = 128 * config.KIB  # partition tables and the superblocks of all common file systems lie within
 
@@ -36,6 +38,7 @@ class Spill:
         priority: int,
         *,
         encrypt: bool = False,
+        rate_bytes: int = 0,
         was_created: bool = False,
     ) -> None:
         self.fd = fd
@@ -44,6 +47,13 @@ class Spill:
         self.priority = priority
         self.flags = BACKEND_ENCRYPT if encrypt else 0
         self.was_created = was_created
+        self.rate_bytes = rate_bytes
+
+    def add_to(self, engine: Engine, flags: int = 0) -> None:
+        """The engine takes it over. OSError: it has not."""
+        engine.backend_add(
+            self.fd, self.path, self.size_bytes, self.priority, self.flags | flags, self.rate_bytes
+        )
 
     def close(self) -> None:
         """Give it up."""
@@ -125,7 +135,9 @@ def _size_of_device(fd: int, path: str, size_bytes: int) -> int:
     return min(size_bytes or device_bytes, device_bytes)
 
 
-def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int, *, encrypt: bool = False) -> Spill:
+def open_spill(
+    path: str, size_bytes: int, limit_bytes: int, priority: int, *, encrypt: bool = False, rate_bytes: int = 0
+) -> Spill:
     """The file (made if absent, 0600) or block device at `path`; size 0: as fits. Failure."""
     created = False
     try:
@@ -155,7 +167,15 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int, *, e
         _check_content(fd, path, "device" if is_device else "file")
         if encrypt and not is_device:
             os.ftruncate(fd, 0)  # a daemon that did not encrypt may have left pages in it
-        return Spill(fd, os.path.abspath(path), size, priority, encrypt=encrypt, was_created=created)
+        return Spill(
+            fd,
+            os.path.abspath(path),
+            size,
+            priority,
+            encrypt=encrypt,
+            rate_bytes=rate_bytes,
+            was_created=created,
+        )
     except BaseException:
         os.close(fd)
         if created:
@@ -163,12 +183,12 @@ def open_spill(path: str, size_bytes: int, limit_bytes: int, priority: int, *, e
         raise
 
 
-def open_spills(wanted: Iterable[tuple[str, int, int, bool]], limit_bytes: int) -> list[Spill]:
-    """Each (path, size, priority, encrypt) as open_spill has it, or none of them. Failure."""
+def open_spills(wanted: Iterable[tuple[str, int, int, bool, int]], limit_bytes: int) -> list[Spill]:
+    """Each (path, size, priority, encrypt, rate) as open_spill has it, or none of them. Failure."""
     spills: list[Spill] = []
     try:
-        for path, size, priority, encrypt in wanted:
-            spills.append(open_spill(path, size, limit_bytes, priority, encrypt=encrypt))
+        for path, size, priority, encrypt, rate_bytes in wanted:
+            spills.append(open_spill(path, size, limit_bytes, priority, encrypt=encrypt, rate_bytes=rate_bytes))
     except BaseException:
         for spill in spills:
             spill.undo()

@@ -36,6 +36,8 @@ LOOK_LIMIT_SHARE = 1 / 4  # a process may touch this share of its limit between 
 LOOK_US_MIN = 1_000
 LOOK_US_MAX = 20_000
 
+ACCEPT_PERCENT = 90  # of a pool's cap: writeback that has begun brings it down to that
+RATE_BYTES_MIN = 1 * MIB  # a second, of writeback to one backend: a segment
 RECOMPRESS_AGE_SECONDS = 30  # pages that were out for so long are compressed again
 
 # ---- spill ----

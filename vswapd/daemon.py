@@ -207,7 +207,7 @@ def make_engine(
         return engine
     try:
         for spill in spills:
-            engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority, spill.flags)
+            spill.add_to(engine)
     except BaseException:
         engine.destroy()
         raise

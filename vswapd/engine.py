@@ -125,6 +125,7 @@ class Engine:
         *,
         pool_capacity_bytes: int = 0,
         evictor_count: int = 0,
+        accept_percent: int = config.ACCEPT_PERCENT,
         recompress_age_ms: int = config.RECOMPRESS_AGE_SECONDS * 1000,
         io_threads: bool = False,
         state_fd: int = 0,
@@ -142,6 +143,7 @@ class Engine:
             {
                 "pool_capacity_bytes": pool_capacity_bytes,
                 "evictor_count": evictor_count,
+                "accept_percent": accept_percent,
                 "recompress_age_ms": recompress_age_ms,
                 "io_threads": int(io_threads),
                 "state_fd": state_fd,
@@ -188,8 +190,12 @@ class Engine:
             "limit of the group",
         )
 
+    def group_set_spill_limit(self, group: int, spill_limit_bytes: int) -> None:
+        """Most that its pages may take on backends; 0: no limit."""
+        _check(lib.engine_group_set_spill_limit(self._handle, group, spill_limit_bytes), "spill limit of the group")
+
     def group_set_flags(self, group: int, on: int, off: int) -> None:
-        """Change GROUP_NO_RECOMPRESS of a group."""
+        """Change GROUP_NO_SPILL and GROUP_NO_RECOMPRESS of a group."""
         _check(lib.engine_group_set_flags(self._handle, group, on, off), "group")
 
     def group_destroy(self, group: int) -> None:
@@ -206,10 +212,13 @@ class Engine:
 
     # ---- backends ----
 
-    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int, flags: int = 0) -> int:
-        """Use `fd` for spilling; it belongs to the engine when this returns. EMFILE: too many."""
+    def backend_add(
+        self, fd: int, path: str, size_bytes: int, priority: int, flags: int = 0, rate_bytes: int = 0
+    ) -> int:
+        """Use `fd` for spilling; it belongs to the engine when this returns. EMFILE: too many. The rate is in bytes
+        a second, 0: no limit."""
         result = lib.engine_backend_add(
-            self._handle, fd, path.encode("utf-8", "surrogateescape"), size_bytes, priority, flags
+            self._handle, fd, path.encode("utf-8", "surrogateescape"), size_bytes, priority, flags, rate_bytes
         )
         return _check(result, f"spill {path}")
 
@@ -232,6 +241,10 @@ class Engine:
     def backend_compact(self, number: int) -> None:
         """Rewrite its sparse segments (slow: until that is done). ENOENT, EBUSY, ECANCELED, ENOSPC."""
         _check(lib.engine_backend_compact(self._handle, number), "compact")
+
+    def backend_set_rate(self, number: int, rate_bytes: int) -> None:
+        """Write back to it no more than so many bytes a second; 0: no limit."""
+        _check(lib.engine_backend_set_rate(self._handle, number, rate_bytes), "rate of the backend")
 
     def backend_set_priority(self, number: int, priority: int) -> None:
         """Of what is written from now on. ENOENT."""

@@ -114,6 +114,7 @@ class GroupRegistry:
         limit_bytes: int,
         *,
         pool_limit_bytes: int = 0,
+        spill_limit_bytes: int = 0,
         torture: bool = False,
         no_spill: bool = False,
         no_recompress: bool = False,
@@ -137,6 +138,8 @@ class GroupRegistry:
             if unique in self._groups:
                 continue
             number = self._engine.group_create(unique, limit_bytes, pool_limit_bytes, flags)
+            if spill_limit_bytes:
+                self._engine.group_set_spill_limit(number, spill_limit_bytes)
             group = Group(unique, number, owner_uid, root_pid, excluded, session_fd=session_fd)
             self._engine.group_label(number, group.label(), session_fd)
             self._groups[unique] = group

@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 
 from vswapd import __version__, config, processes
 from vswapd.failure import Failure
-from vswapd.records import BACKEND_STATES, BACKINGS
+from vswapd.records import BACKEND_STATES, BACKINGS, GROUP_BACKINGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -65,6 +65,9 @@ _GROUP_GAUGES = (
     ("pool_bytes", "RAM of the group's compressed pool"),
     ("metadata_bytes", "RAM of the group's slot tables and indexes"),
     ("swapped_pages", "Pages that are swapped out"),
+    ("spill_bytes", "Bytes of the group's compressed pages on backends"),
+    ("spill_limit_bytes", "Most that they may be, 0: no limit"),
+    ("virtual_pages", "Pages that have a slot: swapped, or resident with a kept copy"),
     ("client_count", "Managed processes of the group"),
 )
 _BACKEND_GAUGES = (
@@ -114,6 +117,13 @@ class EngineCollector(Collector):
             for group in groups:
                 family.add_metric([group.name], getattr(group, name))
             yield family
+        pages = GaugeMetricFamily(
+            "vswapd_group_pages", "The group's virtual pages by where they are", labels=["group", "backing"]
+        )
+        for group in groups:
+            for backing in GROUP_BACKINGS:
+                pages.add_metric([group.name, backing], getattr(group, f"{backing}_pages"))
+        yield pages
         faults = CounterMetricFamily("vswapd_group_faults", "Page faults answered", labels=["group"])
         for group in groups:
             faults.add_metric([group.name], group.faults)

@@ -17,6 +17,7 @@ from vswapd import __version__, config, machine, processes
 from vswapd.backend_jobs import BackendJobs
 from vswapd.document import build_status
 from vswapd.failure import Failure
+from vswapd.records import GROUP_NO_RECOMPRESS, GROUP_NO_SPILL
 from vswapd.request import Reply, Request, RequestError, take_bool, take_int, take_text
 from vswapd.sizes import format_size
 from vswapd.supervisor import UPGRADE_SIGNAL
@@ -34,6 +35,32 @@ if TYPE_CHECKING:
 _WORKERS_MAX = 8
 _PID_MAX = 1 << 22  # of any Linux
 _ADDRESS_MAX = 1 << 56
+
+
+def _take_policy(request: Request) -> dict[str, Any]:
+    """What a request wants of a group: those of limit_bytes, pool_limit_bytes, spill_limit_bytes that it names, and
+    flags: those to set and those to clear. RequestError."""
+    policy: dict[str, Any] = {}
+    bounds = {
+        "limit_bytes": (config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX),
+        "pool_limit_bytes": (0, config.LIMIT_BYTES_MAX),
+        "spill_limit_bytes": (0, 1 << 62),
+    }
+    for name, (low, high) in bounds.items():
+        if name in request:
+            policy[name] = take_int(request, name, low, high)
+    if 0 < policy.get("spill_limit_bytes", 0) < config.SPILL_BYTES_MIN:
+        text = f"{format_size(policy['spill_limit_bytes'])} on backends is too little"
+        raise RequestError("bad-request", text, "give at least 1M, or 0 for no limit")
+    on = off = 0
+    for name, flag in (("writeback", GROUP_NO_SPILL), ("recompress", GROUP_NO_RECOMPRESS)):
+        if name in request and take_bool(request, name):
+            off |= flag
+        elif name in request:
+            on |= flag
+    if not policy and not on | off:
+        raise RequestError("bad-request", "'limit_bytes' is missing, and there is nothing else to change", "name it")
+    return policy | {"flags": (on, off)}
 
 
 class Caller:
@@ -205,16 +232,33 @@ class Operations:
         return {"clients": count, "pids": pids}
 
     async def op_limit(self, request: Request, session: Caller) -> Reply:
-        """Takes group, or pid: of a process in it; limit_bytes: change the limit of a group."""
-        limit = take_int(request, "limit_bytes", config.LIMIT_BYTES_MIN, config.LIMIT_BYTES_MAX)
-        if "group" in request:
-            group = self._group_named(request, session)
-        else:
+        """Takes group, or pid: of a process in it; limit_bytes, pool_limit_bytes, spill_limit_bytes (0: none),
+        writeback, recompress: what of them is given is changed. Answers all of them."""
+        group = self._group_named(request, session) if "group" in request else None
+        policy = _take_policy(request)
+        if group is None:
             group = self._group_of(take_int(request, "pid", 1, _PID_MAX), session.peer)
         record = self._groups.statistics(group)
-        pool_limit = record.pool_limit_bytes if record else 0
+        if record is None:
+            raise RequestError("no-group", f"group '{group.name}' is ending", "see vswapctl status")
+        limit = policy.get("limit_bytes", record.limit_bytes)
+        pool_limit = policy.get("pool_limit_bytes", record.pool_limit_bytes)
+        if policy.get("pool_limit_bytes", 0) >= limit:
+            text = f"a pool of {format_size(pool_limit)} is not less than the limit of {format_size(limit)}"
+            raise RequestError("bad-request", text, "make it a part of the limit, or 0 to adapt")
         self._engine.group_set_limit(group.number, limit, pool_limit)
-        return {"group": group.name, "limit_bytes": limit}
+        spill_limit = policy.get("spill_limit_bytes", record.spill_limit_bytes)
+        self._engine.group_set_spill_limit(group.number, spill_limit)
+        on, off = policy["flags"]
+        self._engine.group_set_flags(group.number, on, off)
+        return {
+            "group": group.name,
+            "limit_bytes": limit,
+            "pool_limit_bytes": pool_limit,
+            "spill_limit_bytes": spill_limit,
+            "writeback": not (record.flags & ~off | on) & GROUP_NO_SPILL,
+            "recompress": not (record.flags & ~off | on) & GROUP_NO_RECOMPRESS,
+        }
 
     def _group_of(self, pid: int, peer: Peer) -> Group:
         """The group that `pid` is a client or an unmanaged member of."""
@@ -298,7 +342,7 @@ class Operations:
             raise RequestError("denied", "only root may change backends", "run vswapctl as root")
 
     async def op_swapon(self, request: Request, session: Caller) -> Reply:
-        """Takes path, size_bytes, priority, discard, encrypt: a backend more. Answers size and priority."""
+        """Takes path, size_bytes, priority, rate_bytes, discard, encrypt: a backend more. Answers size and priority."""
         self._require_admin(session)
         priority = request.get("priority")
         if priority is not None:
@@ -308,6 +352,7 @@ class Operations:
                 take_text(request, "path"),
                 take_int(request, "size_bytes", 0, 1 << 62, 0),
                 priority,
+                rate_bytes=take_int(request, "rate_bytes", 0, 1 << 62, 0),
                 discard=take_bool(request, "discard"),
                 encrypt=take_bool(request, "encrypt"),
             )

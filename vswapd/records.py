@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 BACKINGS = ("zero", "same", "pool", "spill", "staged")  # order of enum engine_backing
+# What the virtual pages of a group are: the sum of these.
+GROUP_BACKINGS = ("zero", "same", "pool", "spill", "shared", "staged", "poisoned", "kept")
 BACKEND_STATES = ("active", "draining", "failed")
 JOBS = ("", "swapoff", "compact")  # order of enum engine_backend_job
 
@@ -70,6 +72,7 @@ class GroupStatistics:
     name: str
     limit_bytes: int
     pool_limit_bytes: int
+    spill_limit_bytes: int = 0
     usage_bytes: int = 0
     usage_bytes_max: int = 0
     resident_bytes: int = 0
@@ -79,6 +82,15 @@ class GroupStatistics:
     swapped_pages: int = 0
     swapped_pages_max: int = 0
     spill_bytes: int = 0
+    virtual_pages: int = 0
+    zero_pages: int = 0
+    same_pages: int = 0
+    pool_pages: int = 0
+    spill_pages: int = 0
+    shared_pages: int = 0
+    staged_pages: int = 0
+    poisoned_pages: int = 0
+    kept_pages: int = 0
     client_count: int = 0
     managed_count: int = 0
     faults: int = 0
@@ -141,6 +153,8 @@ class BackendStatistics:
     read_bytes: int = 0
     trimmed_bytes: int = 0
     errors: int = 0
+    rate_bytes: int = 0
+    lacks_room: int = 0
     writing_ms: int = 0
     job: int = 0
     job_waiting: int = 0

@@ -19,7 +19,7 @@ import trio
 from vswapd import backends, notify
 from vswapd.failure import Failure
 from vswapd.groups import GroupError
-from vswapd.records import GROUP_NO_RECOMPRESS
+from vswapd.records import GROUP_NO_RECOMPRESS, GROUP_NO_SPILL
 from vswapd.settings import SettingsError
 from vswapd.sizes import format_size
 
@@ -112,8 +112,8 @@ class Reloader:
             known = before.pop(backend.path, None)
             if known is None:
                 self._add_backend(backend)
-            elif known == dataclasses.replace(backend, priority=known.priority):
-                self._change_priority(backend, known.priority)
+            elif known == dataclasses.replace(backend, priority=known.priority, rate=known.rate):
+                self._change_backend(backend, known)
             else:
                 self._needs_restart(f"backend {backend.path}")
         for path in before:
@@ -121,9 +121,11 @@ class Reloader:
 
     def _add_backend(self, backend: BackendSettings) -> None:
         try:
-            spill = backends.open_spill(backend.path, backend.size, 0, backend.priority, encrypt=backend.encrypt)
+            spill = backends.open_spill(
+                backend.path, backend.size, 0, backend.priority, encrypt=backend.encrypt, rate_bytes=backend.rate
+            )
             try:
-                self._engine.backend_add(spill.fd, spill.path, spill.size_bytes, spill.priority, spill.flags)
+                spill.add_to(self._engine)
             except BaseException:
                 spill.undo()
                 raise
@@ -132,13 +134,19 @@ class Reloader:
         else:
             self._log.info("backend added", path=backend.path, size=format_size(spill.size_bytes))
 
-    def _change_priority(self, backend: BackendSettings, before: int) -> None:
-        if backend.priority == before:
+    def _change_backend(self, backend: BackendSettings, before: BackendSettings) -> None:
+        if backend == before:
             return
         for record in self._engine.backends():
-            if record.path == backend.path:
+            if record.path != backend.path:
+                continue
+            if backend.priority != before.priority:
                 self._engine.backend_set_priority(record.backend, backend.priority)
                 self._log.info("priority changed", path=backend.path, priority=backend.priority)
+            if backend.rate != before.rate:
+                self._engine.backend_set_rate(record.backend, backend.rate)
+                rate = f"{format_size(backend.rate)}/s" if backend.rate else "no limit"
+                self._log.info("rate changed", path=backend.path, rate=rate)
 
     # ---- groups ----
 
@@ -174,6 +182,8 @@ class Reloader:
                 wanted.owner,
                 wanted.limit,
                 pool_limit_bytes=wanted.pool,
+                spill_limit_bytes=wanted.spill,
+                no_spill=not wanted.writeback,
                 no_recompress=not wanted.recompress,
             )
         except (GroupError, OSError) as error:
@@ -189,8 +199,9 @@ class Reloader:
         self._groups.keep(group, wanted.owner)
         try:
             self._engine.group_set_limit(group.number, wanted.limit, wanted.pool)
-            flags = (0, GROUP_NO_RECOMPRESS) if wanted.recompress else (GROUP_NO_RECOMPRESS, 0)
-            self._engine.group_set_flags(group.number, *flags)
+            self._engine.group_set_spill_limit(group.number, wanted.spill)
+            on = GROUP_NO_SPILL * (not wanted.writeback) | GROUP_NO_RECOMPRESS * (not wanted.recompress)
+            self._engine.group_set_flags(group.number, on, (GROUP_NO_SPILL | GROUP_NO_RECOMPRESS) & ~on)
         except OSError as error:
             self._log.error("limit not changed", group=wanted.name, reason=str(error))
         else:

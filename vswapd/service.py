@@ -92,7 +92,8 @@ class Service:
         """
         if not is_successor:
             wanted = [
-                (backend.path, backend.size, backend.priority, backend.encrypt) for backend in self.settings.backends
+                (backend.path, backend.size, backend.priority, backend.encrypt, backend.rate)
+                for backend in self.settings.backends
             ]
             self._spills = backends.open_spills(wanted, 0)
         if metrics_listener is not None:
@@ -124,6 +125,7 @@ class Service:
                 kept,
                 pool_capacity_bytes=daemon.pool_capacity,
                 evictor_count=daemon.evictors,
+                accept_percent=daemon.accept_threshold,
                 recompress_age_ms=daemon.recompress_age * 1000,
                 io_threads=daemon.io_threads,
             )

@@ -72,6 +72,13 @@ def _spill_size(value: object) -> int:
     return size
 
 
+def _rate(value: object) -> int:
+    rate = _size(value)
+    if 0 < rate < config.RATE_BYTES_MIN:
+        raise ValueError("too little: give at least 1M, or 0 for no limit")
+    return rate
+
+
 def _number(low: int, high: int) -> Callable[[object], int]:
     def check(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -192,11 +199,19 @@ TABLES: dict[str, tuple[Key, ...]] = {
         ),
         Key("evictors", _number(0, 64), 0, "threads", "Threads that swap out; 0: one for each CPU, up to 4.", "2"),
         Key(
+            "accept_threshold",
+            _number(10, 100),
+            config.ACCEPT_PERCENT,
+            "percent",
+            "Writeback that has begun, as a pool is at its cap, goes on until the pool takes this part of it.",
+            "80",
+        ),
+        Key(
             "recompress_age",
             _number(0, 86400),
             config.RECOMPRESS_AGE_SECONDS,
             "seconds",
-            "Pages that were out for so long are compressed again, with zstd, while their group is short of RAM; 0: never.",
+            "Pages that were out for so long are compressed again, with zstd, when RAM is short; 0: never.",
             "120",
         ),
         Key("io_threads", _flag, False, "", "Read spill files with threads even where io_uring works.", "true"),
@@ -222,6 +237,15 @@ TABLES: dict[str, tuple[Key, ...]] = {
             reloads=True,
         ),
         Key("encrypt", _flag, False, "", "Encrypt what is written, under a key that is only in memory.", "true"),
+        Key(
+            "rate",
+            _rate,
+            0,
+            "bytes/s",
+            "Write back no more than this to it; 0: no limit.",
+            '"100M"',
+            reloads=True,
+        ),
     ),
     "group": (
         Key("name", _group_name, _REQUIRED, "name", "For vswapctl run --group.", '"batch"', reloads=True),
@@ -243,7 +267,17 @@ TABLES: dict[str, tuple[Key, ...]] = {
             '"1G"',
             reloads=True,
         ),
-        Key("recompress", _flag, True, "", "Compress its old pages again ([daemon] recompress_age).", "false", reloads=True),
+        Key("writeback", _flag, True, "", "Write its pages to backends when its pool is full.", "false", reloads=True),
+        Key(
+            "spill",
+            _spill_size,
+            0,
+            "bytes",
+            "Most that its pages take on backends; 0: no limit.",
+            '"16G"',
+            reloads=True,
+        ),
+        Key("recompress", _flag, True, "", "Compress its old pages again (recompress_age).", "false", reloads=True),
         Key("owner", _user, "root", "user", "Who else than root may run programs in it.", '"alice"', reloads=True),
     ),
 }
@@ -265,18 +299,20 @@ class DaemonSettings:
     region_size: int
     pool_capacity: int
     evictors: int
+    accept_threshold: int
     recompress_age: int
     io_threads: bool
 
 
 @dataclass(frozen=True)
 class BackendSettings:
-    """One [[backend]]; size 0: as fits."""
+    """One [[backend]]; size 0: as fits; rate in bytes a second, 0: no limit."""
 
     path: str
     size: int
     priority: int
     encrypt: bool = False
+    rate: int = 0
 
 
 @dataclass(frozen=True)
@@ -286,6 +322,8 @@ class GroupSettings:
     name: str
     limit: int
     pool: int
+    writeback: bool
+    spill: int
     recompress: bool
     owner: int
 

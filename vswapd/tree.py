@@ -233,6 +233,9 @@ class Tree:
                     "Pool": _kilobytes(record.pool_bytes),
                     "Metadata": _kilobytes(record.metadata_bytes),
                     "Swapped": _kilobytes(record.swapped_pages << 12),
+                    "Spill": _kilobytes(record.spill_bytes),
+                    "SpillLimit": _kilobytes(record.spill_limit_bytes),
+                    "Virtual": _kilobytes(record.virtual_pages << 12),
                     "Faults": record.faults,
                     "Clients": record.client_count,
                 }

@@ -94,6 +94,31 @@ def test_unchanged_pages_are_written_back(stage: Stage) -> None:
     assert stage.status == 0, stage.log
 
 
+def test_copies_of_resident_pages_do_not_use_up_a_budget(stage: Stage) -> None:
+    """Another program's either: they are given up when the room is needed."""
+    with stage:
+        [first] = stage.puppets
+        _fill(stage, first, 1)
+        stage.order(f"limit {_LIMIT_BYTES} 1")
+        _wait(lambda: _figures(stage, first)["pool"] == 0, "written back")
+        stage.order(f"limit {_LIMIT_BYTES} 0")
+        first.check("text", 1, 0, _PAGES)
+        copies_bytes = stage.ask("backend 0")["live"]
+        assert copies_bytes > 2 * _MIB
+        second = stage.fork(first)
+        second.write("text", 2, 0, _PAGES)
+        stage.order(f"budget {copies_bytes + _MIB // 2}")
+        stage.order(f"limit {_LIMIT_BYTES} {4 * _MIB}")
+        assert stage.page_out(second)["swapped"] == _PAGES
+        assert _figures(stage, second)["spill"] > _PAGES // 8
+        assert stage.ask("backend 0")["live"] <= copies_bytes + _MIB // 2
+        first.check("text", 1, 0, _PAGES)
+        second.check("text", 2, 0, _PAGES)
+        stage.end(second)
+        stage.end(first)
+    assert stage.status == 0, stage.log
+
+
 def test_clients_take_turns(stage: Stage) -> None:
     """The first one has enough to fill every segment, but the others' pages are as old."""
     with stage:

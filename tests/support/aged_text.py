@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""aged_text MIB — fill memory with text, say "ready", leave it alone until a line comes, then read all of it.
+"""aged_text MIB [NOISE_MIB] — fill memory with text, then noise, say "ready", leave it alone until a line comes.
+
+Then it reads all of it.
 
 The text is words in the shares that natural languages have. Prints "right" or "wrong" at the end.
 """
@@ -23,17 +25,19 @@ def _piece(seed: int) -> bytes:
     return text.encode()[:_PIECE]
 
 
-def main(mib: int) -> None:
+def main(mib: int, noise_mib: int = 0) -> None:
     """Entry point."""
     piece = _piece(1)
-    memory = bytearray(mib << 20)
-    for start in range(0, len(memory), len(piece)):
-        end = min(start + len(piece), len(memory))
+    memory = bytearray(mib + noise_mib << 20)
+    for start in range(0, mib << 20, len(piece)):
+        end = min(start + len(piece), mib << 20)
         memory[start:end] = piece[: end - start]
+    for start in range(mib << 20, len(memory), 1 << 20):
+        memory[start : start + (1 << 20)] = random.Random(start).randbytes(1 << 20)
     before = hashlib.blake2b(memory).digest()
     print("ready", flush=True)
     sys.stdin.readline()
     print("right" if hashlib.blake2b(memory).digest() == before else "wrong", flush=True)
 
 
-main(int(sys.argv[1]))
+main(*map(int, sys.argv[1:]))

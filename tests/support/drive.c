@@ -328,7 +328,7 @@ static int add_spill(int number, int priority)
 
 	snprintf(path, sizeof path, number ? "%s.%d" : "%s", spill_path, number);
 	fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, spill_flags);
+	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, spill_flags, 0);
 	if (number)
 		unlink(path);
 	return backend;

@@ -5,6 +5,7 @@
  * nothing: its supervisor writes "died", and the next daemon takes the lines that were not taken.
  *
  *   limit BYTES POOL          POOL 0: no limit of the pool's own; up to 2 MiB: all that can be is written back
+ *   budget BYTES              on backends
  *   pageout PID, pagein PID
  *   cool PID ADDRESS BYTES
  *   swapon PRIORITY           "ok BACKEND"; a file of its own
@@ -152,6 +153,8 @@ static int command_do(struct engine *engine, int group, const char *line, const 
 	(void)sscanf(line, "%*s %*s %31s", word);
 	if (strcmp(verb, "limit") == 0)
 		return engine_group_set_limit(engine, group, a, b);
+	if (strcmp(verb, "budget") == 0)
+		return engine_group_set_spill_limit(engine, group, a);
 	if (strcmp(verb, "pageout") == 0)
 		return engine_client_pageout(engine, (int)a, PAGE_MS);
 	if (strcmp(verb, "pagein") == 0)

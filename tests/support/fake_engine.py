@@ -114,6 +114,10 @@ class FakeEngine:
         self._call("group_set_limit", group, limit_bytes, pool_limit_bytes)
         self.set_group(group, limit_bytes=limit_bytes, pool_limit_bytes=pool_limit_bytes)
 
+    def group_set_spill_limit(self, group: int, spill_limit_bytes: int) -> None:
+        self._call("group_set_spill_limit", group, spill_limit_bytes)
+        self.set_group(group, spill_limit_bytes=spill_limit_bytes)
+
     def group_set_flags(self, group: int, on: int, off: int) -> None:
         self._call("group_set_flags", group, on, off)
         self.set_group(group, flags=self._groups[group].flags & ~off | on)
@@ -143,12 +147,22 @@ class FakeEngine:
 
     # ---- backends ----
 
-    def backend_add(self, fd: int, path: str, size_bytes: int, priority: int, flags: int = 0) -> int:
+    def backend_add(
+        self, fd: int, path: str, size_bytes: int, priority: int, flags: int = 0, rate_bytes: int = 0
+    ) -> int:
         self._call("backend_add", fd, path, size_bytes, priority, flags)
         number = next(n for n in range(16) if all(backend.backend != n for backend in self._backends))
         self._backends.append(
             records.BackendStatistics(
-                number, priority, 0, 0, path, flags & records.BACKEND_ENCRYPT, size_bytes, room_bytes=size_bytes
+                number,
+                priority,
+                0,
+                0,
+                path,
+                flags & records.BACKEND_ENCRYPT,
+                size_bytes,
+                room_bytes=size_bytes,
+                rate_bytes=rate_bytes,
             )
         )
         return number
@@ -160,6 +174,10 @@ class FakeEngine:
                 dataclasses.replace(backend, **changes) if backend.backend == number else backend  # type: ignore[arg-type]
                 for backend in self._backends
             ]
+
+    def backend_set_rate(self, number: int, rate_bytes: int) -> None:
+        self._call("backend_set_rate", number, rate_bytes)
+        self.set_backend(number, rate_bytes=rate_bytes)
 
     def backend_drain_begin(self, numbers: Iterable[int], force: bool) -> tuple[bool, records.Room]:
         numbers = list(numbers)

@@ -261,7 +261,7 @@ static void add_backend(void)
 {
 	int fd = open(spill_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
 
-	check(fd < 0 ? -errno : engine_backend_add(engine, fd, spill_path, SPILL_BYTES, 0, spill_flags), spill_path);
+	check(fd < 0 ? -errno : engine_backend_add(engine, fd, spill_path, SPILL_BYTES, 0, spill_flags, 0), spill_path);
 	unlink(spill_path);
 }
 

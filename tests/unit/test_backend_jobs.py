@@ -52,7 +52,8 @@ async def test_swapon_makes_a_file_and_adds_it(tmp_path: Path) -> None:
         assert plane.engine.calls[-1][-1] == 0
         await _add(plane, tmp_path / "b")
         assert plane.engine.calls[-1][-1] == BACKEND_KEEP_BLOCKS
-        await _add(plane, tmp_path / "c")
+        await _add(plane, tmp_path / "c", rate_bytes=3 * _MIB)
+        assert [record.rate_bytes for record in plane.engine.backends()] == [0, 0, 3 * _MIB]
         assert [record.priority for record in plane.engine.backends()] == [5, 4, 3]
 
 
@@ -98,6 +99,7 @@ async def test_swapon_refuses_and_leaves_nothing(tmp_path: Path) -> None:
         await _refused(peer, "bad-request", "swapon", path="relative")
         await _refused(peer, "bad-request", "swapon", path=str(tmp_path / "b"), size_bytes=1)
         await _refused(peer, "bad-request", "swapon", path=str(tmp_path / "b"), priority=99999)
+        assert "rate" in await _refused(peer, "bad-request", "swapon", path=str(tmp_path / "b"), rate_bytes=4096)
         error = await _refused(peer, "no-room", "swapon", path=str(tmp_path / "b"), size_bytes=1 << 60)
         assert "left" in error
         plane.engine.refuse["backend_add"] = errno.EMFILE

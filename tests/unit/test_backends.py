@@ -87,7 +87,7 @@ def test_file_in_use_is_refused(tmp_path: Path) -> None:
 def test_all_files_are_opened_or_none_is_made(tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.touch()
-    wanted = [(str(tmp_path / name), 2 * _MIB, 0, False) for name in ("there", "new", "new")]
+    wanted = [(str(tmp_path / name), 2 * _MIB, 0, False, 0) for name in ("there", "new", "new")]
     with pytest.raises(Failure, match="named twice"):
         backends.open_spills(wanted, _LIMIT)
     assert list(tmp_path.iterdir()) == [there]

@@ -237,6 +237,20 @@ async def test_limit_changes_the_group_and_keeps_its_pool_limit() -> None:
         await _refused(plane.control(), "bad-request", "limit", pid=os.getpid(), limit_bytes=1)
 
 
+async def test_limit_changes_what_it_names_and_nothing_else() -> None:
+    async with control_plane() as plane:
+        await plane.control().request("group-create", name="job", limit_bytes=LIMIT)
+        pid = os.getpid()
+        reply = await plane.control().request("limit", pid=pid, spill_limit_bytes=8 * _MIB, writeback=False)
+        assert (reply["limit_bytes"], reply["spill_limit_bytes"]) == (LIMIT, 8 * _MIB)
+        assert (reply["writeback"], reply["recompress"]) == (False, True)
+        reply = await plane.control().request("limit", pid=pid, pool_limit_bytes=_MIB, writeback=True)
+        assert (reply["pool_limit_bytes"], reply["writeback"]) == (_MIB, True)
+        assert plane.engine.groups()[0].spill_limit_bytes == 8 * _MIB
+        for wrong in ({"spill_limit_bytes": 1}, {"pool_limit_bytes": LIMIT}, {"writeback": 1}, {}):
+            await _refused(plane.control(), "bad-request", "limit", pid=pid, **wrong)
+
+
 @pytest.mark.parametrize("op", ["pageout", "pagein", "limit"])
 async def test_others_processes_are_not_touched(op: str) -> None:
     async with control_plane() as plane:

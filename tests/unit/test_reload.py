@@ -146,6 +146,10 @@ async def test_new_backend_is_added_and_others_need_a_restart(tmp_path: Path) ->
         service.reload(first + second)
         assert [record.priority for record in service.plane.engine.backends()] == [6]
         assert service.plane.log.worst() == []
+        second += 'rate = "4M"\n'
+        service.reload(first + second)
+        assert [record.rate_bytes for record in service.plane.engine.backends()] == [4 << 20]
+        assert service.plane.log.worst() == []
         second = second.replace("2M", "3M")
         service.reload(first + second)
         assert service.plane.log.lines[0][2]["key"] == f"backend {tmp_path}/two"

@@ -62,7 +62,7 @@ owner = 1000
     loaded = settings.load(str(conf))
     assert loaded.daemon.pool_capacity == 3 * _GIB // 2
     assert loaded.backends == (BackendSettings("/a", 1 << 20, 0), BackendSettings("/b", 0, -3, encrypt=True))
-    assert loaded.groups == (GroupSettings("batch", 4 * _GIB, _GIB, True, 1000),)
+    assert loaded.groups == (GroupSettings("batch", 4 * _GIB, _GIB, True, 0, True, 1000),)
 
 
 def test_drop_ins_replace_key_by_key_in_order(conf: Path) -> None:
@@ -73,7 +73,7 @@ def test_drop_ins_replace_key_by_key_in_order(conf: Path) -> None:
     (drop_ins / "30.txt").write_text("not read")
     loaded = settings.load(str(conf))
     assert (loaded.daemon.log_level, loaded.daemon.evictors) == ("debug", 3)
-    assert loaded.groups == (GroupSettings("g", _GIB, 64 << 20, True, 0),)
+    assert loaded.groups == (GroupSettings("g", _GIB, 64 << 20, True, 0, True, 0),)
     shown = settings.format_settings(loaded)
     assert re.search(rf"^evictors = 3 +# {drop_ins}/20.conf:2$", shown, re.MULTILINE)
     assert re.search(rf'^limit = "1G" +# {conf}:6$', shown, re.MULTILINE)
@@ -103,6 +103,7 @@ def test_drop_ins_replace_key_by_key_in_order(conf: Path) -> None:
         ("[backend]\npath = '/a'\n", ["1: 'backend' is not an array of tables; write [[backend]]"]),
         ("[[backend]]\nsize = 0\n", ["1: [[backend]] without 'path'; add path"]),
         ("[[backend]]\npath = '/a'\nsize = '1K'\n", ['3: size = "1K" is wrong: too little']),
+        ("[[backend]]\npath = '/a'\nrate = '1K'\n", ['3: rate = "1K" is wrong: too little']),
         ("[[group]]\nname = 'g'\n", ["2: [[group]] without 'limit'; add for example limit = "]),
         ("[[group]]\nname = 'g'\nlimit = '1M'\n", ['3: limit = "1M" is wrong: not from 16M to']),
         ("[[group]]\nname = 'a b'\nlimit = '1G'\n", ['2: name = "a b" is wrong: not a name']),
@@ -110,7 +111,7 @@ def test_drop_ins_replace_key_by_key_in_order(conf: Path) -> None:
         ("[[group]]\nname = 'g'\nlimit = '1G'\nowner = 'no such'\n", ['4: owner = "no such" is wrong: no such user']),
         (
             "[daemon]\nevictors = [\n  1,\n]\n[[group]]\nname = 'g'\n[[group]]\nname = 'h'\nlimt = '1G'\n",
-            ["4: evictors = [1] is wrong", "9: unknown key 'limt'; known are name, limit, pool, recompress, owner"],
+            ["4: evictors = [1] is wrong", "9: unknown key 'limt'; known are name, limit, pool, writeback, spill"],
         ),
     ],
 )

@@ -163,11 +163,22 @@ def _add_detach(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pid", nargs="?", type=_pid, metavar="PID", help="a managed process")
 
 
+_ON_OFF = ("on", "off")
+
+
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     _add_pid(parser)
     parser.add_argument(
-        "size", type=_size, metavar="SIZE", help="new limit of all processes that share one with it"
+        "size",
+        type=_size,
+        nargs="?",
+        metavar="SIZE",
+        help="new limit of all processes that share one with it (default: as it is)",
     )
+    parser.add_argument("--pool", type=_size, metavar="SIZE", help="cap its compressed pool; 0: adapt")
+    parser.add_argument("--spill", type=_size, metavar="SIZE", help="most that it takes on backends; 0: no limit")
+    parser.add_argument("--writeback", choices=_ON_OFF, help="write its pages to backends when its pool is full")
+    parser.add_argument("--recompress", choices=_ON_OFF, help="compress its old pages again, with zstd")
 
 
 def _add_attach(parser: argparse.ArgumentParser) -> None:
@@ -249,6 +260,9 @@ def _add_swapon(parser: argparse.ArgumentParser) -> None:
         type=_priority,
         metavar="N",
         help="higher is written to first, equal ones at the same time (default: below all others)",
+    )
+    parser.add_argument(
+        "--rate", type=_size, default=0, metavar="SIZE", help="write back so much a second at most (default: no limit)"
     )
     parser.add_argument(
         "-d", "--discard", action="store_true", help="discard freed segments of a device (files are always punched)"

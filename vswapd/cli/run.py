@@ -106,7 +106,7 @@ def _open_spills(options: argparse.Namespace) -> list[backends.Spill]:
         opened = _open_private_spill(options.limit, options.encrypt)
         options.no_spill = not opened
         return opened
-    wanted = [(path, size, -index, options.encrypt) for index, (path, size) in enumerate(options.spill)]
+    wanted = [(path, size, -index, options.encrypt, 0) for index, (path, size) in enumerate(options.spill)]
     return backends.open_spills(wanted, options.limit)
 
 

@@ -129,6 +129,8 @@ def _state(backend: dict[str, Any]) -> str:
     state = str(backend["state"]) + (", encrypted" if backend["encrypted"] else "")
     if backend["writing_ms"] > _HANGS_MS:
         state += f"; does not answer for {backend['writing_ms'] / 1000:.0f} s"
+    if backend["lacks_room"]:
+        state += "; its disk is full"
     if backend["job"]:
         state += f"; {backend['job']}: {progress.format_job(backend)}"
     return state

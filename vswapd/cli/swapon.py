@@ -23,6 +23,7 @@ def main(options: argparse.Namespace) -> int:
             path=path,
             size_bytes=options.size,
             priority=options.priority,
+            rate_bytes=options.rate,
             discard=options.discard,
             encrypt=options.encrypt,
         )
