@@ -173,6 +173,7 @@ struct client {
 
 	struct cold_list cold;     /* clusters with objects in the pool */
 	struct cold_list cold_raw; /* those of them that had incompressible ones */
+	uint64_t relist_ns;        /* writers do not walk over its slots before (writeback.c) */
 
 	uint64_t relative; /* token of the client that it was forked from, or that it forked last; 0: unknown */
 	int64_t resident_pages;

@@ -4,7 +4,7 @@
  *
  * Writers take the coldest (writeback.c); before them the recompressor looks at each once and leaves it (recompress.c).
  * Entries are hints: whoever gets a cluster looks at its slots. One may be listed again, and one that is
- * gone stays listed for a while.
+ * gone stays listed for a while. What is not listed (a forked child's, what mremap moved) is found by a walk over the slots.
  *
  * Room        a ring. Before it grows beyond twice as many entries as the map has clusters, of each cluster but the last
  *             entry goes, and so do those of clusters that are gone. Without memory an entry is lost.

@@ -37,6 +37,7 @@
 	COUNTER(events_unmap, "munmap events")                                                     \
 	COUNTER(spill_written_pages, "pages written to a spill backend")                           \
 	COUNTER(spill_written_recompressed, "of these: compressed a second time before")          \
+	COUNTER(writeback_relisted, "clusters found by a walk over slots, as no list of cold ones had them") \
 	COUNTER(spill_read_pages, "pages read from a spill backend")                               \
 	COUNTER(spill_read_ranges, "ranges read from spill backends for page faults")              \
 	COUNTER(fill_mixed, "fills whose pages came from several ranges, or from a backend and from memory") \

@@ -29,6 +29,8 @@
 #define IDLE_MS 100
 #define REST_MS 50 /* between two looks for its end */
 #define STACK_BYTES (256 * 1024)
+#define RELIST_NS 1000000000ULL /* between two walks over a client's slots */
+#define RELIST_CLUSTER_NS 20000ULL /* ... and five times as long as it takes to look at what they found */
 
 struct moved_object {
 	uint64_t page;
@@ -177,6 +179,40 @@ static void collect(struct writer *writer, struct group *group)
 	}
 }
 
+/*
+ * Clusters of the map with something in the pool that no list has: a forked child shares its parent's pages, mremap moves
+ * them, and memory for an entry may be lacking. They are found when nothing else is left, not often, for all of the map is
+ * listed.
+ */
+static void list_anew(struct writer *writer, struct client *client)
+{
+	struct slot_map *map = &client->record->map;
+	uint64_t now_ns = sys_now_ns(), cursor = 0, first;
+
+	SCOPED_LOCK(&client->gate);
+	if (client->dead || client_is_shut(client) || now_ns < client->relist_ns || !client_is_warm(client) ||
+	    slot_map_count(map, SLOT_POOL) + slot_map_count(map, SLOT_INDIRECT) == 0)
+		return;
+	client->relist_ns = now_ns + RELIST_NS + map->cluster_count * RELIST_CLUSTER_NS;
+	while (slot_map_next(writer->engine->slots, map, &cursor, &first)) {
+		client_cold_push(client, first >> CLUSTER_SHIFT, true);
+		counter_add(writer->engine, writeback_relisted, 1);
+	}
+}
+
+static void list_group_anew(struct writer *writer, const struct group *group)
+{
+	for (unsigned i = 0; i < READ_ONCE(writer->engine->clients_end); i++) {
+		struct client *client = client_get_index(writer->engine, i);
+
+		if (!client)
+			continue;
+		if (client->group == group)
+			list_anew(writer, client);
+		client_put(client);
+	}
+}
+
 /* ---- settling ---- */
 
 static void settle_object(struct writer *writer, struct client *client,
@@ -247,6 +283,7 @@ static bool write_segment(struct writer *writer, struct spill *spill, struct gro
 	if (count == 0) {
 		spill_segment_abandon(writer->segment);
 		settle(writer, false);
+		list_group_anew(writer, group);
 		return false;
 	}
 	crash_point(CRASH_WRITEBACK_COLLECTED);

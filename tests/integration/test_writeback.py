@@ -89,6 +89,7 @@ def test_unchanged_pages_are_written_back(stage: Stage) -> None:
         assert figures["pool"] > half // 2
         stage.order(f"limit {_LIMIT_BYTES} 1")
         _wait(lambda: _figures(stage, puppet)["pool"] == 0, "written back")
+        assert stage.ask("statistics")["writeback_relisted"] == 0
         puppet.check("text", 1, 0, _PAGES)
         stage.end(puppet)
     assert stage.status == 0, stage.log
@@ -133,5 +134,23 @@ def test_clients_take_turns(stage: Stage) -> None:
         first.check("text", 2, 0, _PAGES)
         second.check("text", 3, 0, _PAGES)
         stage.end(second)
+        stage.end(first)
+    assert stage.status == 0, stage.log
+
+
+def test_pages_of_a_forked_child_are_written_back(stage: Stage) -> None:
+    """Those that it has of its parent, which alone had them listed, and has ended."""
+    with stage:
+        [first] = stage.puppets
+        parent = stage.fork(first)
+        _fill(stage, parent, 1)
+        child = stage.fork(parent)
+        stage.end(parent)
+        assert _figures(stage, child)["pool"] == _PAGES
+        stage.order(f"limit {_LIMIT_BYTES} 1")
+        _wait(lambda: _figures(stage, child)["pool"] == 0, "written back")
+        assert stage.ask("statistics")["writeback_relisted"] > 0
+        child.check("text", 1, 0, _PAGES)
+        stage.end(child)
         stage.end(first)
     assert stage.status == 0, stage.log
