@@ -55,6 +55,10 @@ void backend_install(struct engine *engine, unsigned number, const struct backen
 	backend->rate_bytes = from->rate_bytes;
 	backend->lacks_room = false;
 	backend->room_look_ns = 0;
+	backend->write_next_ns = 0;
+	backend->demotes = false;
+	backend->demote_from = 0;
+	backend->demote_next_ns = 0;
 	backend->job = ENGINE_JOB_NONE;
 	WRITE_ONCE(backend->state, BACKEND_ACTIVE);
 	__atomic_store_n(&backend->spill, from->spill, __ATOMIC_SEQ_CST);
@@ -120,7 +124,8 @@ static bool may_be_written(const struct backend *backend, struct spill *spill)
 	return statistics.used_bytes + spill_reserve_bytes(spill) + SEGMENT_BYTES <= statistics.size_bytes;
 }
 
-int backend_pick(struct engine *engine)
+/* Of those with a priority below `below`, and encrypted if `sealed`. */
+static int pick(struct engine *engine, int64_t below, bool sealed)
 {
 	unsigned turn = READ_ONCE(engine->backend_turn);
 	int best = -ENOSPC;
@@ -133,7 +138,8 @@ int backend_pick(struct engine *engine)
 
 		if (!spill)
 			continue;
-		if (may_be_written(backend, spill) &&
+		if (READ_ONCE(backend->priority) < below && (!sealed || spill_is_sealed(spill)) &&
+		    may_be_written(backend, spill) &&
 		    (best < 0 || READ_ONCE(backend->priority) > READ_ONCE(engine->backends[best].priority))) {
 			if (best >= 0)
 				backend_unpin(engine, (unsigned)best);
@@ -143,6 +149,19 @@ int backend_pick(struct engine *engine)
 		}
 	}
 	return best;
+}
+
+int backend_pick(struct engine *engine) { return pick(engine, INT64_MAX, false); }
+
+int backend_pick_below(struct engine *engine, unsigned number)
+{
+	struct spill *spill = backend_pin(engine, number);
+	bool sealed = spill && spill_is_sealed(spill);
+
+	if (!spill)
+		return -ENOENT;
+	backend_unpin(engine, number);
+	return pick(engine, READ_ONCE(engine->backends[number].priority), sealed);
 }
 
 /* Its file system may have room again, or none. Asked by its writer: the answer may take as long as a write. The
@@ -197,18 +216,34 @@ static void note_failure(struct engine *engine, unsigned number, int result)
 	engine_event_push(engine, &event);
 }
 
+/* One more segment: when may the next be written, by its rate? */
+static void note_written(struct backend *backend, uint64_t start_ns)
+{
+	uint64_t rate = READ_ONCE(backend->rate_bytes), next_ns = READ_ONCE(backend->write_next_ns), later_ns;
+
+	if (rate == 0)
+		return;
+	do /* its own writer and that of a higher one (tier.h) may be at it */
+		later_ns = max_of(next_ns, start_ns) + SEGMENT_BYTES * 1000000000ULL / rate;
+	while (!__atomic_compare_exchange_n(&backend->write_next_ns, &next_ns, later_ns, false, __ATOMIC_RELAXED,
+					    __ATOMIC_RELAXED));
+}
+
 int backend_write_segment(struct engine *engine, unsigned number, struct spill_segment *segment)
 {
 	struct backend *backend = &engine->backends[number];
+	uint64_t start_ns = sys_now_ns();
 	int result;
 
-	WRITE_ONCE(backend->writing_since_ns, sys_now_ns());
+	WRITE_ONCE(backend->writing_since_ns, start_ns);
 	__atomic_fetch_add(&backend->writing, 1, __ATOMIC_RELEASE);
 	result = spill_segment_write(segment);
 	WRITE_ONCE(backend->writing_since_ns, sys_now_ns());
 	__atomic_fetch_sub(&backend->writing, 1, __ATOMIC_RELEASE);
 	if (result < 0)
 		note_failure(engine, number, result);
+	else
+		note_written(backend, start_ns);
 	return result;
 }
 

@@ -46,6 +46,8 @@
 	COUNTER(recompress_saved_bytes, "what they were larger before")                            \
 	COUNTER(recompress_cpu_us, "CPU time of second compressions, microseconds")                \
 	COUNTER(drained_pages, "pages moved off a backend by swapoff")                             \
+	COUNTER(demoted_pages, "pages moved to a backend of a lower priority")                     \
+	COUNTER(promoted_pages, "pages that left a backend for one of a higher priority, by way of the pool") \
 	COUNTER(compacted_pages, "pages moved by compaction of a backend")                         \
 	COUNTER(check_failures, "objects whose check did not match after expansion")               \
 	COUNTER(poisoned_pages, "pages poisoned because their bytes could not be given back")      \

@@ -70,6 +70,7 @@ struct job {
 	struct spill *spill;
 	bool compacts, force;
 	bool is_background; /* only what frees more than it writes */
+	bool demotes;       /* to backends of a lower priority, and nowhere else (tier.h) */
 
 	struct spill_segment *out; /* being filled with the objects of `moves`; NULL: none */
 	unsigned out_number;       /* its backend, pinned */
@@ -80,6 +81,7 @@ struct job {
 
 	uint8_t *buffers; /* READS_AHEAD segments, then a page, one for an object, room for an extent and its surroundings */
 	struct io_queue *queue;
+	uint64_t settled; /* moves that came to their end */
 	uint64_t extents_bad; /* failed their check in this round */
 	bool lacks_room;      /* some had nowhere to go in this round */
 };
@@ -153,6 +155,7 @@ static void settle_move(struct job *job, const struct move *move)
 		return;
 	}
 	crash_point(CRASH_DRAIN_SETTLED_ONE);
+	job->settled++;
 	if (move->to.tag == SLOT_POOL)
 		client_cold_push(client, move->page >> CLUSTER_SHIFT, move->to.units == POOL_UNITS_MAX);
 	if (move->to.tag == SLOT_POOL || move->to.tag == SLOT_NONE)
@@ -160,6 +163,8 @@ static void settle_move(struct job *job, const struct move *move)
 	spill_free(job->spill, move->copy.location, move->copy.units);
 	if (job->compacts)
 		counter_add(engine, compacted_pages, 1);
+	else if (job->demotes)
+		counter_add(engine, demoted_pages, 1);
 	else
 		counter_add(engine, drained_pages, 1);
 }
@@ -210,7 +215,8 @@ static int out_open(struct job *job)
 	int result;
 
 	do {
-		int number = job->compacts ? (int)job->number : backend_pick(engine);
+		int number = job->compacts ? (int)job->number :
+			     job->demotes ? backend_pick_below(engine, job->number) : backend_pick(engine);
 
 		if (number < 0)
 			return number;
@@ -220,7 +226,7 @@ static int out_open(struct job *job)
 			out_close(job);
 		/* Others have taken what was free there: is there another backend? */
 	} while (result == -ENOSPC && !job->compacts && ++tries < BACKENDS_MAX);
-	if (result == 0 && !job->compacts)
+	if (result == 0 && !job->compacts && !job->demotes)
 		WRITE_ONCE(engine->backend_turn, job->out_number);
 	return result;
 }
@@ -325,7 +331,7 @@ static int destination(struct job *job, const struct group *group)
 {
 	int other;
 
-	if (job->compacts)
+	if (job->compacts || job->demotes)
 		return 1;
 	other = job->out ? 1 : backend_pick(job->engine);
 	if (other >= 0 && !job->out)
@@ -968,4 +974,28 @@ bool drain_in_background(struct engine *engine, unsigned number)
 	}
 	job_release(engine, number);
 	return true;
+}
+
+bool drain_down(struct engine *engine, unsigned number, uint64_t *from, unsigned segments)
+{
+	struct job job;
+	int result;
+
+	pthread_mutex_lock(&engine->registry);
+	result = job_claim(engine, (int)number, JOB_COMPACT_BACKGROUND);
+	pthread_mutex_unlock(&engine->registry);
+	if (result < 0)
+		return false;
+	result = job_open(&job, engine, number, false, false);
+	if (result == 0) {
+		job.demotes = true;
+		if (spill_next_segment(job.spill, *from) < 0)
+			*from = 0;
+		result = pass_by_segment(&job, from, segments);
+		if (result == 0 && job.settled == 0)
+			result = -EAGAIN;
+		job_close(&job);
+	}
+	job_release(engine, number);
+	return result == 0;
 }

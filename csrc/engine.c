@@ -657,6 +657,8 @@ int engine_backend_set_rate(struct engine *engine, int number, uint64_t rate_byt
 	return 0;
 }
 
+void engine_set_tiering(struct engine *engine, int on) { WRITE_ONCE(engine->tiering, on != 0); }
+
 /* ---- clients ---- */
 
 int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t *ret_token,

@@ -116,6 +116,9 @@ int engine_backend_add(struct engine *engine, int fd, const char *path, uint64_t
 /* Write back to it no more than so many bytes a second from now on; 0: no limit. -EINVAL: less than a segment. */
 int engine_backend_set_rate(struct engine *engine, int backend, uint64_t rate_bytes);
 
+/* Move pages between backends of different priority (csrc/tier.h), or no more, from now on; a new engine does not. */
+void engine_set_tiering(struct engine *engine, int on);
+
 struct engine_room {
 	uint64_t live_bytes;    /* to be moved */
 	uint64_t backend_bytes; /* room on other backends */

@@ -44,8 +44,12 @@ struct backend {
 	uint32_t state;  /* enum backend_state */
 	struct writer *writer;     /* its thread (writeback.c); changed under the registry lock */
 	uint64_t rate_bytes;       /* a second, of writeback to it; 0: as fast as it is */
+	uint64_t write_next_ns;    /* ... so writers wait until then */
 	bool lacks_room;           /* its file system has none */
 	uint64_t room_look_ns;     /* ... which is asked for again then, by its writer */
+	bool demotes;              /* tier.h: it is being brought down to its share; its writer's */
+	uint64_t demote_from;      /* the segment where that goes on */
+	uint64_t demote_next_ns;   /* ... and not before */
 	uint32_t writing;          /* writes under way */
 	uint64_t writing_since_ns; /* ... and when one began, or ended, last: a device that hangs is known by it */
 
@@ -78,6 +82,7 @@ struct engine {
 	pthread_cond_t evict_work, write_work, look_work, recompress_work;
 	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
 	uint32_t recompress_age_ms; /* 0: never */
+	bool tiering;               /* tier.h */
 	uint32_t accept_percent;    /* of a pool's cap: what writeback brings it down to once it has begun */
 
 	struct block_cache expand_blocks; /* FILL_PAGES_MAX pages each: fill_scratch */
@@ -135,6 +140,8 @@ void backend_unpin(struct engine *engine, unsigned number);
 /* The backend to write to, pinned: of those with a free segment that do not hang the highest priority, in turn where
  * several have it. -ENOSPC when there is none. */
 int backend_pick(struct engine *engine);
+/* The same, of a lower priority than this one; and encrypted, if that is. */
+int backend_pick_below(struct engine *engine, unsigned number);
 /* Pin this one if it could be picked, now or in turn; else NULL. */
 struct spill *backend_pin_to_write(struct engine *engine, unsigned number);
 /* Write a segment that was filled for it: as spill_segment_write, with what the outcome says about the backend noted. */
@@ -147,6 +154,9 @@ void backend_remove(struct engine *engine, unsigned number);
 /* drain.c */
 /* Compact a backend a little; false when there is nothing to gain. For its writer. */
 bool drain_in_background(struct engine *engine, unsigned number);
+/* Move what is in `segments` segments of it, from *from on, to backends of a lower priority; around at the end. For its
+ * writer. False: nothing of that could be moved. */
+bool drain_down(struct engine *engine, unsigned number, uint64_t *from, unsigned segments);
 
 /* fault.c */
 struct fill_scratch;

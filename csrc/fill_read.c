@@ -21,6 +21,7 @@
 #include "fill_internal.h"
 #include "io.h"
 #include "sys.h"
+#include "tier.h"
 
 #define READ_AROUND_PAGES 8
 #define READ_GAP_BYTES 32768u /* is read in less time than another request takes */
@@ -393,10 +394,18 @@ static void expand_piece(struct client *client, const struct spill_read *read, u
 	}
 }
 
+/* Does the page that faulted leave its backend for one of a higher priority? */
+static bool is_promoted(const struct client *client, const struct spill_read *read)
+{
+	return read->page_count <= READ_AROUND_PAGES && !read->fault.synthetic && read->words[0].tag == SLOT_SPILL &&
+	       tier_promotes(client, read->fault.page, read->copies[0].backend);
+}
+
 /* Expand and COPY the pages of a completed read that are still where they were, each piece that hangs together. */
 static enum fill_result read_deliver(struct client *client, struct fill_scratch *scratch, struct spill_read *read)
 {
 	bool on_probation = fill_goes_on_probation(client, &read->fault, read->page_count);
+	bool promoted = is_promoted(client, read);
 	uint32_t kept = ranges_kept(client, read);
 	enum fill_result result = FILL_ANSWERED;
 	uint64_t done = 1;
@@ -412,12 +421,15 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 			fill_uncharge(client, read->page_count);
 			return read_failed(client, read, min_of(piece.error, 0));
 		}
+		if (first == 0 && promoted)
+			piece.run.keep[0] = false;
 		if (count > 0)
 			done = fill_copy_run(client, scratch->pages, read->fault.page + first, &piece.run, on_probation,
 					     &outcome);
 		if (first == 0 && done == 0)
 			result = fill_unfilled(client, outcome, read->fault.page);
 		counter_add(client->engine, spill_read_pages, piece.read_pages);
+		counter_add(client->engine, promoted_pages, first == 0 && done > 0 && promoted);
 		counter_add(client->engine, fill_mixed, done > 0 && __builtin_popcountll(piece.sources) > 1);
 		first += count;
 		if (first < read->page_count && done > 0) { /* what ended the piece is left out */

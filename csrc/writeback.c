@@ -24,6 +24,7 @@
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "sys.h"
+#include "tier.h"
 
 #define RECORDS_MAX 8192
 #define IDLE_MS 100
@@ -318,13 +319,13 @@ static bool is_stopping(const struct writer *writer)
 	       __atomic_load_n(&writer->engine->stopping, __ATOMIC_ACQUIRE);
 }
 
-/* So long that no more than its rate is written to it. It is not pinned meanwhile. */
-static void rest_after(struct writer *writer, uint64_t start_ns)
+/* Until its rate allows another segment. It is not pinned meanwhile. */
+static void rest(struct writer *writer)
 {
-	uint64_t rate = READ_ONCE(writer->engine->backends[writer->backend].rate_bytes);
-	uint64_t end_ns = rate ? start_ns + SEGMENT_BYTES * 1000000000ULL / rate : 0, now_ns;
+	const struct backend *backend = &writer->engine->backends[writer->backend];
+	uint64_t now_ns, end_ns;
 
-	while ((now_ns = sys_now_ns()) < end_ns && !is_stopping(writer))
+	while ((now_ns = sys_now_ns()) < (end_ns = READ_ONCE(backend->write_next_ns)) && !is_stopping(writer))
 		sys_sleep_ms((unsigned)min_of((end_ns - now_ns) / 1000000 + 1, (uint64_t)REST_MS));
 }
 
@@ -332,11 +333,13 @@ static void rest_after(struct writer *writer, uint64_t start_ns)
 static bool write_one(struct writer *writer, unsigned *cursor)
 {
 	struct engine *engine = writer->engine;
-	struct spill *spill = backend_pin_to_write(engine, writer->backend);
-	struct group *group = spill ? pick_group(engine, cursor) : NULL;
-	uint64_t start_ns = sys_now_ns();
+	struct spill *spill;
+	struct group *group;
 	bool wrote = false;
 
+	rest(writer);
+	spill = backend_pin_to_write(engine, writer->backend);
+	group = spill ? pick_group(engine, cursor) : NULL;
 	if (group) {
 		WRITE_ONCE(engine->backend_turn, writer->backend);
 		wrote = write_segment(writer, spill, group);
@@ -347,9 +350,7 @@ static bool write_one(struct writer *writer, unsigned *cursor)
 	}
 	if (spill)
 		backend_unpin(engine, writer->backend);
-	if (wrote)
-		rest_after(writer, start_ns);
-	else if (group)
+	if (group && !wrote)
 		sys_sleep_ms(5);
 	return group != NULL;
 }
@@ -363,8 +364,12 @@ static void *writer_main(void *argument)
 
 	while (!is_stopping(writer)) {
 		if (__atomic_load_n(&writer->has_begun, __ATOMIC_ACQUIRE)) {
-			while (!is_stopping(writer) && write_one(writer, &cursor))
-				;
+			bool wrote, moved;
+
+			do {
+				wrote = write_one(writer, &cursor);
+				moved = tier_demote(engine, writer->backend);
+			} while (!is_stopping(writer) && (wrote || moved));
 			(void)drain_in_background(engine, writer->backend);
 		}
 		engine_wait_for_requests(engine, &engine->write_work, &engine->write_requests, &seen, IDLE_MS);

@@ -222,6 +222,10 @@ class Engine:
         )
         return _check(result, f"spill {path}")
 
+    def set_tiering(self, on: bool) -> None:
+        """Move pages between backends of different priority, or no more."""
+        lib.engine_set_tiering(self._handle, int(on))
+
     def backend_drain_begin(self, numbers: Iterable[int], force: bool) -> tuple[bool, records.Room]:
         """Nothing more is written to these backends, and backend_drain must follow for each. False: what
         they hold does not fit elsewhere, and nothing is changed. ENOENT; EBUSY: one has a job."""

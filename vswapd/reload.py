@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """reload — the configuration of a running daemon: groups of the file, and what SIGHUP changes.
 
-Applied at once: limits and owners of groups, groups that came or went, the log level, backends that came. All
+Applied at once: limits and owners of groups, groups that came or went, the log level, tiers, backends that came. All
 else takes a restart, and a line of the log says so. Only what differs from the file as it was read last
 is applied: a limit set by `vswapctl limit` meanwhile stays, unless the file's changed too. A file with a
 mistake changes nothing.
@@ -54,6 +54,7 @@ class Reloader:
         self._log = log
         self._set_log_level = set_log_level
         self._made: set[str] = set()  # groups that are the file's
+        engine.set_tiering(settings.daemon.tiers)
         if engine.is_successor:
             self._adopt()
         else:
@@ -68,6 +69,7 @@ class Reloader:
         except SettingsError as error:
             self._log.error("configuration as at the start", mistakes=str(error))
         self._set_log_level(self._settings.daemon.log_level)
+        self._engine.set_tiering(self._settings.daemon.tiers)
         for wanted in self._settings.groups:
             found = self._groups.find(wanted.name)
             if found is None:
@@ -94,8 +96,10 @@ class Reloader:
         old, self._settings = self._settings, new
         if new.daemon.log_level != old.daemon.log_level:
             self._set_log_level(new.daemon.log_level)
+        if new.daemon.tiers != old.daemon.tiers:
+            self._engine.set_tiering(new.daemon.tiers)
         for item in dataclasses.fields(new.daemon):
-            if item.name != "log_level" and getattr(new.daemon, item.name) != getattr(old.daemon, item.name):
+            if item.name not in ("log_level", "tiers") and getattr(new.daemon, item.name) != getattr(old.daemon, item.name):
                 self._needs_restart(item.name)
         self._reload_backends(old.backends, new.backends)
         self._reload_groups(old.groups, new.groups)

@@ -214,6 +214,15 @@ TABLES: dict[str, tuple[Key, ...]] = {
             "Pages that were out for so long are compressed again, with zstd, when RAM is short; 0: never.",
             "120",
         ),
+        Key(
+            "tiers",
+            _flag,
+            False,
+            "",
+            "Move pages between backends of different priority by their use.",
+            "true",
+            reloads=True,
+        ),
         Key("io_threads", _flag, False, "", "Read spill files with threads even where io_uring works.", "true"),
     ),
     "backend": (
@@ -301,6 +310,7 @@ class DaemonSettings:
     evictors: int
     accept_threshold: int
     recompress_age: int
+    tiers: bool
     io_threads: bool
 
 

@@ -4,7 +4,7 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES [--encrypt]] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--detach-every MS] [--commands] [--synthetic-slots N] [--recompress MS] [--fail NAME:N:ERRNO[:all]]...
+ *         [--detach-every MS] [--commands] [--synthetic-slots N] [--recompress MS] [--tiers] [--fail NAME:N:ERRNO[:all]]...
  *         [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
@@ -13,7 +13,7 @@
  * file system, and every so often the older of the two is compacted, drained and replaced. --detach-every: so
  * often one of the clients is detached. --synthetic-slots: beside the command there is a region of so many same-filled pages, which
  * nobody has written: only its slots are set. --recompress: pages out for so long are
- * compressed again. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
+ * compressed again. --tiers: above the spill file is a backend of 24 MiB, and pages move between the two. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
@@ -312,13 +312,16 @@ struct options {
 		detach_every_ms, synthetic_slots, recompress_age_ms;
 	const char *library, *crash;
 	char *spill;
-	int torture, stats, commands;
+	int torture, stats, commands, tiers;
 	char **command;
 };
 
 static char *spill_path;
 static uint64_t spill_bytes = 4ULL << 30;
 static uint32_t spill_flags;
+
+#define UPPER_SPILL_BYTES (24ULL << 20)
+#define UPPER_SPILL_NUMBER 999999999
 
 /* A backend on the spill file itself, or on one of the same name with a number behind it. */
 static int add_spill(int number, int priority)
@@ -331,6 +334,17 @@ static int add_spill(int number, int priority)
 	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, spill_flags, 0);
 	if (number)
 		unlink(path);
+	return backend;
+}
+
+static int add_upper_spill(void)
+{
+	uint64_t bytes = spill_bytes;
+	int backend;
+
+	spill_bytes = UPPER_SPILL_BYTES;
+	backend = add_spill(UPPER_SPILL_NUMBER, 10);
+	spill_bytes = bytes;
 	return backend;
 }
 
@@ -511,7 +525,7 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
 		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' },
 		{ "detach-every", 1, 0, 'e' }, { "synthetic-slots", 1, 0, 'y' }, { "encrypt", 0, 0, 'E' },
-		{ "recompress", 1, 0, 'r' }, { 0, 0, 0, 0 } };
+		{ "recompress", 1, 0, 'r' }, { "tiers", 0, 0, 'i' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -534,6 +548,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'e': options->detach_every_ms = strtoull(optarg, NULL, 0); break;
 		case 'm': options->commands = 1; break;
 		case 'y': options->synthetic_slots = strtoull(optarg, NULL, 0); break;
+		case 'i': options->tiers = 1; break;
 		case 'r': options->recompress_age_ms = strtoull(optarg, NULL, 0); break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
@@ -576,9 +591,12 @@ static int run_daemon(const struct options *options, const struct engine_config 
 					    options->torture ? ENGINE_GROUP_TORTURE : 0);
 		if (options->spill)
 			spill_must(add_spill(0, 0));
+		if (options->tiers)
+			spill_must(add_upper_spill());
 		if (options->synthetic_slots)
 			drive_add_synthetic_slots(engine, options->synthetic_slots);
 	}
+	engine_set_tiering(engine, options->tiers);
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)
 		fail("thread");

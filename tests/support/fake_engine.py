@@ -179,6 +179,9 @@ class FakeEngine:
         self._call("backend_set_rate", number, rate_bytes)
         self.set_backend(number, rate_bytes=rate_bytes)
 
+    def set_tiering(self, on: bool) -> None:
+        self._call("set_tiering", on)
+
     def backend_drain_begin(self, numbers: Iterable[int], force: bool) -> tuple[bool, records.Room]:
         numbers = list(numbers)
         self._call("backend_drain_begin", numbers, force)

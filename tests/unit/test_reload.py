@@ -159,6 +159,14 @@ async def test_new_backend_is_added_and_others_need_a_restart(tmp_path: Path) ->
         assert service.plane.log.worst() == ["backend not added"]
 
 
+async def test_tiers_are_switched_at_once(tmp_path: Path) -> None:
+    async with _service(tmp_path) as service:
+        assert ("set_tiering", False) in service.plane.engine.calls
+        service.reload("[daemon]\ntiers = true\n")
+        assert service.plane.engine.calls[-1] == ("set_tiering", True)
+        assert service.plane.log.worst() == []
+
+
 async def test_sighup_reloads(tmp_path: Path) -> None:
     async with _service(tmp_path, _GROUP.format("a", "64M")) as service:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

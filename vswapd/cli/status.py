@@ -98,6 +98,16 @@ def _recompressed(status: dict[str, Any]) -> Text:
     )
 
 
+def _moved(status: dict[str, Any]) -> Text:
+    from rich.text import Text
+
+    counters = status["counters"]
+    return Text(
+        f"Tiers: {counters['demoted_pages']} pages moved to a lower priority,"
+        f" {counters['promoted_pages']} left for a higher one"
+    )
+
+
 def _region_table(status: dict[str, Any]) -> Table:
     table = _table("Regions", ("name", "user"), ("size", "same-filled", "pool", "spill", "lost"))
     for region in sorted(status["regions"], key=lambda region: str(region["name"])):
@@ -179,6 +189,7 @@ def _view(status: dict[str, Any], console: Console) -> Group:
         (status["backends"], _backend_table),
         (status["faults"], _latency_table),
         (status["counters"].get("recompress_examined"), _recompressed),
+        (status["counters"].get("demoted_pages") or status["counters"].get("promoted_pages"), _moved),
     ):
         if entries:
             parts += ["", make(status)]

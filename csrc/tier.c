@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: MIT */
+#include "tier.h"
+
+#include <errno.h>
+
+#include "base.h"
+#include "sys.h"
+
+#define DEMOTE_SEGMENTS 2u /* a turn */
+#define BEGIN_PART 16u     /* of its segments are free, or less */
+#define END_PART 8u
+#define PAUSE_NS 1000000000ULL /* after segments of which nothing could be moved: their clients are stopped, say */
+
+/* Does it lack free segments, or has it since demotion began? */
+static bool lacks_segments(struct backend *backend, struct spill *spill)
+{
+	struct spill_statistics statistics;
+	uint64_t taken, room;
+	bool lacks;
+
+	spill_statistics(spill, &statistics);
+	taken = statistics.used_bytes + spill_reserve_bytes(spill);
+	room = statistics.size_bytes - min_of(taken, statistics.size_bytes);
+	lacks = room < statistics.size_bytes / (READ_ONCE(backend->demotes) ? END_PART : BEGIN_PART);
+	WRITE_ONCE(backend->demotes, lacks);
+	return lacks;
+}
+
+/* Is a turn due, and is there a backend that takes it? */
+static bool may_demote(struct engine *engine, unsigned number)
+{
+	struct backend *backend = &engine->backends[number];
+	struct spill *spill = backend_pin(engine, number);
+	bool due;
+	int below;
+
+	if (!spill)
+		return false;
+	due = lacks_segments(backend, spill);
+	backend_unpin(engine, number);
+	below = due ? backend_pick_below(engine, number) : -ENOENT;
+	if (below < 0)
+		return false;
+	due = sys_now_ns() >= READ_ONCE(engine->backends[below].write_next_ns);
+	backend_unpin(engine, (unsigned)below);
+	return due;
+}
+
+bool tier_demote(struct engine *engine, unsigned number)
+{
+	struct backend *backend = &engine->backends[number];
+
+	if (!READ_ONCE(engine->tiering) || sys_now_ns() < backend->demote_next_ns || !may_demote(engine, number))
+		return false;
+	if (drain_down(engine, number, &backend->demote_from, DEMOTE_SEGMENTS))
+		return true;
+	backend->demote_next_ns = sys_now_ns() + PAUSE_NS;
+	return false;
+}
+
+bool tier_promotes(const struct client *client, uint64_t page, unsigned number)
+{
+	struct engine *engine = client->engine;
+	const struct group *group = client->group;
+	int best;
+
+	if (!READ_ONCE(engine->tiering) ||
+	    !ghosts_is_recent(&group->ghosts, client->index, page, READ_ONCE(group->limit_bytes) / PAGE_BYTES))
+		return false;
+	best = backend_pick(engine);
+	if (best < 0)
+		return false;
+	backend_unpin(engine, (unsigned)best);
+	return READ_ONCE(engine->backends[best].priority) > READ_ONCE(engine->backends[number].priority);
+}

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Pages move between backends of different priority by themselves, while a program uses them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from support.limited import MIB, command_path
+from support.service import Service, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_FAST_MIB = 24
+
+
+def _write(service: Service, *, tiers: bool, fast: str = "") -> None:
+    """The configuration, with `fast` in the table of that backend."""
+    directory = service.conf.parent
+    service.conf.write_text(
+        f'[daemon]\nsocket = "{service.socket_path}"\ntiers = {str(tiers).lower()}\n'
+        f'[[backend]]\npath = "{directory}/fast"\nsize = "{_FAST_MIB}M"\npriority = 10\n{fast}'
+        f'[[backend]]\npath = "{directory}/slow"\nsize = "512M"\n'
+        '[[group]]\nname = "tiered"\nlimit = "24M"\npool = "4M"\n',
+        encoding="utf-8",
+    )
+
+
+def _counters(service: Service) -> dict[str, Any]:
+    counters: dict[str, Any] = service.status()["counters"]
+    return counters
+
+
+def _backend(service: Service, name: str) -> dict[str, Any]:
+    return next(entry for entry in service.status()["backends"] if entry["path"].endswith(name))
+
+
+@contextmanager
+def _verified(service: Service, verify_memory: str) -> Iterator[None]:
+    """A program that reads and changes four times its limit at random, and finds every byte right at the end."""
+    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "tiered", "--"]
+    argv += [verify_memory, "--mib", "96", "--kind", "random", "--order", "random", "--seconds", "20"]
+    service.start()
+    try:
+        with subprocess.Popen(argv, stdout=subprocess.PIPE) as run:
+            try:
+                yield
+                output, _ = run.communicate(timeout=90)
+            finally:
+                run.terminate()
+        assert run.returncode == 0
+        assert json.loads(output)["wrong_pages"] == 0
+        assert _counters(service)["check_failures"] == 0
+    finally:
+        status = service.stop()
+    assert status == 0, service.log.read_text()
+
+
+def test_pages_move_between_tiers_and_no_more_when_told(verify_memory: str, tmp_path: Path) -> None:
+    """Down when the fast one is nearly full, up when they are waited for."""
+    service = Service(tmp_path)
+    _write(service, tiers=False)
+    with _verified(service, verify_memory):
+        wait_until("the slow one is in use", lambda: _backend(service, "slow")["live_bytes"] > 16 * MIB)
+        before = _counters(service)
+        assert before["demoted_pages"] == before["promoted_pages"] == 0
+        _write(service, tiers=True)
+        service.reload()
+        wait_until("pages went down", lambda: _counters(service)["demoted_pages"] > 1000)
+        wait_until("pages went up", lambda: _counters(service)["promoted_pages"] > 1000)
+        assert _backend(service, "fast")["live_bytes"] > MIB
+        shown = [command_path("vswapctl"), "status", "--socket", service.socket_path]
+        assert "Tiers: " in subprocess.run(shown, capture_output=True, check=True, text=True).stdout
+        _write(service, tiers=False)
+        service.reload()
+        wait_until("a turn has ended", lambda: _is_still(service))
+
+
+def test_what_is_encrypted_stays_so(verify_memory: str, tmp_path: Path) -> None:
+    """Nothing goes down from an encrypted backend to one that is not."""
+    service = Service(tmp_path)
+    _write(service, tiers=True, fast="encrypt = true\n")
+    with _verified(service, verify_memory):
+        wait_until("the slow one is in use", lambda: _backend(service, "slow")["written_bytes"] > 48 * MIB)
+        assert _backend(service, "fast")["used_bytes"] > _FAST_MIB * MIB // 2
+        assert _counters(service)["demoted_pages"] == 0
+
+
+def _is_still(service: Service) -> bool:
+    """Nothing is moved any more, while pages are written and read."""
+    before = _counters(service)
+    while (after := _counters(service))["spill_read_pages"] < before["spill_read_pages"] + 500:
+        time.sleep(0.02)  # polling another process's state
+    return all(before[name] == after[name] for name in ("demoted_pages", "promoted_pages"))
