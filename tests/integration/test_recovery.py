@@ -136,6 +136,11 @@ def test_system_daemon_dies(daemon: DaemonProcess, churn: str, deaths: int) -> N
         subprocess.Popen([*argv, churn, "96", str(seconds), str(seed), "2", "1"], stderr=subprocess.PIPE)
         for seed in (1, 2)
     ]
+    with daemon.control() as control:  # a command that is just asking for its group ends with the daemon
+        deadline = time.monotonic() + _SECONDS_MAX
+        while len(control.status()["groups"]) < len(commands):
+            assert time.monotonic() < deadline, "the commands did not begin"
+            time.sleep(0.02)  # polling another process's state
     killer = Killer(daemon.socket_path, 0.25, seed=deaths)
     killer.kill(deaths)
     for command in commands:
