@@ -67,6 +67,7 @@ static void client_writes(void)
 /* ---- the kernel ---- */
 
 uint64_t sys_now_ns(void) { return clock_ns += 1000; }
+uint64_t sys_now_coarse_ms(void) { return clock_ns / 1000000; }
 void sys_sleep_ms(unsigned milliseconds) { clock_ns += milliseconds * 1000000ULL; }
 void sys_eventfd_signal(int fd) { (void)fd; }
 void sys_futex_wake(const uint32_t *word) { (void)word; }
@@ -254,8 +255,10 @@ static void reset(void)
 	client->posted = client->evict_error = 0;
 	client->populating = client->agent_gone = false;
 	client->hand = client->populated_address = 0;
-	client->cold_count = 0;
-	client->resident_pages = group.resident_pages = 0;
+	cold_destroy(&client->cold);
+	cold_destroy(&client->cold_raw);
+	client->cold = client->cold_raw = (struct cold_list){ 0 };
+	client->resident_pages = client->filling_pages = group.resident_pages = 0;
 	group.parked = 0;
 	probation_clear(&client->probation);
 	range_set_clear(&client->regions);
@@ -347,7 +350,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			change_memory();
 			break;
 		case 2:
-			(void)evict_drop_kept(client, 16, &cursor);
+			(void)evict_drop_kept(client, take() % 2 ? SLOT_KEPT_POOL : SLOT_KEPT_SPILL, 16, &cursor);
 			break;
 		case 3:
 			probation_push(&client->probation, page_of(REGION) + take() * 2, 1 + take() % 8);
