@@ -50,6 +50,7 @@ struct group {
 	uint32_t parked;           /* clients with a parked batch */
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */
+	uint64_t progress_seen;    /* of it, at the end of the last turn of an evictor */
 	uint64_t stuck_since_ns;   /* reclaim finds nothing since then; 0: it does */
 	uint32_t segments_under_way; /* that writers fill and write for it; registry lock */
 	bool writes_back;          /* its pool is being brought below the accept threshold */

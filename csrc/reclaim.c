@@ -8,8 +8,10 @@
  * which for memory that was filled in order is first in, first out.
  *
  * When a pool is at its cap, room comes from the writers (writeback.c) if the group may spill, else
- * from kept copies. When nothing gives room for OUT_OF_MEMORY_NS while faults wait, or metadata takes
- * nearly all of the limit, the group is out of memory: its largest member is killed, and nobody else's.
+ * from kept copies. So it does below the cap when the evictors find nothing that can go: what is locked, pinned or
+ * unmanaged takes of the limit what the cap would leave to the pool. When nothing gives room for OUT_OF_MEMORY_NS
+ * while faults wait, or metadata takes nearly all of the limit, the group is out of memory: its largest member is
+ * killed, and nobody else's.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -140,19 +142,22 @@ static bool is_crowded(const struct group *group)
 	return metadata > READ_ONCE(group->limit_bytes) / CROWDED_PARTS * (CROWDED_PARTS - 1);
 }
 
-/* Nothing gave room in a whole turn: remember since when, and end it after a while. */
+/* Nothing gave room in a whole turn: remember since when, and end it after a while. What writers gave counts, whenever
+ * they gave it. */
 static void note_stuck(struct engine *engine, struct group *group, bool progress)
 {
-	uint64_t now = sys_now_ns();
+	uint64_t now = sys_now_ns(), made = READ_ONCE(group->progress);
 	bool starving = READ_ONCE(group->waiting) > 0 &&
 			group_room_bytes(group) < (int64_t)PAGE_BYTES;
 
 	uint64_t since = READ_ONCE(group->stuck_since_ns);
 
+	progress |= __atomic_exchange_n(&group->progress_seen, made, __ATOMIC_RELAXED) != made;
 	if (!is_crowded(group) && (progress || !starving)) {
 		WRITE_ONCE(group->stuck_since_ns, 0);
 	} else if (since == 0) {
 		WRITE_ONCE(group->stuck_since_ns, now);
+		engine_kick_writers(engine);
 	} else if (now > since + OUT_OF_MEMORY_NS &&
 		   /* one of the evictors, not each of them */
 		   __atomic_compare_exchange_n(&group->stuck_since_ns, &since, now, false,
@@ -261,11 +266,20 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 	return pages;
 }
 
+/* Copies of what is resident are the first thing to go when nothing that is resident can. */
+static void drop_copies(struct group *group, struct client *client)
+{
+	static __thread uint64_t cursor;
+
+	if (evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0)
+		group_pool_changed(group);
+}
+
 static void reclaim_group(struct engine *engine, struct group *group, struct evictor *evictor)
 {
 	struct client *clients[CLIENTS_A_TURN];
 	unsigned count = pick_clients(engine, group, clients);
-	uint64_t pages = 0, progress = READ_ONCE(group->progress);
+	uint64_t pages = 0;
 	/* After a second without room even pages filled a moment ago must go. */
 	uint64_t stuck_since_ns = READ_ONCE(group->stuck_since_ns);
 	uint64_t now = sys_now_ns();
@@ -274,12 +288,13 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 	for (unsigned i = 0; i < count; i++) {
 		if (READ_ONCE(group->parked) > 0)
 			(void)evict_resume(clients[i], evictor);
+		if (stuck_since_ns)
+			drop_copies(group, clients[i]);
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
 			pages += evict_from(engine, group, clients[i], evictor, desperate, now + TURN_NS);
 		client_put(clients[i]);
 	}
-	note_stuck(engine, group,
-		   pages > 0 || READ_ONCE(group->progress) != progress);
+	note_stuck(engine, group, pages > 0);
 	engine_room_made(engine, group);
 	if (pages == 0 || group->flags & ENGINE_GROUP_TORTURE)
 		sys_sleep_ms(TORTURE_PAUSE_MS);

@@ -3,10 +3,11 @@
  * writeback — cold objects leave the pool for a backend, as they are.
  *
  * A writer thread for each backend, so that a device that hangs keeps nobody else from writing. It works while a pool
- * that may spill is near its cap and no backend of a higher priority can take what leaves it: it takes the clusters that
- * were stored longest ago, packs their objects into a segment, writes the segment, and only when the
- * write has returned changes the slots and frees the objects. Neighbours in memory become neighbours
- * in the segment, so a run of faults is one read. When there is nothing to write it compacts (drain.c).
+ * that may spill is near its cap, or its group finds nothing else that gives room (reclaim.c), and no backend of a
+ * higher priority can take what leaves it: it takes the clusters that were stored longest ago, packs their objects into
+ * a segment, writes the segment, and only when the write has returned changes the slots and frees the objects.
+ * Neighbours in memory become neighbours in the segment, so a run of faults is one read. When there is nothing to
+ * write it compacts (drain.c).
  * Backends of one priority are written to at the same time, each as fast as it is, or as its rate allows.
  * A group may be without writeback, or have a budget of bytes on backends; a file whose file system is full is left alone
  * until there is room for a segment.
@@ -67,6 +68,8 @@ static bool needs_writeback(struct engine *engine, struct group *group)
 	uint64_t end = min_of(begin, cap / 100 * engine->accept_percent);
 	bool needs;
 
+	if (READ_ONCE(group->stuck_since_ns))
+		return pool_bytes(group->pool) > 0 && writeback_is_possible(engine, group);
 	/* Under random access kept copies go first (reclaim.c). */
 	if (group_gives_up_copies(group) && !READ_ONCE(group->kept_exhausted))
 		return false;

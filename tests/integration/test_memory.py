@@ -224,6 +224,36 @@ def test_churn_under_a_limit(churn: str) -> None:
     assert_honest(result, 48 * MIB)
 
 
+# What is locked cannot go, and leaves the pool less than its cap.
+_LOCKED = """
+import ctypes, mmap, random
+def new(mib): return mmap.mmap(-1, mib << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def content(page): return random.Random(page).randbytes(2500).ljust(4096, b"x")
+def pages(area): return range(len(area) // 4096)
+def fill(area):
+    for page in pages(area): area[page * 4096 : (page + 1) * 4096] = content(page)
+def check(area):
+    for page in pages(area): assert area[page * 4096 : (page + 1) * 4096] == content(page), page
+locked = new({locked})
+fill(locked)
+address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(locked)))
+assert ctypes.CDLL(None).mlock(address, ctypes.c_size_t(len(locked))) == 0
+memory = new({mib})
+fill(memory)
+for _ in range(2): check(memory)
+check(locked)
+"""
+
+
+def test_pool_leaves_what_cannot_be_evicted_its_room() -> None:
+    """Below its cap, too: to a backend, which has room."""
+    limit = 64 * MIB
+    result = run_limited(limit, python_argv(_LOCKED.format(locked=40, mib=64)))
+    assert result.status == 0, result.describe()
+    assert_honest(result, limit, demand_bytes=104 * MIB)
+    assert result.stats["counters"]["out_of_memory_kills"] == 0
+
+
 # By NumPy, a word of each page at a time: as fast as memory can be had, or eviction would keep up.
 _FIRST_TOUCH = """
 import mmap, numpy
