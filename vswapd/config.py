@@ -30,7 +30,7 @@ REGION_WORKERS = 4  # threads that read and write regions
 
 MIN_BYTES = 16 * MIB  # smallest process worth managing
 MIN_BYTES_TORTURE = 1 * MIB
-MIN_LIMIT_SHARE = 1 / 32  # ... but no more than this share of the limit
+MIN_LIMIT_SHARE = 1 / 8  # ... but no more than this share of the limit
 FILL_BYTES_PER_SECOND = 4_000_000_000  # how fast a process can touch memory between two looks
 LOOK_LIMIT_SHARE = 1 / 4  # a process may touch this share of its limit between two looks
 LOOK_US_MIN = 1_000

@@ -30,7 +30,7 @@ def default_limit_bytes(available_bytes: int) -> int:
 def agent_min_bytes(limit_bytes: int, torture: bool) -> int:
     """Resident size from which an agent asks to be managed.
 
-    Smaller under a small limit: thirty-two processes just below it may use the whole limit up.
+    Smaller under a small limit: eight processes just below it may use the whole limit up.
     """
     if torture:
         return config.MIN_BYTES_TORTURE

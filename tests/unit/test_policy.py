@@ -23,7 +23,7 @@ def test_default_limit_is_most_of_what_is_available() -> None:
 
 def test_agents_ask_early_under_a_small_limit() -> None:
     assert policy.agent_min_bytes(1 << 30, torture=False) == 16 * MIB
-    assert policy.agent_min_bytes(64 * MIB, torture=False) == 2 * MIB
+    assert policy.agent_min_bytes(64 * MIB, torture=False) == 8 * MIB
     assert policy.agent_min_bytes(1 << 30, torture=True) == MIB
 
 
