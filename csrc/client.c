@@ -543,6 +543,23 @@ void client_populates(struct client *client, uint32_t number, const struct vswap
 	client->populating = true;
 }
 
+void client_may_populate(struct client *client)
+{
+	static const struct vswap_command nothing;
+	const struct vswap_command *found = &nothing;
+	uint32_t last = client->posted - 1;
+
+	for (uint32_t back = 0; back < VSWAP_RING_COMMANDS && !client_is_answered(client, last - back); back++) {
+		const struct vswap_command *command = &client->ring->commands[(last - back) % VSWAP_RING_COMMANDS];
+
+		if (READ_ONCE(command->operation) == VSWAP_POPULATE) {
+			found = command;
+			break;
+		}
+	}
+	client_populates(client, last, found);
+}
+
 bool client_is_populated(const struct client *client, uint64_t page)
 {
 	for (unsigned i = 0; client->populating && i < client->populate_run_count; i++)

@@ -267,6 +267,9 @@ uint32_t client_post(struct client *client, const struct vswap_command *command)
 bool client_is_answered(const struct client *client, uint32_t number);
 /* From now on command `number` is under way, which populates. `command` may lie in memory of the client's. */
 void client_populates(struct client *client, uint32_t number, const struct vswap_command *command);
+/* In a successor: a POPULATE of the daemon before may be under way, and others' RELEASEs behind it. It is over with all that
+ * was posted. */
+void client_may_populate(struct client *client);
 /* Whether the agent is touching this page, or about to. */
 bool client_is_populated(const struct client *client, uint64_t page);
 /* Wait until the agent has answered `number`: 0, -EPIPE when it is gone, -ETIMEDOUT. */

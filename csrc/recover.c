@@ -542,7 +542,7 @@ static void *recovery_main(void *argument)
 	if (client->ring) {
 		/* A POPULATE may be under way, and fault: no MOVE behind that. */
 		pthread_mutex_lock(&client->gate);
-		client_populates(client, last, &client->ring->commands[last % VSWAP_RING_COMMANDS]);
+		client_may_populate(client);
 		pthread_mutex_unlock(&client->gate);
 	}
 	if (!client->ring || !has_intent(client) || wait_for_agent(client, last)) {
