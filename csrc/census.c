@@ -3,8 +3,8 @@
  * census — where the pages of one client are, counted slot by slot for whoever asks.
  *
  * The slot map counts its pages by tag as they change, but not by backend: a counter for each would cost every client
- * what few ever ask for. So this walks the map, some clusters under the gate at a time. Pages that move to another tier
- * meanwhile may be counted in both, or in neither.
+ * what few ever ask for. So this walks the map, some clusters under the gate at a time, and changes nothing: what forked
+ * relatives share stays shared. Pages that move to another tier meanwhile may be counted in both, or in neither.
  */
 #include <errno.h>
 
@@ -44,8 +44,7 @@ static void count_page(struct engine *engine, struct slot slot, struct engine_cl
 /* True when there may be more. */
 static bool count_some(struct client *client, uint64_t *cursor, struct engine_client_tiers *tiers)
 {
-	struct slot_map *map = &client->record->map;
-	struct slot slot;
+	const struct slot_map *map = &client->record->map;
 	uint64_t first;
 
 	SCOPED_LOCK(&client->gate);
@@ -53,8 +52,7 @@ static bool count_some(struct client *client, uint64_t *cursor, struct engine_cl
 		if (client->dead || !slot_map_next(client->engine->slots, map, cursor, &first))
 			return false;
 		for (uint64_t page = first; page < first + CLUSTER_PAGES; page++)
-			if (slot_get(client->engine->slots, map, page, &slot) == 0)
-				count_page(client->engine, slot, tiers);
+			count_page(client->engine, slot_peek(client->engine->slots, map, page), tiers);
 	}
 	return true;
 }

@@ -990,18 +990,30 @@ bool slot_map_has(const struct slot_space *space, const struct slot_map *map, ui
 	return index_find(space, map, cluster_number) != 0;
 }
 
+/* Of the page in a cluster, 0: there is none. */
+static struct slot slot_in(struct slot_space *space, uint32_t id, uint64_t page)
+{
+	const struct cluster *cluster = id != 0 ? cluster_at(space, id) : NULL;
+	unsigned i = page % CLUSTER_PAGES;
+
+	return cluster && cluster_has(cluster, i) ? cluster_slot(cluster, cluster_rank(cluster, i)) :
+						    (struct slot){ .tag = SLOT_NONE };
+}
+
 int slot_get(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot *ret_slot)
 {
-	unsigned i = page % CLUSTER_PAGES;
 	uint32_t id;
 	int result = cluster_own(space, map, page >> CLUSTER_SHIFT, &id);
 
-	if (result < 0)
-		return result;
-	*ret_slot = (struct slot){ .tag = SLOT_NONE };
-	if (id != 0 && cluster_has(cluster_at(space, id), i))
-		*ret_slot = cluster_slot(cluster_at(space, id), cluster_rank(cluster_at(space, id), i));
-	return 0;
+	if (result == 0)
+		*ret_slot = slot_in(space, id, page);
+	return result;
+}
+
+struct slot slot_peek(struct slot_space *space, const struct slot_map *map, uint64_t page)
+{
+	SCOPED_LOCK(&space->share_lock); /* relatives may be taking copies of the cluster */
+	return slot_in(space, index_find(space, map, page >> CLUSTER_SHIFT), page);
 }
 
 int slot_set(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot slot)

@@ -208,6 +208,8 @@ bool slot_map_has(const struct slot_space *space, const struct slot_map *map, ui
 
 /* The slot of a page; NONE when it has none, or -ENOMEM when a shared cluster could not be unshared. */
 int slot_get(struct slot_space *space, struct slot_map *map, uint64_t page, struct slot *ret_slot);
+/* The same to look at only: a shared cluster stays shared, and its POOL or SPILL word may be relatives', too. */
+struct slot slot_peek(struct slot_space *space, const struct slot_map *map, uint64_t page);
 
 /*
  * Replace the slot of a page. The old copy is not freed: the caller has it and decides. Returns 0 or

@@ -123,9 +123,25 @@ static struct slot resolved(int m, unsigned p)
 	return slot.tag == SLOT_INDIRECT ? slot_shared_get(space, slot.location) : slot;
 }
 
+/* To look at a page is to change nothing, and to see what it has. */
+static void check_peek(int m, unsigned p)
+{
+	uint64_t bytes = slot_map_metadata_bytes(&maps[m]);
+	uint64_t indirect = slot_map_count(&maps[m], SLOT_INDIRECT);
+	struct slot seen = slot_peek(space, &maps[m], base_page + p);
+
+	if (seen.tag == SLOT_INDIRECT)
+		seen = slot_shared_get(space, seen.location);
+	CHECK(slot_map_metadata_bytes(&maps[m]) == bytes && slot_map_count(&maps[m], SLOT_INDIRECT) == indirect);
+	CHECK(slot_is_kept(model[m][p].tag) || slot_is_equal(seen, model[m][p]));
+}
+
 static void check_page(int m, unsigned p)
 {
-	struct slot have = resolved(m, p);
+	struct slot have;
+
+	check_peek(m, p);
+	have = resolved(m, p);
 
 	if (slot_is_kept(model[m][p].tag) && have.tag == SLOT_NONE) {
 		CHECK(holders[model[m][p].location] > 1 || freed[model[m][p].location]); /* a relative had it */
