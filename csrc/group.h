@@ -47,6 +47,8 @@ struct group {
 	uint32_t client_count;     /* registry lock */
 	uint32_t users;            /* evictors and writer at work on it; registry lock */
 	uint32_t unregistered;     /* clients whose memory is not registered yet, at the last look */
+	int64_t looked_room_bytes; /* room at the end of the last look, */
+	uint64_t looked_ns;        /* and when that was */
 	uint32_t parked;           /* clients with a parked batch */
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */

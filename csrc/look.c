@@ -3,9 +3,10 @@
  * look — see what clients really hold, and bring their regions under management in time.
  *
  * While a group is far from its limit its processes are native: nothing is registered, a look is one
- * read of /proc/PID/statm. A process can touch FILL_BYTES_PER_S between two looks, so the interval is
- * the group's distance to its register mark divided by that, between LOOK_MS_MIN and LOOK_MS_MAX. At
- * the mark every large anonymous private writable mapping of every client is registered; from then
+ * read of /proc/PID/statm. Each CPU can fill FILL_BYTES_PER_MS between two looks, so the interval is
+ * half the group's distance to its register mark divided by that, between LOOK_MS_MIN and LOOK_MS_MAX.
+ * At the mark, or where it would be passed AHEAD_NS from now if the group went on growing as since the
+ * last look, every large anonymous private writable mapping of every client is registered; from then
  * on first touches come to the fault threads, and a change of the process's size means new mappings
  * to discover.
  *
@@ -32,7 +33,9 @@
 
 #define LOOK_MS_MIN 1
 #define LOOK_MS_MAX 50
-#define FILL_BYTES_PER_MS (4ULL << 20)
+#define FILL_BYTES_PER_MS (8ULL << 20) /* 12 MiB by one thread, with huge pages that were in use just before */
+#define FILL_CPUS_MAX 8                /* more share the same memory */
+#define AHEAD_NS 2000000LL             /* a look that comes late, and what it takes to register */
 #define REGION_BYTES_MIN (256UL << 10)
 #define GUARD_BYTES_MAX (64UL << 10)
 #define THREAD_STACK_BYTES (8UL << 20)
@@ -188,10 +191,21 @@ void look_discover(struct client *client)
 	}
 }
 
+/* What the group would grow by in AHEAD_NS, going on as since the last look. */
+static int64_t ahead_bytes(const struct group *group, int64_t room)
+{
+	int64_t grown = READ_ONCE(group->looked_room_bytes) - room;
+	int64_t since = (int64_t)(sys_now_ns() - READ_ONCE(group->looked_ns));
+
+	return grown > 0 ? grown * AHEAD_NS / max_of(since, AHEAD_NS / 2) : 0;
+}
+
 static bool is_near(const struct group *group)
 {
+	int64_t room = group_room_bytes(group);
+
 	return group->flags & ENGINE_GROUP_TORTURE ||
-	       group_room_bytes(group) < (int64_t)group_register_bytes(group);
+	       room < (int64_t)group_register_bytes(group) + ahead_bytes(group, room);
 }
 
 void look_at_new(struct client *client)
@@ -272,11 +286,11 @@ static void discover_counted(struct client *client)
 	sys_futex_wake(&ring->discoveries);
 }
 
-static void look_at_client(struct client *client, uint64_t now, bool near)
+static void look_at_client(struct client *client, uint64_t now)
 {
 	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
 	uint64_t size = READ_ONCE(client->dead) ? 0 : look_at_size(client);
-	bool discover, adapt;
+	bool near = is_near(client->group), discover, adapt;
 
 	/* Not to be seen, or nobody would tell us: is its address space still there? */
 	if ((size == 0 || READ_ONCE(client->agent_gone)) && serving && !READ_ONCE(client->dead) &&
@@ -311,10 +325,11 @@ static void look_at_client(struct client *client, uint64_t now, bool near)
 /* ---- the loop ---- */
 
 /* Milliseconds until this group must be looked at again. */
-static uint64_t interval_ms(const struct group *group)
+static uint64_t interval_ms(const struct engine *engine, const struct group *group)
 {
 	int64_t distance = group_room_bytes(group) - (int64_t)group_register_bytes(group);
-	uint64_t ms = distance > 0 ? (uint64_t)distance / FILL_BYTES_PER_MS / 2 : 0;
+	uint64_t bytes_per_ms = FILL_BYTES_PER_MS * min_of(engine->cpu_count, (uint32_t)FILL_CPUS_MAX);
+	uint64_t ms = distance > 0 ? (uint64_t)distance / bytes_per_ms / 2 : 0;
 
 	return max_of(min_of(ms, (uint64_t)LOOK_MS_MAX), (uint64_t)LOOK_MS_MIN);
 }
@@ -322,6 +337,7 @@ static uint64_t interval_ms(const struct group *group)
 /* Once over the clients, once over the groups: there may be a thousand of either, and this is done at every look. */
 static void note_sums(struct engine *engine)
 {
+	uint64_t now = sys_now_ns();
 	uint64_t swapped[GROUPS_MAX] = { 0 };
 	uint32_t unregistered[GROUPS_MAX] = { 0 };
 
@@ -341,6 +357,8 @@ static void note_sums(struct engine *engine)
 		if (!group)
 			continue;
 		WRITE_ONCE(group->unregistered, unregistered[g]);
+		WRITE_ONCE(group->looked_room_bytes, group_room_bytes(group));
+		WRITE_ONCE(group->looked_ns, now);
 		group->swapped_pages_max = max_of(group->swapped_pages_max, swapped[g]);
 		engine->state->groups[g].swapped_pages_max = group->swapped_pages_max;
 		engine->state->groups[g].usage_bytes_max = READ_ONCE(group->usage_bytes_max);
@@ -361,10 +379,10 @@ static uint64_t look_at_all(struct engine *engine)
 			client_put(client);
 			continue;
 		}
-		look_at_client(client, now, is_near(client->group));
+		look_at_client(client, now);
 		if (READ_ONCE(client->parked))
 			engine_kick_evictors(engine);
-		next_ms = min_of(next_ms, interval_ms(client->group));
+		next_ms = min_of(next_ms, interval_ms(engine, client->group));
 		if (!group_has_room(client->group, 1))
 			engine_kick_evictors(engine);
 		client_put(client);

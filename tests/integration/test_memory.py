@@ -281,6 +281,29 @@ def test_memory_that_comes_at_once(how: str) -> None:
     assert_honest(result, 32 * MIB, demand_bytes=512 * MIB, moment_bytes=0)
 
 
+# Huge pages, which one copy after the other fills: the fastest that one thread can take memory without a system call.
+_HUGE_FILL = """
+import mmap, random
+block = random.Random(1).randbytes(2 << 20)
+memory = mmap.mmap(-1, {mib} << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(memory), len(block)):
+    memory[at : at + len(block)] = block
+assert all(memory[at : at + len(block)] == block for at in range(0, len(memory), len(block)))
+"""
+
+
+def test_memory_that_is_filled_in_huge_pages() -> None:
+    """12 MiB a millisecond, once memory has been in use: by another run of the same."""
+    argv, limit = python_argv(_HUGE_FILL.format(mib=360)), 80 * MIB
+    for _ in range(3):
+        assert run_native(argv).returncode == 0
+        result = run_limited(limit, argv)
+        assert result.status == 0, result.describe()
+        assert_honest(result, limit, demand_bytes=360 * MIB, moment_bytes=0)
+        assert result.run["usage_bytes_max"] <= limit * 1.1, result.describe()
+
+
 # A child that keeps everything as it was at the fork, and a parent that writes to all of it as fast as it can.
 _WRITES_AFTER_FORK = """
 import mmap, numpy, os
