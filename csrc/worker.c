@@ -163,25 +163,24 @@ static void *worker_main(void *argument)
 
 	free(argument);
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
-		struct fill_scratch scratch;
-		bool shut;
+		struct fill_scratch scratch = { NULL };
+		bool waits;
 
 		client_free_forgotten(client);
 		settle_on_cpu(&worker);
 		wait_for_work(&worker);
-		scratch.pages = block_take(blocks);
-		if (!scratch.pages) {
-			sys_sleep_ms(1);
-			continue;
-		}
 		pthread_mutex_lock(&client->gate);
-		shut = client->fork_pending || client_is_shut(client);
-		if (!shut && !client->stopping)
-			fault_serve(client, &scratch);
-		shut |= client->fork_waits;
+		waits = client->fork_pending || client_is_shut(client);
+		if (!waits && !client->stopping) {
+			scratch.pages = block_take(blocks); /* not before: who waits for the gate needs none */
+			if (scratch.pages)
+				fault_serve(client, &scratch);
+			waits = !scratch.pages;
+		}
+		waits |= client->fork_waits;
 		pthread_mutex_unlock(&client->gate);
 		block_give(blocks, scratch.pages);
-		if (shut)
+		if (waits)
 			sys_sleep_ms(1); /* poll would return at once, for nothing */
 	}
 	if (worker.number == 0)
