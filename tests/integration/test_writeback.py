@@ -145,6 +145,7 @@ def test_pages_of_a_forked_child_are_written_back(stage: Stage) -> None:
         parent = stage.fork(first)
         _fill(stage, parent, 1)
         child = stage.fork(parent)
+        _wait(lambda: stage.is_managed(child), "known by its number")
         stage.end(parent)
         assert _figures(stage, child)["pool"] == _PAGES
         stage.order(f"limit {_LIMIT_BYTES} 1")
