@@ -186,35 +186,43 @@ static void give_up_spilled_copies(struct engine *engine, const struct group *gr
 	}
 }
 
+/* Give up some of a client's copies of resident pages in the pool. False: it has none. */
+static bool drop_copies(struct group *group, struct client *client)
+{
+	static __thread uint64_t cursor;
+	bool dropped = evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0;
+
+	if (dropped)
+		group_pool_changed(group);
+	return dropped;
+}
+
 /* The pool is at its cap: have something leave it. True when eviction may go on. */
 static bool pool_has_room(struct engine *engine, struct group *group, struct client *client)
 {
-	static __thread uint64_t cursor;
 	uint64_t cap = group_pool_cap_bytes(group);
 
 	if (pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap)
 		return true;
 	/* What is on the disk instead of a copy that saves nothing costs most. */
 	if (group_gives_up_copies(group)) {
-		bool dropped = evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0;
+		bool dropped = drop_copies(group, client);
 
 		WRITE_ONCE(group->kept_exhausted, !dropped);
-		if (dropped) {
-			group_pool_changed(group);
+		if (dropped)
 			return true;
-		}
 	}
 	give_up_spilled_copies(engine, group);
 	if (writeback_is_possible(engine, group)) {
 		engine_kick_writers(engine);
 		sys_sleep_ms(1);
 		/* Only copies of resident pages are left: the cap was lowered, or they are all over its slabs. */
-		if (client_is_warm(client) && evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0)
-			group_pool_changed(group);
+		if (client_is_warm(client))
+			(void)drop_copies(group, client);
 		return pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
 	}
-	(void)evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor);
-	group_pool_changed(group);
+	if (!drop_copies(group, client))
+		group_pool_changed(group); /* by faults, maybe: the cap follows what is in it */
 	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */
 	return group->pool_limit_bytes == 0 || pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
@@ -266,15 +274,6 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 	return pages;
 }
 
-/* Copies of what is resident are the first thing to go when nothing that is resident can. */
-static void drop_copies(struct group *group, struct client *client)
-{
-	static __thread uint64_t cursor;
-
-	if (evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0)
-		group_pool_changed(group);
-}
-
 static void reclaim_group(struct engine *engine, struct group *group, struct evictor *evictor)
 {
 	struct client *clients[CLIENTS_A_TURN];
@@ -288,8 +287,8 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 	for (unsigned i = 0; i < count; i++) {
 		if (READ_ONCE(group->parked) > 0)
 			(void)evict_resume(clients[i], evictor);
-		if (stuck_since_ns)
-			drop_copies(group, clients[i]);
+		if (stuck_since_ns) /* nothing that is resident can go: copies of it are the first thing that does */
+			(void)drop_copies(group, clients[i]);
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
 			pages += evict_from(engine, group, clients[i], evictor, desperate, now + TURN_NS);
 		client_put(clients[i]);
