@@ -121,7 +121,7 @@ static bool may_be_written(const struct backend *backend, struct spill *spill)
 	    READ_ONCE(backend->lacks_room))
 		return false;
 	spill_statistics(spill, &statistics);
-	return statistics.used_bytes + spill_reserve_bytes(spill) + SEGMENT_BYTES <= statistics.size_bytes;
+	return spill_room_bytes(spill, &statistics) >= SEGMENT_BYTES;
 }
 
 /* Of those with a priority below `below`, and encrypted if `sealed`. */
@@ -250,12 +250,10 @@ int backend_write_segment(struct engine *engine, unsigned number, struct spill_s
 uint64_t backend_room_bytes(const struct backend *backend, struct spill *spill)
 {
 	struct spill_statistics statistics;
-	uint64_t room, taken;
+	uint64_t room;
 
 	spill_statistics(spill, &statistics);
-	taken = statistics.used_bytes + spill_reserve_bytes(spill);
-	room = statistics.size_bytes - min_of(taken, statistics.size_bytes);
-	room = min_of(room, disk_room_bytes(backend, spill));
+	room = min_of(spill_room_bytes(spill, &statistics), disk_room_bytes(backend, spill));
 	return room / SEGMENT_BYTES * SEGMENT_BYTES;
 }
 

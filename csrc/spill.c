@@ -705,6 +705,13 @@ uint64_t spill_reserve_bytes(const struct spill *spill)
 	return max_of(spill->segment_count / RESERVE_SHARE, RESERVE_MIN) * SEGMENT_BYTES;
 }
 
+uint64_t spill_room_bytes(const struct spill *spill, const struct spill_statistics *statistics)
+{
+	uint64_t taken = statistics->used_bytes + spill_reserve_bytes(spill);
+
+	return statistics->size_bytes - min_of(taken, statistics->size_bytes);
+}
+
 /* Take a segment; -EAGAIN: make chunk *ret_chunk first. */
 static int segment_take(struct spill *spill, bool compacts, struct spill_segment *segment, uint64_t *ret_chunk)
 {

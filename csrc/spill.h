@@ -245,6 +245,8 @@ int spill_table_verify(struct spill *spill, uint64_t segment, void *bytes);
 struct spill_entry spill_table_entry(const void *bytes, unsigned index);
 
 void spill_statistics(struct spill *spill, struct spill_statistics *ret_statistics);
+/* Of its capacity what is free, but for what is left to compaction: of statistics that were just taken. */
+uint64_t spill_room_bytes(const struct spill *spill, const struct spill_statistics *statistics);
 bool spill_is_valid(struct spill *spill);
 
 #endif

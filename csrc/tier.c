@@ -15,13 +15,11 @@
 static bool lacks_segments(struct backend *backend, struct spill *spill)
 {
 	struct spill_statistics statistics;
-	uint64_t taken, room;
 	bool lacks;
 
 	spill_statistics(spill, &statistics);
-	taken = statistics.used_bytes + spill_reserve_bytes(spill);
-	room = statistics.size_bytes - min_of(taken, statistics.size_bytes);
-	lacks = room < statistics.size_bytes / (READ_ONCE(backend->demotes) ? END_PART : BEGIN_PART);
+	lacks = spill_room_bytes(spill, &statistics) <
+		statistics.size_bytes / (READ_ONCE(backend->demotes) ? END_PART : BEGIN_PART);
 	WRITE_ONCE(backend->demotes, lacks);
 	return lacks;
 }
