@@ -32,19 +32,26 @@ static void note_growth(struct client *client, int64_t pages, uint64_t cost_ns)
 			      round_cost_ns(client->group, cost_ns) * client->pss_cost_factor;
 }
 
+/*
+ * Reading walks over the page table, and while its lock is contended it does so in pieces: on a busy machine 0.1 s and
+ * more. A page that is moved meanwhile is seen twice, or not at all, and what faults bring behind the walk is not
+ * seen. So, of now: as much more as was charged meanwhile, but no more than all that is resident.
+ */
 static void read_pss(struct client *client, uint64_t resident)
 {
-	int64_t before = READ_ONCE(client->resident_pages), copied = READ_ONCE(client->copied_pages), growth, pages;
-	uint64_t bytes, since_ns = sys_now_ns();
+	int64_t before = READ_ONCE(client->resident_pages), copied = READ_ONCE(client->copied_pages), pages, growth;
+	uint64_t bytes, size, resident_before = resident, since_ns = sys_now_ns();
 
 	if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &bytes) < 0) {
 		client->pss_next_ns = since_ns + PSS_INTERVAL_NS;
 		return;
 	}
+	(void)sys_statm(client->statm_fd, &size, &resident);
 	pages = (int64_t)(bytes / PAGE_BYTES);
-	growth = max_of(pages - before, (int64_t)0);
+	WRITE_ONCE(client->is_alone, pages + pages / ALONE_PART >= (int64_t)max_of(resident, resident_before));
+	pages = min_of(pages + max_of(READ_ONCE(client->resident_pages) - before, (int64_t)0), (int64_t)resident);
+	growth = max_of(pages - READ_ONCE(client->resident_pages), (int64_t)0);
 	WRITE_ONCE(client->pss_above_resident, pages - (int64_t)resident);
-	WRITE_ONCE(client->is_alone, pages + pages / ALONE_PART >= (int64_t)resident);
 	/* What was let through before the reading is in it. */
 	__atomic_fetch_sub(&client->copied_pages, copied, __ATOMIC_RELAXED);
 	look_set_resident(client, pages, growth);

@@ -18,7 +18,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -396,9 +395,8 @@ void *look_thread_main(void *argument)
 	struct engine *engine = argument;
 	uint64_t seen = 0;
 
-	/* Programs that fill all CPUs must not make it late: so much more is beyond the limit then. A hint. */
-	(void)setpriority(PRIO_PROCESS, (id_t)gettid(), -20);
-
+	/* Programs that fill all CPUs must not make it late: so much more is beyond the limit then. */
+	sys_hurry_this_thread();
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
 		engine_wait_for_requests(engine, &engine->look_work, &engine->look_requests, &seen,
 					 (unsigned)look_at_all(engine));

@@ -634,6 +634,15 @@ void sys_prefer_this_thread(void)
 	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */
 }
 
+void sys_hurry_this_thread(void)
+{
+	const struct sched_param parameters = { .sched_priority = 1 };
+
+	/* Nice is a share of the CPU within a session's or a control group's, and no more. */
+	if (sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &parameters) < 0)
+		(void)setpriority(PRIO_PROCESS, 0, -20);
+}
+
 /* With MCL_FUTURE each mapping counts in full, whatever is touched of it: where there is a limit the next ones would
  * fail, which is found out here. */
 bool sys_lock_memory(void)

@@ -147,6 +147,9 @@ void sys_pin_this_thread(unsigned cpu);
 
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);
+/* Let it run as soon as it has something to do, and that is little: before all of other users' and sessions' as well,
+ * where that is allowed; else before others of its own. */
+void sys_hurry_this_thread(void);
 /* What this process has and will map stays in RAM once it was touched: programs wait for it. False: not allowed
  * (CAP_IPC_LOCK, RLIMIT_MEMLOCK), nothing is locked, and a kernel that swaps may swap it. Not inherited by a fork. */
 bool sys_lock_memory(void);
