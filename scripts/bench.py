@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import applications, floor, gil, plots, scaling, scenarios, systems, table
 from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
+from benchmarks.build import build
 from benchmarks.execute import ExecuteError
 from benchmarks.journal import DEFAULT_PATH, STOP_SIGNALS, Journal, JournalError, restore
 from benchmarks.session import ScenarioResult, Session, as_json, from_json
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
     from benchmarks.scenarios import Scenario
 
-_SOURCES = Path(__file__).resolve().parent / "benchmarks"
-_WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 _MIB = 1 << 20
 _QUICK_SECONDS_MAX = 170.0  # building and reporting make it three minutes
 
@@ -52,19 +51,6 @@ _NO_PLOTS = "bench: no plots, for matplotlib is not installed: .venv/bin/pip ins
 
 class BenchError(Exception):
     """One line; nothing was measured."""
-
-
-def build_workloads(directory: str) -> str:
-    """Path of the program, compiled into `directory`."""
-    program = os.path.join(directory, "workloads")
-    sources = [
-        str(_SOURCES / f"{name}.c") for name in ("workloads", "access", "pageout", "content", "latency", "pattern")
-    ]
-    command = ["cc", "-std=gnu11", "-O2", "-g", *_WARNINGS, "-o", program, *sources, "-llz4", "-lm"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BenchError(f"cannot compile the workloads: {done.stderr.strip()[-500:]}")
-    return program
 
 
 # ---- command line ----
@@ -378,7 +364,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     with Journal() as journal:
         directory = tempfile.mkdtemp(prefix="vswap-bench-", dir="/var/tmp")
         journal.note("directory", path=directory)
-        program = build_workloads(directory)
+        program = build(directory, "workloads")
         cgroup = Cgroup(hierarchy, journal, f"vswap-bench-{os.getpid()}")
         place = systems.Place(journal, cgroup, directory, _swap_bytes(options), options.run_seconds)
         chosen = _make_systems(options, place, console)

@@ -12,12 +12,10 @@ import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
+from benchmarks.build import build
 from benchmarks.execute import ExecuteError
 
-_SOURCES = Path(__file__).resolve().parent
-_CSRC = _SOURCES.parent.parent / "csrc"
 _FILE_BYTES = 64 << 20
 _BATCH_PAGES = 64  # pages of one closing of the gate (BATCH_PAGES_MAX)
 
@@ -53,17 +51,6 @@ SUMS = (
 )
 
 
-def _build(directory: str) -> str:
-    program = os.path.join(directory, "floor")
-    sources = [_SOURCES / "floor.c", _SOURCES / "latency.c"]
-    sources += [_CSRC / f"{name}.c" for name in ("codec", "base", "fault_point")]
-    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-iquote", str(_CSRC), "-o", program, *map(str, sources)]
-    done = subprocess.run([*command, "-llz4", "-lzstd", "-lm"], check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ExecuteError(f"cannot compile floor.c: {done.stderr.strip()[-500:]}")
-    return program
-
-
 def _write_file(path: str) -> None:
     """Noise, and on the disk: a hole would be read from nowhere."""
     with open(path, "wb") as file:
@@ -77,7 +64,7 @@ def measure(place: str) -> dict[str, Step]:
     with tempfile.TemporaryDirectory(prefix="vswap-floor-", dir=place) as directory:
         path = os.path.join(directory, "noise")
         _write_file(path)
-        done = subprocess.run([_build(directory), path], check=False, capture_output=True, text=True)
+        done = subprocess.run([build(directory, "floor"), path], check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise ExecuteError(done.stderr.strip() or f"floor.c ended with {done.returncode}")
     records = [json.loads(line) for line in done.stdout.splitlines()]

@@ -24,6 +24,7 @@ sys.path.insert(0, str(_TESTS))
 
 from support.sampler import ControlClient, answering_pid
 
+from benchmarks.build import build
 from benchmarks.execute import ExecuteError
 
 if TYPE_CHECKING:
@@ -57,17 +58,6 @@ class GilResult:
             f"({min(ratios):.0%} to {max(ratios):.0%}, {len(ratios)} times; goal: at least 90 %), "
             f"{statistics.median(self.held):.0f} and {statistics.median(self.free):.0f} pages/s"
         )
-
-
-def _build(directory: str) -> str:
-    program = os.path.join(directory, "verify_memory")
-    source = str(_TESTS / "support" / "verify_memory.c")
-    done = subprocess.run(
-        ["cc", "-O2", "-o", program, source, "-lpthread"], check=False, capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise ExecuteError(f"cannot compile {source}: {done.stderr.strip()[-500:]}")
-    return program
 
 
 def _rate_during(path: str, seconds: float) -> float:
@@ -122,7 +112,7 @@ def measure(rounds: int) -> GilResult:
         socket, progress = os.path.join(directory, "vswapd.sock"), os.path.join(directory, "progress")
         daemon_argv = [str(commands / "vswapd"), "--socket", socket, "--log-level", "error"]
         argv = [str(commands / "vswapctl"), "run", "--socket", socket, "--limit", f"{_LIMIT_MIB}M", "--"]
-        argv += [_build(directory), "--mib", str(_PROGRAM_MIB), "--kind", "third", "--passes", "1"]
+        argv += [build(directory, "verify_memory"), "--mib", str(_PROGRAM_MIB), "--kind", "third", "--passes", "1"]
         argv += ["--seconds", str(seconds), "--progress", progress]
         with contextlib.ExitStack() as running:
             running.enter_context(_started(daemon_argv, VSWAPD_TEST_OPERATIONS="1"))

@@ -4,30 +4,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from benchmarks.execute import ExecuteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from benchmarks.systems import Outcome, System
-
-_SOURCES = Path(__file__).resolve().parent
-_WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
-
-
-def build(directory: str) -> str:
-    """Path of the program, compiled into `directory`. ExecuteError."""
-    program = os.path.join(directory, "held")
-    sources = [str(_SOURCES / f"{name}.c") for name in ("held", "content", "latency")]
-    command = ["cc", "-std=gnu11", "-O2", "-g", *_WARNINGS, "-o", program, *sources, "-llz4", "-lm"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ExecuteError(f"cannot compile the program: {done.stderr.strip()[-500:]}")
-    return program
 
 
 def _go_on(fifo: str) -> None:

@@ -22,16 +22,13 @@ from typing import TYPE_CHECKING, Any
 _ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(_ROOT / "tests"))
 
+from benchmarks.build import build
 from benchmarks.execute import ExecuteError, execute
 from support.sampler import ControlClient, answering_pid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_SOURCES = Path(__file__).resolve().parent
-_CSRC = _ROOT / "csrc"
-_WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
-_TABLE_SOURCES = ("slot_table", "slot_heap", "base", "crash_point", "fault_point")
 _SCHED_IDLE = "5"
 _START_SECONDS_MAX = 20.0
 _TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
@@ -92,25 +89,6 @@ class Series:
 
 
 # ---- programs ----
-
-
-def _compile(directory: str, name: str, sources: Sequence[Path], *arguments: str) -> str:
-    program = os.path.join(directory, name)
-    command = ["cc", "-std=gnu11", "-O2", "-g", *_WARNINGS, "-o", program, *map(str, sources), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ExecuteError(f"cannot compile {name}: {done.stderr.strip()[-500:]}")
-    return program
-
-
-def _build_scaling(directory: str) -> str:
-    sources = [_SOURCES / f"{name}.c" for name in ("scaling", "access", "content", "latency", "pattern")]
-    return _compile(directory, "scaling", sources, "-llz4", "-lm", "-lpthread")
-
-
-def _build_slots(directory: str) -> str:
-    sources = [_SOURCES / "slots.c", *(_CSRC / f"{name}.c" for name in _TABLE_SOURCES)]
-    return _compile(directory, "slots", sources, "-iquote", str(_CSRC), "-lpthread")
 
 
 def _build_drive(directory: str) -> str:
@@ -216,9 +194,9 @@ def measure(names: Sequence[str], on_point: Callable[[Axis, int], None]) -> list
     """All points of the axes of these names. ExecuteError, OSError."""
     measured = []
     with tempfile.TemporaryDirectory(prefix="vswap-bench-", dir="/var/tmp") as directory:
-        program = _build_scaling(directory)
+        program = build(directory, "scaling")
         if "slots" in names:
-            _build_slots(directory)
+            build(directory, "slots")
             _build_drive(directory)
         for axis in AXES:
             if axis.name not in names:

@@ -119,12 +119,12 @@ static int claim(void *context, uint64_t page, struct slot slot)
 }
 
 /* As recover.c does it, but for what it does with each slot. */
-static double time_takeover(void *base)
+static double time_takeover(int fd, void *base)
 {
 	slot_space_destroy(space);
 	uint64_t started = now_ns();
 
-	if (slot_space_open(base, SPACE_BYTES, &space) != 0 || slot_space_adopt(space, &map) != 0 ||
+	if (slot_space_open(fd, 0, base, SPACE_BYTES, &space) != 0 || slot_space_adopt(space, &map) != 0 ||
 	    slot_space_ready(space) != 0 || slot_map_claim(space, &map, claim, NULL) != 0)
 		fail("the table cannot be taken over");
 	slot_space_claimed(space);
@@ -143,10 +143,10 @@ int main(int argc, char **argv)
 
 	if (fd >= 0 && ftruncate(fd, SPACE_BYTES) == 0)
 		base = mmap(NULL, SPACE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-	if (base == MAP_FAILED || slot_space_create(base, SPACE_BYTES, &space) != 0)
+	if (base == MAP_FAILED || slot_space_create(fd, 0, base, SPACE_BYTES, &space) != 0)
 		fail("no address space");
 	double append = time_append(), look_up = time_look_up(), replace = time_replace(), again = time_drop_and_set();
-	double bytes = (double)slot_space_metadata_bytes(space) / (double)slot_count, takeover = time_takeover(base);
+	double bytes = (double)slot_space_metadata_bytes(space) / (double)slot_count, takeover = time_takeover(fd, base);
 
 	for (uint64_t i = 0; i < RANDOM_OPERATIONS; i++)
 		check(random_number(i));

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import held
+from benchmarks.build import build
 from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
 from benchmarks.execute import ExecuteError
 from benchmarks.journal import DEFAULT_PATH, STOP_SIGNALS, Journal, JournalError, restore
@@ -60,7 +60,7 @@ def stage(swap_bytes: int) -> Iterator[tuple[Place, str]]:
         directory = tempfile.mkdtemp(prefix="vswap-bench-", dir="/var/tmp")
         journal.note("directory", path=directory)
         cgroup = Cgroup(find_hierarchy(), journal, f"vswap-bench-{os.getpid()}")
-        yield Place(journal, cgroup, directory, swap_bytes), held.build(directory)
+        yield Place(journal, cgroup, directory, swap_bytes), build(directory, "held")
     for problem in journal.problems:
         sys.stderr.write(f"{problem}\n")
 

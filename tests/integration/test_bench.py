@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floor
+from benchmarks import build, floor
 from benchmarks.journal import DEFAULT_PATH
 
 _BENCH = Path(__file__).parents[2] / "scripts/bench"
@@ -31,6 +31,18 @@ def machine_state() -> dict[str, object]:
         ),
         "journal": os.path.exists(DEFAULT_PATH),
     }
+
+
+@pytest.mark.parametrize("name", build.SOURCES)
+def test_measured_program_compiles(name: str, tmp_path: Path) -> None:
+    program = build.build(str(tmp_path), name)
+    assert os.access(program, os.X_OK)
+
+
+def test_cost_of_slots_is_measured(tmp_path: Path) -> None:
+    done = subprocess.run([build.build(str(tmp_path), "slots"), "20000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["slots"] == 20000
 
 
 def test_floor_has_all_that_its_sums_need() -> None:
