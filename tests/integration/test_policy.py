@@ -4,65 +4,20 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from support.limited import MIB, command_path
+from support.aged import aged_text
+from support.limited import MIB
 from support.service import Service, serving, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-_PROGRAM = Path(__file__).parent.parent / "support" / "aged_text.py"
 _BACKINGS = ("zero", "same", "pool", "spill", "shared", "staged", "poisoned", "kept")
-
-
-class _Program:
-    """aged_text.py, at its input, in the group "policy"."""
-
-    def __init__(self, service: Service, run: subprocess.Popen[str]) -> None:
-        self.service = service
-        self._run = run
-
-    def read_all(self) -> str:
-        """What it says of what it read."""
-        assert self._run.stdin
-        assert self._run.stdout
-        self._run.stdin.write("\n")
-        self._run.stdin.flush()
-        return self._run.stdout.readline().strip()
-
-    @property
-    def pid(self) -> int:
-        """Of the managed process."""
-        return next(int(client["pid"]) for client in self.service.status()["clients"])
-
-    def group(self) -> dict[str, Any]:
-        """What is said of its group."""
-        return self.service.group("policy")
-
-    def call(self, verb: str, *arguments: str) -> str:
-        """What `vswapctl` prints."""
-        argv = [command_path("vswapctl"), verb, "--socket", self.service.socket_path, str(self.pid), *arguments]
-        return subprocess.run(argv, capture_output=True, check=True, text=True).stdout
-
-
-@contextmanager
-def _program(service: Service, text_mib: int, noise_mib: int = 0) -> Iterator[_Program]:
-    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "policy", "--"]
-    argv += [sys.executable, str(_PROGRAM), str(text_mib), str(noise_mib)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
-        try:
-            assert run.stdout
-            assert run.stdout.readline() == "ready\n"
-            yield _Program(service, run)
-        finally:
-            run.terminate()
 
 
 def _group(limit: str, more: str = "") -> str:
@@ -70,7 +25,10 @@ def _group(limit: str, more: str = "") -> str:
 
 
 def test_writeback_is_switched_while_a_program_runs(tmp_path: Path) -> None:
-    with serving(tmp_path, _group("96M", "writeback = false\n")) as service, _program(service, 48) as program:
+    with (
+        serving(tmp_path, _group("96M", "writeback = false\n")) as service,
+        aged_text(service, "policy", 48) as program,
+    ):
         program.call("pageout")
         group = program.group()
         assert group["no_spill"]
@@ -84,7 +42,10 @@ def test_writeback_is_switched_while_a_program_runs(tmp_path: Path) -> None:
 
 def test_incompressible_pages_go_first(tmp_path: Path) -> None:
     """Although the text was there before."""
-    with serving(tmp_path, _group("128M", "writeback = false\n")) as service, _program(service, 24, 24) as program:
+    with (
+        serving(tmp_path, _group("128M", "writeback = false\n")) as service,
+        aged_text(service, "policy", 24, 24) as program,
+    ):
         program.call("pageout")
         cap_mib = program.group()["pool_bytes"] // MIB - 4
         program.call("limit", "--writeback", "on", "--pool", f"{cap_mib}M")
@@ -97,7 +58,7 @@ def test_incompressible_pages_go_first(tmp_path: Path) -> None:
 
 def test_budget_of_disk_is_kept(tmp_path: Path) -> None:
     """By the last segment: what is beyond stays in RAM."""
-    with serving(tmp_path, _group("64M")) as service, _program(service, 1, 32) as program:
+    with serving(tmp_path, _group("64M")) as service, aged_text(service, "policy", 1, 32) as program:
         assert "spill 8 MiB" in program.call("limit", "40M", "--spill", "8M", "--pool", "8M")
         for _ in range(50):
             group = program.group()
@@ -116,7 +77,7 @@ def test_a_rate_is_not_exceeded(tmp_path: Path) -> None:
     service.conf.write_text(service.conf.read_text().replace('size = "1G"\n', f'size = "1G"\nrate = {rate}\n'))
     service.start()
     try:
-        with _program(service, 40) as program:
+        with aged_text(service, "policy", 40) as program:
             program.call("pageout")
             begun = time.monotonic()
             program.call("limit", "--writeback", "on", "--pool", "12M")
@@ -147,7 +108,7 @@ def test_nothing_is_begun_on_a_full_disk(small_disk: Path, tmp_path: Path) -> No
     service.conf.write_text(service.conf.read_text().replace(f"{tmp_path}/spill", f"{small_disk}/spill"))
     service.start()
     try:
-        with _program(service, 1, 32) as program:
+        with aged_text(service, "policy", 1, 32) as program:
             program.call("pageout")
             wait_until("it is known to be full", lambda: service.status()["backends"][0]["lacks_room"])
             errors = service.status()["backends"][0]["errors"]

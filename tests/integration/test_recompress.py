@@ -4,50 +4,19 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from support.aged import aged_text
 from support.limited import MIB, command_path
 from support.service import serving, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
     from support.service import Service
 
-_PROGRAM = Path(__file__).parent.parent / "support" / "aged_text.py"
 _MIB = 72
 _GROUPS = '[[group]]\nname = "aging"\nlimit = "64M"\n'
-
-
-class _Text:
-    """aged_text.py, at its input."""
-
-    def __init__(self, run: subprocess.Popen[str]) -> None:
-        self._run = run
-
-    def read_all(self) -> str:
-        """What it says of what it read."""
-        assert self._run.stdin
-        assert self._run.stdout
-        self._run.stdin.write("\n")
-        self._run.stdin.flush()
-        return self._run.stdout.readline().strip()
-
-
-@contextmanager
-def _text(service: Service) -> Iterator[_Text]:
-    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "aging", "--"]
-    argv += [sys.executable, str(_PROGRAM), str(_MIB)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
-        try:
-            assert run.stdout
-            assert run.stdout.readline() == "ready\n"
-            yield _Text(run)
-        finally:
-            run.terminate()
 
 
 def _counters(service: Service) -> dict[str, Any]:
@@ -57,7 +26,7 @@ def _counters(service: Service) -> dict[str, Any]:
 
 def test_old_text_takes_less_of_the_pool(tmp_path: Path) -> None:
     """By 15 % at least, with the CPU time of it shown; all of it is right afterwards."""
-    with serving(tmp_path, _GROUPS, more="recompress_age = 1\n") as service, _text(service) as text:
+    with serving(tmp_path, _GROUPS, more="recompress_age = 1\n") as service, aged_text(service, "aging", _MIB) as text:
         before = service.group("aging")["pool_bytes"]
         assert before > 16 * MIB
         wait_until("the pool is smaller", lambda: service.group("aging")["pool_bytes"] < 0.85 * before)
@@ -79,7 +48,7 @@ def test_old_text_takes_less_of_the_pool(tmp_path: Path) -> None:
 
 def test_what_was_compressed_again_is_written_as_it_is(tmp_path: Path) -> None:
     """Age, recompress, write back: each is counted."""
-    with serving(tmp_path, _GROUPS, more="recompress_age = 1\n") as service, _text(service) as text:
+    with serving(tmp_path, _GROUPS, more="recompress_age = 1\n") as service, aged_text(service, "aging", _MIB) as text:
         wait_until("old pages are recompressed", lambda: _counters(service)["recompressed_pages"] > 4096)
         service.conf.write_text(service.conf.read_text().replace('limit = "64M"', 'limit = "64M"\npool = "4M"'))
         service.reload()
@@ -91,7 +60,7 @@ def test_what_was_compressed_again_is_written_as_it_is(tmp_path: Path) -> None:
 def test_a_group_can_do_without(tmp_path: Path) -> None:
     """While it says so; the reload of its configuration changes that."""
     without = _GROUPS + "recompress = false\n"
-    with serving(tmp_path, without, more="recompress_age = 1\n") as service, _text(service) as text:
+    with serving(tmp_path, without, more="recompress_age = 1\n") as service, aged_text(service, "aging", _MIB) as text:
         other = '[[group]]\nname = "aging"\nlimit = "64M"\n'
         assert service.group("aging")["no_recompress"]
         service.write(other, more="recompress_age = 1\n")
