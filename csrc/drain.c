@@ -42,8 +42,12 @@
 #include "io.h"
 #include "sys.h"
 
-#define READS_AHEAD 2u /* faults read from the same disk: a megabyte is what they wait for anyway */
-#define BUFFER_BYTES (READS_AHEAD * SEGMENT_BYTES + 5 * PAGE_BYTES)
+#define SEGMENTS_AHEAD 2u /* one is moved, one read */
+#define PIECE_BYTES (128UL << 10)
+#define PIECES (SEGMENT_BYTES / PIECE_BYTES)
+#define PIECES_PENDING 2u /* what a fault's read waits for on the same disk: a fifth of a millisecond at 1 GB/s */
+#define AHEAD_BYTES (SEGMENTS_AHEAD * SEGMENT_BYTES)
+#define BUFFER_BYTES (AHEAD_BYTES + 5 * PAGE_BYTES)
 #define MOVES_MAX 8192u    /* of a segment that is not written yet */
 #define MOVES_A_TURN 64u
 #define CLUSTERS_A_TURN 16u
@@ -79,8 +83,9 @@ struct job {
 	struct client *held[HELD_MAX];
 	unsigned held_count;
 
-	uint8_t *buffers; /* READS_AHEAD segments, then a page, one for an object, room for an extent and its surroundings */
+	uint8_t *buffers; /* SEGMENTS_AHEAD segments, then a page, one for an object, room for an extent and its surroundings */
 	struct io_queue *queue;
+	struct read_ahead *ahead; /* of the pass by segment */
 	uint64_t settled; /* moves that came to their end */
 	uint64_t extents_bad; /* failed their check in this round */
 	bool lacks_room;      /* some had nowhere to go in this round */
@@ -257,6 +262,8 @@ static int out_add(struct job *job, struct move *move, const uint8_t *object)
 
 /* ---- step 2 ---- */
 
+static void read_on(struct job *job);
+
 static bool is_cancelled(const struct job *job)
 {
 	return READ_ONCE(job->engine->backends[job->number].job_cancelled) ||
@@ -266,7 +273,7 @@ static bool is_cancelled(const struct job *job)
 /* The object in bytes that were read from its place on: sound, or NULL. */
 static const uint8_t *object_check(struct job *job, const struct move *move, const uint8_t *bytes)
 {
-	uint8_t *page = job->buffers + READS_AHEAD * SEGMENT_BYTES;
+	uint8_t *page = job->buffers + AHEAD_BYTES;
 	const uint8_t *object;
 
 	if (spill_object_open(job->spill, move->copy.location, move->copy.units, bytes, page + PAGE_BYTES, &object) < 0 ||
@@ -297,7 +304,7 @@ static bool is_unchanged(struct job *job, const struct move *move)
 static const uint8_t *object_get(struct job *job, const struct move *move, const uint8_t *bytes)
 {
 	struct spill_range range = spill_range_of(job->spill, move->copy.location, move->copy.units);
-	uint8_t *buffer = job->buffers + READS_AHEAD * SEGMENT_BYTES + 2 * PAGE_BYTES;
+	uint8_t *buffer = job->buffers + AHEAD_BYTES + 2 * PAGE_BYTES;
 	const uint8_t *object = bytes ? object_check(job, move, bytes) : NULL;
 	int result;
 
@@ -365,6 +372,7 @@ static int move_turn(struct job *job, struct move *moves, unsigned count, const 
 
 	if (is_cancelled(job))
 		return -ECANCELED;
+	read_on(job);
 	for (unsigned i = 0; i < count && result == 0; i++) {
 		struct move *move = &moves[i];
 		const uint8_t *object;
@@ -496,53 +504,110 @@ static void note_left(struct job *job)
 	WRITE_ONCE(backend->job_left_bytes, min_of(left_bytes, backend->job_total_bytes));
 }
 
-/* The order in which segments were asked for is the order in which they are moved. */
+/*
+ * The next segment is read while one is moved, a piece at a time and few of them under way: who faults waits for those. Segments
+ * come in the order in which they were asked for.
+ */
 struct read_ahead {
-	int64_t numbers[READS_AHEAD];
-	int64_t results[READS_AHEAD]; /* of the read; 0: on its way */
+	struct ahead_segment {
+		int64_t number;
+		unsigned asked, pending; /* pieces; 0 pending and all asked: it is there, or has failed */
+		int error;
+	} segments[SEGMENTS_AHEAD];
 	unsigned first, count;
+	unsigned pending;
 	uint64_t next;
 	unsigned left; /* segments that may still be asked for */
 };
 
-static void read_more(struct job *job, struct read_ahead *ahead)
+static uint8_t *segment_buffer(const struct job *job, unsigned slot)
 {
-	while (ahead->count < READS_AHEAD && ahead->left > 0) {
-		unsigned slot = (ahead->first + ahead->count) % READS_AHEAD;
-		int64_t number = next_wanted(job, ahead->next);
-		int result;
+	return job->buffers + slot * SEGMENT_BYTES;
+}
 
-		if (number < 0)
-			break;
-		ahead->numbers[slot] = number;
-		ahead->results[slot] = 0;
-		ahead->next = (uint64_t)number + 1;
-		ahead->left--;
-		ahead->count++;
-		result = io_read(job->queue, spill_fd(job->spill), job->buffers + slot * SEGMENT_BYTES,
-				 SEGMENT_BYTES, (uint64_t)number * SEGMENT_BYTES, slot);
-		if (result < 0)
-			ahead->results[slot] = result;
+static void ask_piece(struct job *job, struct read_ahead *ahead, unsigned slot)
+{
+	struct ahead_segment *segment = &ahead->segments[slot];
+	uint64_t at = segment->asked * PIECE_BYTES;
+	int result = io_read(job->queue, spill_fd(job->spill), segment_buffer(job, slot) + at, PIECE_BYTES,
+			     (uint64_t)segment->number * SEGMENT_BYTES + at, slot);
+
+	segment->asked++;
+	if (result == 0) {
+		segment->pending++;
+		ahead->pending++;
+	} else {
+		segment->error = result;
+		segment->asked = PIECES;
 	}
 }
 
-/* Wait for the oldest read: its slot. */
+/* As many pieces as may be under way, of the segments that have a buffer. */
+static void read_more(struct job *job, struct read_ahead *ahead)
+{
+	for (unsigned k = 0; k < SEGMENTS_AHEAD; k++) {
+		unsigned slot = (ahead->first + k) % SEGMENTS_AHEAD;
+
+		if (k == ahead->count) {
+			int64_t number = ahead->left > 0 ? next_wanted(job, ahead->next) : -ENOENT;
+
+			if (number < 0)
+				return;
+			ahead->segments[slot] = (struct ahead_segment){ .number = number };
+			ahead->next = (uint64_t)number + 1;
+			ahead->left--;
+			ahead->count++;
+		}
+		while (ahead->segments[slot].asked < PIECES && ahead->pending < PIECES_PENDING)
+			ask_piece(job, ahead, slot);
+	}
+}
+
+static void read_reap(struct job *job, struct read_ahead *ahead, bool wait)
+{
+	struct io_completion completions[PIECES_PENDING];
+	unsigned count = wait ? io_wait(job->queue, completions, PIECES_PENDING)
+			      : io_reap(job->queue, completions, PIECES_PENDING);
+
+	for (unsigned i = 0; i < count; i++) {
+		struct ahead_segment *segment = &ahead->segments[completions[i].cookie];
+
+		segment->pending--;
+		ahead->pending--;
+		if (completions[i].result < 0) {
+			segment->error = (int)completions[i].result;
+			segment->asked = PIECES;
+		}
+	}
+}
+
+/* While something else is done. */
+static void read_on(struct job *job)
+{
+	if (!job->ahead)
+		return;
+	read_reap(job, job->ahead, false);
+	read_more(job, job->ahead);
+}
+
+/* Wait for the oldest segment: its slot, which is its own until read_done. */
 static unsigned read_wait(struct job *job, struct read_ahead *ahead)
 {
-	unsigned slot = ahead->first;
+	struct ahead_segment *segment = &ahead->segments[ahead->first];
 
-	while (ahead->results[slot] == 0) {
-		struct io_completion completions[READS_AHEAD];
-		unsigned count = io_wait(job->queue, completions, READS_AHEAD);
-
-		VS_CHECK(count > 0);
-		for (unsigned i = 0; i < count; i++)
-			ahead->results[completions[i].cookie] = completions[i].result;
+	while (segment->asked < PIECES || segment->pending > 0) {
+		VS_CHECK(ahead->pending > 0);
+		read_reap(job, ahead, true);
+		read_more(job, ahead);
 	}
-	spill_count_read(job->spill, SEGMENT_BYTES, (int)min_of(ahead->results[slot], 0));
-	ahead->first = (slot + 1) % READS_AHEAD;
+	spill_count_read(job->spill, SEGMENT_BYTES, segment->error);
+	return ahead->first;
+}
+
+static void read_done(struct read_ahead *ahead)
+{
+	ahead->first = (ahead->first + 1) % SEGMENTS_AHEAD;
 	ahead->count--;
-	return slot;
 }
 
 /* At most `segments` segments from *from on. A segment that cannot be read is left to the other pass. */
@@ -551,6 +616,7 @@ static int pass_by_segment(struct job *job, uint64_t *from, unsigned segments)
 	struct read_ahead ahead = { .next = *from, .left = segments };
 	int result = 0;
 
+	job->ahead = &ahead;
 	while (result == 0) {
 		unsigned slot;
 
@@ -558,17 +624,18 @@ static int pass_by_segment(struct job *job, uint64_t *from, unsigned segments)
 		if (ahead.count == 0)
 			break;
 		slot = read_wait(job, &ahead);
-		if (ahead.results[slot] > 0)
-			result = move_segment(job, (uint64_t)ahead.numbers[slot],
-					      job->buffers + slot * SEGMENT_BYTES);
+		if (ahead.segments[slot].error == 0)
+			result = move_segment(job, (uint64_t)ahead.segments[slot].number, segment_buffer(job, slot));
+		read_done(&ahead);
 		if (!job->out)
 			release_held(job);
 		if (is_cancelled(job))
 			result = -ECANCELED;
 		note_left(job);
 	}
-	while (ahead.count > 0)
-		(void)read_wait(job, &ahead); /* the buffers are ours until then */
+	job->ahead = NULL;
+	while (ahead.pending > 0)
+		read_reap(job, &ahead, true); /* the buffers are ours until then */
 	if (result == 0)
 		result = out_flush(job);
 	release_held(job);
@@ -644,21 +711,44 @@ static int pass_by_slot(struct job *job)
 
 /* ---- jobs ---- */
 
+/*
+ * In one huge page if there is one: of single pages a large read has hundreds of pieces for the device, and where that
+ * fills its queue whoever faults waits until it is read. NULL: no memory.
+ */
+static uint8_t *buffers_map(void)
+{
+	size_t bytes = AHEAD_BYTES + BUFFER_BYTES, before;
+	uint8_t *start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (start == MAP_FAILED)
+		return NULL;
+	before = (size_t)(-(uintptr_t)start % AHEAD_BYTES);
+	if (before > 0)
+		munmap(start, before);
+	munmap(start + before + BUFFER_BYTES, bytes - before - BUFFER_BYTES);
+	(void)madvise(start + before, AHEAD_BYTES, MADV_HUGEPAGE);
+	return start + before;
+}
+
+static void buffers_unmap(uint8_t *buffers)
+{
+	if (buffers)
+		munmap(buffers, BUFFER_BYTES);
+}
+
 static int job_open(struct job *job, struct engine *engine, unsigned number, bool compacts, bool force)
 {
-	size_t bytes = BUFFER_BYTES;
 	int result = -ENOMEM;
 
 	*job = (struct job){ .engine = engine, .number = number, .compacts = compacts, .force = force,
 			     .spill = engine->backends[number].spill };
 	job->moves = malloc(MOVES_MAX * sizeof *job->moves);
-	job->buffers = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (job->moves && job->buffers != MAP_FAILED)
-		result = io_queue_create(READS_AHEAD, IO_AUTOMATIC, &job->queue);
+	job->buffers = buffers_map();
+	if (job->moves && job->buffers)
+		result = io_queue_create(PIECES_PENDING, IO_AUTOMATIC, &job->queue);
 	if (result == 0)
 		return 0;
-	if (job->buffers != MAP_FAILED)
-		munmap(job->buffers, bytes);
+	buffers_unmap(job->buffers);
 	free(job->moves);
 	return result;
 }
@@ -671,7 +761,7 @@ static void job_close(struct job *job)
 	}
 	release_held(job);
 	io_queue_destroy(job->queue);
-	munmap(job->buffers, BUFFER_BYTES);
+	buffers_unmap(job->buffers);
 	free(job->moves);
 }
 
@@ -879,6 +969,7 @@ int engine_backend_drain(struct engine *engine, int number, int force)
 	spill_statistics(backend->spill, &statistics);
 	WRITE_ONCE(backend->job_total_bytes, statistics.live_bytes);
 	WRITE_ONCE(backend->job_left_bytes, statistics.live_bytes);
+	spill_set_draining(backend->spill, true);
 	nice_before = sys_nice(0); /* faults go first */
 	result = job_open(&job, engine, (unsigned)number, false, force != 0);
 	if (result == 0) {
@@ -886,10 +977,12 @@ int engine_backend_drain(struct engine *engine, int number, int force)
 		job_close(&job);
 	}
 	(void)sys_nice(nice_before);
-	if (result < 0)
-		job_release(engine, (unsigned)number);
-	else
+	if (result == 0) {
 		backend_remove(engine, (unsigned)number);
+		return 0;
+	}
+	spill_set_draining(backend->spill, false);
+	job_release(engine, (unsigned)number);
 	return result;
 }
 

@@ -8,8 +8,9 @@
  * file stays compact, and EMPTY ones that are taken again save the punch.
  *
  * Trimming has a thread of its own because it is slow (ext4: 0.3 ms a segment) while extents are
- * freed on the fault path. The file's reads wait for it: one punch behind the other, a read took
- * 500 us instead of 60. So the trimmer rests most of the time, unless someone waits for it.
+ * freed on the fault path. The file's reads wait for it, and it for reads under way: one punch behind the other, a read
+ * took 500 us instead of 60. So the trimmer rests most of the time, unless someone waits for it; and while a drain reads the
+ * file from end to end it does nothing that can wait.
  *
  * A segment is written by one pwrite of its used part: the block layer cuts it and has all pieces
  * in flight anyway (measured: io_uring is as fast with 1 x 1 MiB, slower with 4 x 256 KiB). And a
@@ -22,6 +23,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -30,6 +32,7 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -49,6 +52,7 @@
 #define TRIM_UNCLAIMED_SEGMENTS 16UL /* mostly holes */
 #define TRIM_REST 4 /* times as long as a trim took, between two */
 #define TRIM_REST_NS_MAX 100000000UL
+#define TRIM_WAIT_SHARE 2u /* so many times what lives on a draining backend is to be free beside it */
 #define BUFFERS_CACHED_MAX 2
 #define SPARSE_PERCENT 96UL
 #define RESERVE_SHARE 32u /* of a backend, for its compaction */
@@ -148,6 +152,7 @@ struct spill {
 	bool was_used;           /* nothing may be claimed any more */
 	uint64_t usable_count;   /* segments from here on may not be filled yet (spill_claims_end) */
 	unsigned trim_waiters; /* in spill_trim_wait: no rest */
+	bool draining;         /* what is EMPTY may wait for the end */
 	struct chunk **chunks; /* NULL: all FREE, never used */
 	uint64_t chunk_count, chunks_made;
 	uint64_t first_reusable; /* no chunk before it has FREE or EMPTY segments */
@@ -430,6 +435,27 @@ static void trim_rest(struct spill *spill, uint64_t rest_ns)
 		; /* more to trim: that can wait */
 }
 
+/* Has its file system enough left for whatever of it is moved there before all of it goes back at once? RAM is not waited with. */
+static bool disk_can_wait(struct spill *spill)
+{
+	uint64_t live_bytes = spill->live_units * POOL_UNIT_BYTES, free_bytes = 0;
+	struct statfs disk;
+
+	if (spill->is_device)
+		return false;
+	pthread_mutex_unlock(&spill->mutex);
+	if (fstatfs(spill->fd, &disk) == 0 && disk.f_type != TMPFS_MAGIC && disk.f_type != RAMFS_MAGIC)
+		free_bytes = (uint64_t)disk.f_bavail * (uint64_t)disk.f_bsize;
+	pthread_mutex_lock(&spill->mutex);
+	return free_bytes / TRIM_WAIT_SHARE > live_bytes;
+}
+
+/* Readers of a file wait for a punch, and it for reads under way: none while a drain reads it from end to end. */
+static bool trim_can_wait(struct spill *spill)
+{
+	return spill->draining && spill->trim_waiters == 0 && disk_can_wait(spill);
+}
+
 static void *trimmer_main(void *argument)
 {
 	struct spill *spill = argument;
@@ -441,6 +467,10 @@ static void *trimmer_main(void *argument)
 		if (!spill->claiming && spill->usable_count < spill->segment_count) {
 			trim_unclaimed(spill);
 			trim_rest(spill, now_ns() - start_ns);
+			continue;
+		}
+		if (spill->empty_count > 0 && trim_can_wait(spill)) {
+			trim_rest(spill, TRIM_REST_NS_MAX);
 			continue;
 		}
 		count = run_lowest_empty(spill, &first);
@@ -1328,6 +1358,13 @@ void spill_keep_blocks(struct spill *spill)
 {
 	SCOPED_LOCK(&spill->mutex);
 	spill->can_trim = false;
+}
+
+void spill_set_draining(struct spill *spill, bool draining)
+{
+	SCOPED_LOCK(&spill->mutex);
+	spill->draining = draining;
+	pthread_cond_signal(&spill->trim_work);
 }
 
 int spill_erase(struct spill *spill)

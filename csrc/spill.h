@@ -206,6 +206,9 @@ void spill_claims_end(struct spill *spill);
 /* From now on segments are not trimmed: a device that nobody asked to discard. */
 void spill_keep_blocks(struct spill *spill);
 
+/* A drain has begun, or has ended before all was moved. Between them nothing is trimmed of a file whose disk has room beside it. */
+void spill_set_draining(struct spill *spill, bool draining);
+
 /*
  * Without live extents and writers: truncate the file to nothing, discard the whole device. Then only
  * spill_destroy may follow. 0 or -errno: what it held is still there, but nobody needs it.

@@ -567,6 +567,46 @@ static void test_punch(void)
 	free(model.extents);
 }
 
+#define DRAINED_SEGMENTS 8
+
+/* A backend of which nothing lives any more, while it is drained. */
+static struct spill *spill_drained(int fd)
+{
+	struct spill *spill = spill_open(fd, DRAINED_SEGMENTS);
+	struct model model = model_create(spill, 1);
+
+	for (unsigned i = 0; i < DRAINED_SEGMENTS; i++)
+		CHECK(model_write(&model, EXTENTS_MAX) == 0);
+	spill_set_draining(spill, true);
+	model_free_all(&model);
+	free(model.extents);
+	return spill;
+}
+
+/* On a disk the blocks stay until a drain has ended; what is RAM goes back meanwhile, and to whoever waits. */
+static void test_draining(void)
+{
+	const uint64_t bytes = DRAINED_SEGMENTS * SEGMENT_BYTES;
+	int memory = memfd_create("spill", MFD_CLOEXEC);
+	struct spill *spill = spill_drained(file_create());
+
+	usleep(300000); /* it would have been done by now */
+	CHECK(statistics_of(spill).trimmed_bytes == 0 && statistics_of(spill).untrimmed_bytes == bytes);
+	spill_set_draining(spill, false);
+	while (statistics_of(spill).trimmed_bytes < bytes)
+		usleep(1000);
+	spill_destroy(spill);
+	spill = spill_drained(file_create());
+	spill_trim_wait(spill);
+	CHECK(statistics_of(spill).trimmed_bytes == bytes);
+	spill_destroy(spill);
+	CHECK(memory >= 0);
+	spill = spill_drained(memory);
+	while (statistics_of(spill).trimmed_bytes < bytes)
+		usleep(1000);
+	spill_destroy(spill);
+}
+
 /* A file that may not become so long is refused when the backend is made, not at some write. */
 static void test_file_limit(void)
 {
@@ -1421,6 +1461,7 @@ int main(int argc, char **argv)
 	test_random(memory, IO_AUTOMATIC);
 	test_chunks();
 	test_punch();
+	test_draining();
 	test_file_limit();
 	test_hostile();
 	test_flips();
