@@ -35,6 +35,7 @@ static void *awake_main(void *argument)
 	const struct sched_param parameters = { 0 };
 	uint64_t spun_ns = 0; /* when it last did, without a sleep since; 0: never */
 
+	name_this_thread("vswap-awake");
 	sys_pin_this_thread(self->cpu);
 	/* Without it this would take the CPU from others. */
 	if (sched_setscheduler(0, SCHED_IDLE, &parameters) < 0)

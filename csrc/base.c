@@ -1,15 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * base — the end of a process whose invariant broke.
+ * base — a thread's name, and the end of a process whose invariant broke.
  *
- * May run in any thread, under any lock, in a signal handler: no allocation, no stdio, no locale;
+ * The latter may run in any thread, under any lock, in a signal handler: no allocation, no stdio, no locale;
  * one writev so that the lines of two failing threads do not mix.
  */
 #include "base.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/uio.h>
+
+void name_this_thread(const char *name)
+{
+	(void)prctl(PR_SET_NAME, name);
+}
 
 /* The value in decimal at the end of `digits`; returns its first character. */
 static char *decimal(unsigned value, char digits[static 12])

@@ -16,6 +16,9 @@
 
 #include "limits.h"
 
+/* What top -H, ps -L and perf call the calling thread: at most 15 characters. */
+void name_this_thread(const char *name);
+
 /* Print the failed condition and abort. Never returns. */
 _Noreturn void vs_check_failed(const char *condition, const char *file, int line);
 

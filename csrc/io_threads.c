@@ -115,6 +115,7 @@ static void *worker_main(void *argument)
 	struct io_threads *threads = argument;
 	struct io_request *request;
 
+	name_this_thread("vswap-io");
 	SCOPED_LOCK(&threads->mutex);
 	while (!threads->stopping) {
 		request = list_pop(&threads->queued);

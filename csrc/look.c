@@ -395,6 +395,7 @@ void *look_thread_main(void *argument)
 	struct engine *engine = argument;
 	uint64_t seen = 0;
 
+	name_this_thread("vswap-look");
 	/* Programs that fill all CPUs must not make it late: so much more is beyond the limit then. */
 	sys_hurry_this_thread();
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))

@@ -307,6 +307,7 @@ void *evictor_main(void *argument)
 	uint64_t seen = 0;
 
 	VS_CHECK(evictor_create(&evictor) == 0);
+	name_this_thread("vswap-evict");
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		struct group *group = pick_group(engine, &cursor);
 

@@ -297,6 +297,7 @@ void *recompressor_main(void *argument)
 	recompressor->codec = codec_scratch_create();
 	VS_CHECK(recompressor->codec);
 	(void)sys_nice(0); /* faults and eviction go first */
+	name_this_thread("vswap-compress");
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		unsigned idle_ms = min_of(IDLE_MS, engine->recompress_age_ms);
 

@@ -539,6 +539,7 @@ static void *recovery_main(void *argument)
 	uint32_t last = client->posted - 1; /* command of the dead daemon */
 
 	VS_CHECK(evictor_create(&recovery.evictor) == 0);
+	name_this_thread("vswap-recover");
 	if (client->ring) {
 		/* A POPULATE may be under way, and fault: no MOVE behind that. */
 		pthread_mutex_lock(&client->gate);

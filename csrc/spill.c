@@ -461,6 +461,7 @@ static void *trimmer_main(void *argument)
 	struct spill *spill = argument;
 	uint64_t first, count, start_ns;
 
+	name_this_thread("vswap-trim");
 	SCOPED_LOCK(&spill->mutex);
 	while (!spill->stopping) {
 		start_ns = now_ns();

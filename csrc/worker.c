@@ -162,6 +162,7 @@ static void *worker_main(void *argument)
 	struct block_cache *blocks = &client->engine->expand_blocks;
 
 	free(argument);
+	name_this_thread("vswap-fault");
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
 		struct fill_scratch scratch = { NULL };
 		bool waits;

@@ -365,6 +365,7 @@ static void *writer_main(void *argument)
 	unsigned cursor = 0;
 	uint64_t seen = 0;
 
+	name_this_thread("vswap-write");
 	while (!is_stopping(writer)) {
 		if (__atomic_load_n(&writer->has_begun, __ATOMIC_ACQUIRE)) {
 			bool wrote, moved;

@@ -316,6 +316,7 @@ static void *yield_main(void *argument)
 	struct yield yield = { .client = client, .number = READ_ONCE(client->ring->yield_asked) };
 	int result = -EBUSY;
 
+	name_this_thread("vswap-yield");
 	if (yield_holds(client, &yield.start, &yield.end) && is_sane(client->record, yield.start, yield.end))
 		do {
 			pthread_mutex_lock(&client->gate);
