@@ -169,7 +169,7 @@ static void settle_move(struct job *job, const struct move *move)
 	if (job->compacts)
 		counter_add(engine, compacted_pages, 1);
 	else if (job->demotes)
-		counter_add(engine, demoted_pages, 1);
+		counter_add(engine, demoted_pages, move->to.tag != SLOT_NONE);
 	else
 		counter_add(engine, drained_pages, 1);
 }

@@ -27,6 +27,7 @@
 #include "region.h"
 #include "shelve.h"
 #include "sys.h"
+#include "tier.h"
 #include "worker.h"
 
 #define CHANGEABLE_FLAGS (ENGINE_GROUP_NO_SPILL | ENGINE_GROUP_NO_RECOMPRESS)
@@ -350,6 +351,7 @@ void engine_destroy(struct engine *engine)
 	region_scratch_destroy(engine);
 	block_cache_destroy(&engine->expand_blocks);
 	block_cache_destroy(&engine->read_blocks);
+	ghosts_destroy(&engine->waited_for);
 	for (unsigned i = 0; i < GROUPS_MAX; i++)
 		if (engine->groups[i]) {
 			pool_destroy(engine->groups[i]->pool);
@@ -657,7 +659,13 @@ int engine_backend_set_rate(struct engine *engine, int number, uint64_t rate_byt
 	return 0;
 }
 
-void engine_set_tiering(struct engine *engine, int on) { WRITE_ONCE(engine->tiering, on != 0); }
+void engine_set_tiering(struct engine *engine, int on)
+{
+	SCOPED_LOCK(&engine->registry);
+	if (on && !engine->waited_for.entries)
+		(void)ghosts_create(&engine->waited_for, TIER_GHOSTS * PAGE_BYTES); /* without memory less goes up */
+	__atomic_store_n(&engine->tiering, on != 0, __ATOMIC_RELEASE);
+}
 
 /* ---- clients ---- */
 

@@ -83,6 +83,7 @@ struct engine {
 	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
 	uint32_t recompress_age_ms; /* 0: never */
 	bool tiering;               /* tier.h */
+	struct ghosts waited_for;   /* on a backend, while there was a better one (tier.h); made when that is first switched on */
 	uint32_t accept_percent;    /* of a pool's cap: what writeback brings it down to once it has begun */
 
 	struct block_cache expand_blocks; /* FILL_PAGES_MAX pages each: fill_scratch */

@@ -573,7 +573,7 @@ static void settle_batch(struct client *client, const struct choice *choice, con
 
 			VS_CHECK(slot_set(client->engine->slots, &client->record->map, page,
 					  stored->slots[i]) == 0);
-			ghosts_note_evicted(&client->group->ghosts, client->index, page);
+			ghosts_note(&client->group->ghosts, client->index, page);
 			if (slot_is_kept(record->before[i].tag) && !(stored->reused >> i & 1))
 				client_free_copy(client, record->before[i]);
 			/* Unchanged ones, too: when the writer came by, they were resident. */

@@ -354,7 +354,8 @@ static uint32_t ranges_kept(struct client *client, const struct spill_read *read
 		struct spill_statistics statistics;
 
 		spill_statistics(range->span.spill, &statistics);
-		if (statistics.used_bytes < statistics.size_bytes / 4 * 3 &&
+		if ((statistics.used_bytes < statistics.size_bytes / 4 * 3 ||
+		     tier_makes_room(client->engine, range->span.backend)) &&
 		    READ_ONCE(client->engine->backends[range->span.backend].state) == BACKEND_ACTIVE)
 			kept |= 1u << r;
 	}

@@ -54,7 +54,7 @@ void ghosts_destroy(struct ghosts *ghosts)
 	*ghosts = (struct ghosts){ 0 };
 }
 
-void ghosts_note_evicted(struct ghosts *ghosts, unsigned client, uint64_t page)
+void ghosts_note(struct ghosts *ghosts, unsigned client, uint64_t page)
 {
 	uint64_t hash = hash_of(client, page);
 	uint64_t clock = __atomic_fetch_add(&ghosts->clock, 1, __ATOMIC_RELAXED);

@@ -36,7 +36,7 @@ struct ghosts {
 int ghosts_create(struct ghosts *ghosts, uint64_t limit_bytes);
 void ghosts_destroy(struct ghosts *ghosts);
 
-void ghosts_note_evicted(struct ghosts *ghosts, unsigned client, uint64_t page);
+void ghosts_note(struct ghosts *ghosts, unsigned client, uint64_t page);
 
 /* Was the page evicted, and fewer than `pages` others since? */
 bool ghosts_is_recent(const struct ghosts *ghosts, unsigned client, uint64_t page, uint64_t pages);

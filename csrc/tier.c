@@ -56,18 +56,53 @@ bool tier_demote(struct engine *engine, unsigned number)
 	return false;
 }
 
+/* A backend of a higher priority that can be written to: pages that it has room for in all; 0: there is none. */
+static uint64_t pages_above(struct engine *engine, unsigned number)
+{
+	int best = backend_pick(engine);
+	struct spill_statistics statistics = { 0 };
+
+	if (best < 0)
+		return 0;
+	if (READ_ONCE(engine->backends[best].priority) > READ_ONCE(engine->backends[number].priority))
+		spill_statistics(engine->backends[best].spill, &statistics);
+	backend_unpin(engine, (unsigned)best);
+	return statistics.size_bytes / PAGE_BYTES;
+}
+
+/* Was it waited for before, not long ago? From now on it was. */
+static bool was_waited_for(struct engine *engine, const struct client *client, uint64_t page, uint64_t pages)
+{
+	struct ghosts *ghosts = &engine->waited_for;
+	bool was;
+
+	if (!ghosts->entries)
+		return false;
+	was = ghosts_is_recent(ghosts, client->index, page, pages);
+	ghosts_note(ghosts, client->index, page);
+	return was;
+}
+
+bool tier_makes_room(struct engine *engine, unsigned number)
+{
+	int below = __atomic_load_n(&engine->tiering, __ATOMIC_ACQUIRE) ? backend_pick_below(engine, number) : -ENOENT;
+
+	if (below >= 0)
+		backend_unpin(engine, (unsigned)below);
+	return below >= 0;
+}
+
 bool tier_promotes(const struct client *client, uint64_t page, unsigned number)
 {
 	struct engine *engine = client->engine;
 	const struct group *group = client->group;
-	int best;
+	uint64_t pages;
 
-	if (!READ_ONCE(engine->tiering) ||
-	    !ghosts_is_recent(&group->ghosts, client->index, page, READ_ONCE(group->limit_bytes) / PAGE_BYTES))
+	if (!__atomic_load_n(&engine->tiering, __ATOMIC_ACQUIRE))
 		return false;
-	best = backend_pick(engine);
-	if (best < 0)
+	pages = pages_above(engine, number);
+	if (pages == 0)
 		return false;
-	backend_unpin(engine, (unsigned)best);
-	return READ_ONCE(engine->backends[best].priority) > READ_ONCE(engine->backends[number].priority);
+	return was_waited_for(engine, client, page, pages) ||
+	       ghosts_is_recent(&group->ghosts, client->index, page, READ_ONCE(group->limit_bytes) / PAGE_BYTES);
 }

@@ -24,7 +24,7 @@ static void test_ghosts(uint64_t *random)
 	CHECK(pages && ghosts_create(&ghosts, LIMIT_PAGES * PAGE_BYTES) == 0);
 	for (unsigned i = 0; i < EVICTIONS; i++) {
 		pages[i] = (uint64_t)i * 7 + random_next(random) % 7; /* each once */
-		ghosts_note_evicted(&ghosts, 3, pages[i]);
+		ghosts_note(&ghosts, 3, pages[i]);
 	}
 	for (unsigned i = 0; i < 1000; i++) {
 		uint64_t recent = pages[EVICTIONS - 1 - random_next(random) % (window / 2)];

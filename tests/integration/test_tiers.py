@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from support.limited import MIB, command_path
+from support.limited import MIB, command_path, python_argv
 from support.service import Service, wait_until
 
 if TYPE_CHECKING:
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FAST_MIB = 24
+_READER = f"""
+import mmap, random
+memory = mmap.mmap(-1, {60 * MIB}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for at in range(0, len(memory), 4096):
+    memory[at : at + 4096] = random.randbytes(4096)
+print("filled", flush=True)
+while True:
+    memory[random.randrange(0, len(memory), 4096)]
+"""
 
 
 def _write(service: Service, *, tiers: bool, fast: str = "") -> None:
@@ -89,6 +98,29 @@ def test_what_is_encrypted_stays_so(verify_memory: str, tmp_path: Path) -> None:
         wait_until("the slow one is in use", lambda: _backend(service, "slow")["written_bytes"] > 48 * MIB)
         assert _backend(service, "fast")["used_bytes"] > _FAST_MIB * MIB // 2
         assert _counters(service)["demoted_pages"] == 0
+
+
+def test_what_is_only_read_is_not_written_again(tmp_path: Path) -> None:
+    """Copies stay on a fast backend that is always nearly full; demotion gives them up before it moves anything."""
+    service = Service(tmp_path)
+    _write(service, tiers=True)
+    service.start()
+    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "tiered", "--"]
+    with subprocess.Popen([*argv, *python_argv(_READER)], stdout=subprocess.PIPE) as run:
+        try:
+            assert run.stdout
+            assert run.stdout.readline() == b"filled\n"
+            before = _counters(service)
+            wait_until(
+                "pages were read", lambda: _counters(service)["spill_read_pages"] > before["spill_read_pages"] + 40000
+            )
+            after = _counters(service)
+        finally:
+            run.terminate()
+    assert service.stop() == 0, service.log.read_text()
+    read, written = (after[name] - before[name] for name in ("spill_read_pages", "spill_written_pages"))
+    print(f"{written} written, {read} read")
+    assert written < read / 5, f"{written} written, {read} read"
 
 
 def _is_still(service: Service) -> bool:
