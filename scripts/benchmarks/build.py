@@ -18,7 +18,7 @@ _LIBRARIES = ["-llz4", "-lzstd", "-lm", "-lpthread"]
 # name: files of this directory; files of the data plane
 _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "workloads": (("workloads", "access", "pageout", "content", "latency", "pattern"), ()),
-    "held": (("held", "content", "latency"), ()),
+    "held": (("held", "content", "latency", "pattern"), ()),
     "scaling": (("scaling", "access", "content", "latency", "pattern"), ()),
     "slots": (("slots",), ("slot_table", "slot_heap", "base", "crash_point", "fault_point", "sys")),
     "floor": (("floor", "latency"), ("codec", "base", "fault_point")),

@@ -7,6 +7,8 @@
  *   --mib N           memory that is filled (64)
  *   --mapped-mib N    as much more is mapped and read once, which costs page tables and nothing else (0)
  *   --ratio R         LZ4 ratio of the data (1.6)
+ *   --hot-mib N       a hot set (0)
+ *   --hot-permille N  of the accesses go there (990)
  *   --zeros           all of it is zero, and the program has nothing else worth mentioning
  *
  *   FIFO.pid says who it is.
@@ -14,6 +16,7 @@
  *   fill     write every page
  *   hold     wait for a byte in FIFO
  *   probe…   read pages at random until there is one; the name goes on as you like
+ *   hotN…    read four words of pages until there is one, most of the hot set N; N is a digit
  *   verify   every byte of every page
  *
  * One line of JSON on stdout at the end of a step, as workloads.c prints it; and at the begin of one that waits, with
@@ -32,6 +35,7 @@
 
 #include "content.h"
 #include "latency.h"
+#include "pattern.h"
 
 #define FAULT_NS 2000u      /* few accesses of resident memory take that long */
 #define ACCESSES_A_LOOK 16u /* at FIFO */
@@ -39,6 +43,7 @@
 static uint64_t page_count;
 static uint64_t *memory;
 static int zeros;
+static uint64_t hot_pages, hot_permille = 990;
 
 static _Noreturn void fail(const char *what)
 {
@@ -103,8 +108,10 @@ static void say(const char *phase, uint64_t since_ns, const struct latency *late
 	static const struct latency none;
 
 	latency = latency ? latency : &none;
-	printf("{\"phase\":\"%s\",\"seconds\":%.6f,\"wrong\":%llu,\"faults\":%llu,\"p50_ns\":%.0f,\"p99_ns\":%.0f}\n",
+	printf("{\"phase\":\"%s\",\"seconds\":%.6f,\"wrong\":%llu,\"accesses\":%llu,\"faults\":%llu,\"p50_ns\":%.0f,"
+		"\"p99_ns\":%.0f}\n",
 		phase, (double)(now_ns() - since_ns) / 1e9, (unsigned long long)wrong,
+		(unsigned long long)latency_count_from(latency, 0),
 		(unsigned long long)latency_count_from(latency, FAULT_NS), latency_quantile_ns(latency, FAULT_NS, 0.5),
 		latency_quantile_ns(latency, FAULT_NS, 0.99));
 	fflush(stdout);
@@ -168,6 +175,32 @@ static uint64_t probe(int fifo, struct latency *latency)
 	return wrong;
 }
 
+/* The hot sets lie one behind the other in an order in which neighbours are scattered (pattern.h). */
+static uint64_t visit_hot(unsigned number, int fifo, struct latency *latency)
+{
+	uint64_t wrong = 0;
+	struct pattern pattern;
+	char byte;
+
+	pattern_init(&pattern, PATTERN_HOT, page_count, now_ns());
+	pattern.hot_first = number * hot_pages;
+	pattern.hot_pages = hot_pages;
+	pattern.hot_permille = (unsigned)hot_permille;
+	while (read(fifo, &byte, 1) != 1)
+		for (unsigned i = 0; i < ACCESSES_A_LOOK; i++) {
+			uint64_t page = pattern_next(&pattern), before = now_ns();
+
+			wrong += !content_check(data_of(page), page, 1);
+			latency_add(latency, now_ns() - before);
+		}
+	return wrong;
+}
+
+static int waits(const char *step)
+{
+	return strcmp(step, "hold") == 0 || strncmp(step, "probe", 5) == 0 || strncmp(step, "hot", 3) == 0;
+}
+
 static uint64_t run_step(const char *step, int fifo)
 {
 	struct latency *latency = calloc(1, sizeof *latency);
@@ -175,12 +208,14 @@ static uint64_t run_step(const char *step, int fifo)
 
 	if (latency == NULL)
 		fail("calloc");
-	if (strcmp(step, "hold") == 0 || strncmp(step, "probe", 5) == 0)
+	if (waits(step))
 		say_begin(step);
 	if (strcmp(step, "hold") == 0)
 		hold(fifo);
 	else if (strncmp(step, "probe", 5) == 0)
 		wrong = probe(fifo, latency);
+	else if (strncmp(step, "hot", 3) == 0)
+		wrong = visit_hot((unsigned)(step[3] - '0'), fifo, latency);
 	else
 		for (uint64_t page = 0; page < page_count; page++)
 			if (strcmp(step, "fill") == 0)
@@ -197,7 +232,7 @@ static uint64_t run_step(const char *step, int fifo)
 int main(int argc, char **argv)
 {
 	static const struct option longs[] = { { "mib", 1, 0, 'm' }, { "mapped-mib", 1, 0, 'M' }, { "ratio", 1, 0, 'r' },
-		{ "zeros", 0, 0, 'z' }, { 0, 0, 0, 0 } };
+		{ "zeros", 0, 0, 'z' }, { "hot-mib", 1, 0, 'h' }, { "hot-permille", 1, 0, 'p' }, { 0, 0, 0, 0 } };
 	struct content_options content = { .seed = 1, .ratio = 1.6 };
 	uint64_t mib = 64, mapped_mib = 0, wrong = 0;
 	int option, fifo;
@@ -208,9 +243,11 @@ int main(int argc, char **argv)
 		case 'M': mapped_mib = number(optarg, 1 << 20); break;
 		case 'r': content.ratio = strtod(optarg, NULL); break;
 		case 'z': zeros = 1; break;
+		case 'h': hot_pages = number(optarg, 1 << 20) * 256; break;
+		case 'p': hot_permille = number(optarg, 1000); break;
 		default: return 2;
 		}
-	if (argc != optind + 2 || mib == 0)
+	if (argc != optind + 2 || mib == 0 || hot_pages >= mib * 256)
 		return 2;
 	fifo = open(argv[optind], O_RDWR | O_NONBLOCK | O_CLOEXEC);
 	if (fifo < 0)

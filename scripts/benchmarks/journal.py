@@ -119,10 +119,17 @@ def _undo_directory(change: Change) -> None:
         shutil.rmtree(change["path"])
 
 
+def _undo_loop(change: Change) -> None:
+    command = ["losetup", "--noheadings", "--output", "NAME", "--associated", change["path"]]
+    for device in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split():
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 _UNDO: dict[str, Callable[[Change], None]] = {
     "parameter": _undo_parameter,
     "swap": _undo_swap,
     "zram": _undo_zram,
+    "loop": _undo_loop,
     "cgroup": _undo_cgroup,
     "subtree_control": _undo_subtree_control,
     "directory": _undo_directory,

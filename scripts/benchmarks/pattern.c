@@ -21,7 +21,8 @@ static uint64_t greatest_common_divisor(uint64_t a, uint64_t b)
 
 void pattern_init(struct pattern *pattern, enum pattern_kind kind, uint64_t page_count, uint64_t seed)
 {
-	*pattern = (struct pattern){ .kind = kind, .page_count = page_count, .state = content_mix(seed) };
+	*pattern = (struct pattern){ .kind = kind, .page_count = page_count, .state = content_mix(seed),
+		.hot_pages = page_count / 5, .hot_permille = 800 };
 	pattern->scatter = (uint64_t)((double)page_count * 0.6180339887) | 1;
 	while (greatest_common_divisor(pattern->scatter, page_count) != 1)
 		pattern->scatter += 2;
@@ -55,11 +56,13 @@ static uint64_t zipf_rank(struct pattern *pattern)
 
 static uint64_t hot_rank(struct pattern *pattern)
 {
-	uint64_t hot_pages = pattern->page_count / 5;
+	uint64_t hot_pages = pattern->hot_pages, rank;
 
-	if (random_below(pattern, 5) != 0)
-		return random_below(pattern, hot_pages);
-	return hot_pages + random_below(pattern, pattern->page_count - hot_pages);
+	if (random_below(pattern, 1000) < pattern->hot_permille)
+		rank = random_below(pattern, hot_pages);
+	else
+		rank = hot_pages + random_below(pattern, pattern->page_count - hot_pages);
+	return (pattern->hot_first + rank) % pattern->page_count;
 }
 
 static uint64_t strided(const struct pattern *pattern, uint64_t access)

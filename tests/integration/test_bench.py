@@ -29,6 +29,7 @@ def machine_state() -> dict[str, object]:
         "cgroups": sorted(
             directory for directory, _, _ in os.walk("/sys/fs/cgroup") if "vswap-bench-" in os.path.basename(directory)
         ),
+        "loops": sorted(map(str, Path("/sys/block").glob("loop*/loop/backing_file"))),
         "journal": os.path.exists(DEFAULT_PATH),
     }
 
@@ -112,7 +113,11 @@ def test_interrupted(tmp_path: Path, number: signal.Signals) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     "command",
-    [("bench-swapoff", "--mib", "256", "--limit-mib", "64", "--rounds", "1", "--shapes"), ("showcase-disk",)],
+    [
+        ("bench-swapoff", "--mib", "256", "--limit-mib", "64", "--rounds", "1", "--shapes"),
+        ("bench-tiers", "--rounds=1", "--seconds=1", "--mib=256", "--limit-mib=64", "--hot-mib=96", "--fast-mib=96"),
+        ("showcase-disk",),
+    ],
     ids=lambda command: command[0],
 )
 def test_others_leave_nothing_behind(tmp_path: Path, command: tuple[str, ...]) -> None:
