@@ -307,11 +307,13 @@ def test_compaction_returns_the_disk(daemon: DaemonProcess, tmp_path: Path, mib:
         after = _backend(daemon, path)
         assert _status(daemon)["counters"]["faults"] > faults_before, "nobody faulted meanwhile"
         print(f"live of used: {before['live_bytes'] / before['used_bytes']:.0%} before, ", end="")
-        print(f"{after['live_bytes'] / after['used_bytes']:.0%} after")
+        print(f"{after['live_bytes'] / after['used_bytes']:.1%} after", end="")
         disk = path.stat().st_blocks * 512
+        print(f"; disk {disk_before // MIB} MiB before, {disk // MIB} after, {after['live_bytes'] // MIB} live")
         assert process.poll() is None
-        assert after["live_bytes"] >= 0.95 * (after["used_bytes"] - 2 * MIB), after
-        assert disk <= after["used_bytes"] + 2 * MIB
+        slack_bytes = 2 * MIB if mib < 100 else 0  # a small one ends in a segment that is not full
+        assert after["live_bytes"] >= 0.95 * (after["used_bytes"] - slack_bytes), after
+        assert after["live_bytes"] >= 0.95 * (disk - slack_bytes), (disk, after)
         assert disk < 0.7 * disk_before
         output, _ = process.communicate(b"", timeout=60)
         assert output == b"right\n"
