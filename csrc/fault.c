@@ -188,10 +188,13 @@ static int make_child(struct client *parent, int child_fd, struct client **ret_c
 	child->record->beacon = parent->record->beacon;
 	child->record->arena = parent->record->arena;
 	child->record->arena_bytes = parent->record->arena_bytes;
+	pthread_mutex_lock(&child->gate); /* a drain may look at it: by what a segment says of who had this number before */
 	result = slot_map_share(engine->slots, &parent->record->map, &child->record->map);
 	crash_point(CRASH_FORK_SHARED);
-	if (result == 0) {
+	if (result == 0)
 		child->wiped_unknown = !forget_wiped(parent, child);
+	pthread_mutex_unlock(&child->gate);
+	if (result == 0) {
 		*ret_child = child;
 		return 0;
 	}
