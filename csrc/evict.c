@@ -295,8 +295,8 @@ static void take_back(struct client *client, unsigned window, uint64_t mask)
 	}
 }
 
-/* Pages of `asked` that the agent says it has dealt with; beyond an error, what lies in staging is not the page. The
- * answer is the client's, and for a successor the question too: a lie loses it pages of its own. */
+/* Pages of `asked` that the agent says it has dealt with; beyond an error, what lies in staging may not be the page
+ * (which_moved). The answer is the client's, and for a successor the question too: a lie loses it pages of its own. */
 static uint64_t answered_mask(const struct vswap_command *asked, const struct vswap_command *answer)
 {
 	uint32_t run_count = min_of(READ_ONCE(asked->run_count), (uint32_t)VSWAP_RUNS_MAX);
@@ -311,6 +311,24 @@ static uint64_t answered_mask(const struct vswap_command *asked, const struct vs
 		first += pages;
 	}
 	return mask;
+}
+
+/*
+ * Pages of `staged`, what is in the window, that are those of the batch; `dealt` as answered_mask. Beyond an error it may be
+ * what mlockall put there, and then the page is where it was. But where it is there no more, it is what is in the window: Linux 6.18
+ * moves a page that it has swapped itself, and then says EEXIST. One that was unmapped meanwhile takes no harm by it: its
+ * event, unread so far, will say so.
+ */
+static uint64_t which_moved(const struct client *client, unsigned window, uint64_t staged, uint64_t dealt)
+{
+	const struct batch_record *record = &client->record->batches[window];
+	uint64_t moved = staged & dealt;
+
+	for (unsigned i = 0; i < record->page_count; i++)
+		if ((staged & ~dealt) >> i & 1 && record->pages[i] != BATCH_PAGE_GONE &&
+		    !sys_page_is_present(client->pagemap_fd, address_of(record->pages[i])))
+			moved |= 1ULL << i;
+	return moved;
 }
 
 static const struct vswap_command *command_at(const struct client *client, uint32_t number)
@@ -387,7 +405,8 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 		return -ESRCH; /* /proc is gone: so is the client; bury will settle the batch */
 	}
 	if (client_is_answered(client, number))
-		moved &= answered_mask(&choice->command, command_at(client, number));
+		moved = which_moved(client, choice->window, moved,
+				    answered_mask(&choice->command, command_at(client, number)));
 	take_back(client, choice->window, ~moved);
 	for (unsigned i = 0; i < choice->page_count; i++)
 		choice->before[i] = record->before[i];
@@ -873,10 +892,11 @@ void evict_recover_batches(struct client *client, unsigned *ret_windows)
 			stop_eviction(client, ESRCH);
 			return;
 		}
-		/* Only staging is asked: what lies at the pages' own addresses may be another mapping by now, whose
+		/* Mostly only staging is asked: what lies at the pages' own addresses may be another mapping by now, whose
 		 * event is unread. A page that is back already and was not settled is stored as it was;
 		 * resync finds it (recover.c). */
-		resident &= record->phase == BATCH_INTENT ? dealt_mask(client, w) : ~0ULL;
+		if (record->phase == BATCH_INTENT)
+			resident = which_moved(client, w, resident, dealt_mask(client, w));
 		take_back(client, w, mask & ~resident);
 		mask &= resident;
 		__atomic_store_n(&record->phase, BATCH_STAGED, __ATOMIC_RELEASE);

@@ -483,7 +483,7 @@ void recover_resync(struct client *client)
 		return;
 	while ((armed = range_set_at(&client->armed, client->resync_at))) {
 		uint64_t start = max_of(client->resync_at, armed->start), walk_end = armed->end;
-		int count = sys_mapped_ranges(client->pagemap_fd, start, armed->end, ranges, RESYNC_RANGES, 0,
+		int count = sys_there_ranges(client->pagemap_fd, start, armed->end, ranges, RESYNC_RANGES,
 					      &walk_end);
 
 		/* Mappings that changed since, or are about to: slots are where pages are not, until their

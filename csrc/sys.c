@@ -39,7 +39,9 @@ struct ioctl_pagemap_scan {
 };
 #define IOCTL_PAGEMAP_SCAN _IOWR('f', 16, struct ioctl_pagemap_scan)
 #define PAGE_IS_PRESENT (1ULL << 3)
+#define PAGE_IS_SWAPPED (1ULL << 4)
 #define PAGE_IS_ZERO_PAGE (1ULL << 5)
+#define PAGE_IS_THERE (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
 
 struct ioctl_procmap_query {
 	uint64_t size, query_flags, query_addr;
@@ -385,46 +387,53 @@ int sys_visit_wiped(pid_t pid, sys_range_fn visit, void *context)
 	return result;
 }
 
-/* Of the present pages those of the categories `mask`, but for those of `inverted`, which is part of it. */
-static int scan_present(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
-			uint64_t max_pages, uint64_t mask, uint64_t inverted, uint64_t *ret_walk_end)
+/* Pages of one of the categories `any`, and of all of `mask`, but for those of `inverted`, which is part of it. */
+static int scan(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+		uint64_t max_pages, uint64_t any, uint64_t mask, uint64_t inverted, uint64_t *ret_walk_end)
 {
-	struct ioctl_pagemap_scan scan = {
-		.size = sizeof scan,
+	struct ioctl_pagemap_scan request = {
+		.size = sizeof request,
 		.start = start,
 		.end = end,
 		.vec = (uintptr_t)ranges,
 		.vec_len = max,
 		.max_pages = max_pages,
 		.category_inverted = inverted,
-		.category_mask = PAGE_IS_PRESENT | mask,
-		.return_mask = PAGE_IS_PRESENT,
+		.category_mask = mask,
+		.category_anyof_mask = any,
+		.return_mask = any,
 	};
-	int count = ioctl_pointed("sys/scan", pagemap_fd, IOCTL_PAGEMAP_SCAN, &scan);
+	int count = ioctl_pointed("sys/scan", pagemap_fd, IOCTL_PAGEMAP_SCAN, &request);
 
 	if (count < 0)
 		return -errno;
-	*ret_walk_end = scan.walk_end;
+	*ret_walk_end = request.walk_end;
 	return count;
 }
 
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
-	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, PAGE_IS_ZERO_PAGE, PAGE_IS_ZERO_PAGE,
-			    ret_walk_end);
+	return scan(pagemap_fd, start, end, ranges, max, max_pages, PAGE_IS_THERE, PAGE_IS_ZERO_PAGE, PAGE_IS_ZERO_PAGE,
+		    ret_walk_end);
+}
+
+int sys_there_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+		     uint64_t *ret_walk_end)
+{
+	return scan(pagemap_fd, start, end, ranges, max, 0, PAGE_IS_THERE, 0, 0, ret_walk_end);
 }
 
 int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end)
 {
-	return scan_present(pagemap_fd, start, end, ranges, max, max_pages, 0, 0, ret_walk_end);
+	return scan(pagemap_fd, start, end, ranges, max, max_pages, PAGE_IS_PRESENT, 0, 0, ret_walk_end);
 }
 
 int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
 		    uint64_t *ret_walk_end)
 {
-	return scan_present(pagemap_fd, start, end, ranges, max, 0, PAGE_IS_ZERO_PAGE, 0, ret_walk_end);
+	return scan(pagemap_fd, start, end, ranges, max, 0, PAGE_IS_PRESENT, PAGE_IS_ZERO_PAGE, 0, ret_walk_end);
 }
 
 bool sys_page_is_present(int pagemap_fd, uint64_t address)
@@ -433,7 +442,7 @@ bool sys_page_is_present(int pagemap_fd, uint64_t address)
 
 	if (pread(pagemap_fd, &entry, sizeof entry, (off_t)(address / PAGE_BYTES * 8)) != 8)
 		return false;
-	return (entry >> 63) & 1;
+	return (entry >> 62) != 0; /* or in the kernel's swap */
 }
 
 int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)

@@ -68,17 +68,24 @@ struct page_range {
 };
 
 /*
- * Ranges of mapped pages in [start, end), at most `max` ranges and max_pages pages (0: no bound).
- * *ret_walk_end is where to go on. Resident: the shared zero page does not count. Zero: nothing else does.
+ * Ranges of pages in [start, end), at most `max` ranges and max_pages pages (0: no bound). *ret_walk_end is where to go on.
+ *
+ * Resident   has memory of its own, wherever that is: the kernel may swap as well, at any time, and what it has swapped, or is
+ *            just migrating, is moved by MOVE as any other. Who took such a page for one that is gone would lose it
+ * There      these, and the shared zero page
+ * Mapped     what is in memory now: what is to be evicted. The zero page, too
+ * Zero       the shared zero page alone
  */
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
+int sys_there_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+		     uint64_t *ret_walk_end);
 int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
 int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
 		    uint64_t *ret_walk_end);
 
-/* True when the page is mapped, the zero page included. */
+/* True when the page is there, the zero page included. */
 bool sys_page_is_present(int pagemap_fd, uint64_t address);
 
 struct mapping {
