@@ -98,6 +98,13 @@ void engine_kick_look(struct engine *engine)
 	pthread_cond_broadcast(&engine->look_work);
 }
 
+void engine_kick_host(struct engine *engine)
+{
+	SCOPED_LOCK(&engine->work_lock);
+	engine->host_requests++;
+	pthread_cond_broadcast(&engine->host_work);
+}
+
 void engine_kick_recompressor(struct engine *engine)
 {
 	SCOPED_LOCK(&engine->work_lock);
@@ -123,8 +130,7 @@ void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const
 
 void engine_room_made(struct engine *engine, struct group *group)
 {
-	if (READ_ONCE(group->waiting) == 0 ||
-	    group_room_bytes(group) < (int64_t)PAGE_BYTES)
+	if (READ_ONCE(group->waiting) == 0 || group_charge_room_bytes(group) < (int64_t)PAGE_BYTES)
 		return;
 	SCOPED_LOCK(&engine->registry);
 	for (unsigned i = 0; i < engine->clients_end; i++) {
@@ -199,6 +205,8 @@ static int start_threads(struct engine *engine, uint32_t evictor_count)
 	error = pthread_create(&engine->look_thread, &attributes, look_thread_main, engine);
 	if (error == 0)
 		error = pthread_create(&engine->recompressor_thread, &attributes, recompressor_main, engine);
+	if (error == 0)
+		error = pthread_create(&engine->host.thread, &attributes, host_thread_main, engine);
 	for (engine->evictor_count = 0; error == 0 && engine->evictor_count < evictor_count;
 	     engine->evictor_count += error == 0)
 		error = pthread_create(&engine->evictors[engine->evictor_count], &attributes,
@@ -266,6 +274,8 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	pthread_cond_init(&engine->write_work, NULL);
 	pthread_cond_init(&engine->look_work, NULL);
 	pthread_cond_init(&engine->recompress_work, NULL);
+	pthread_cond_init(&engine->host_work, NULL);
+	host_create(&engine->host);
 	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	engine->descriptors_end = descriptors_for_new();
@@ -340,14 +350,17 @@ void engine_destroy(struct engine *engine)
 	engine_kick_writers(engine);
 	engine_kick_look(engine);
 	engine_kick_recompressor(engine);
+	engine_kick_host(engine);
 	for (unsigned i = 0; i < engine->evictor_count; i++)
 		pthread_join(engine->evictors[i], NULL);
 	for (unsigned i = 0; i < BACKENDS_MAX; i++)
 		writer_destroy(engine->backends[i].writer);
 	pthread_join(engine->recompressor_thread, NULL);
 	pthread_join(engine->look_thread, NULL);
+	pthread_join(engine->host.thread, NULL);
 	destroy_clients(engine);
 	awake_stop(&engine->awake);
+	host_destroy(&engine->host);
 	region_scratch_destroy(engine);
 	block_cache_destroy(&engine->expand_blocks);
 	block_cache_destroy(&engine->read_blocks);
@@ -1021,6 +1034,12 @@ int engine_statistics(struct engine *engine, struct engine_statistics *ret_stati
 	statistics.metadata_bytes = slot_space_metadata_bytes(engine->slots);
 	add_storage(engine, &statistics);
 	statistics.events_dropped = engine->events_dropped;
+	statistics.host_is_short = READ_ONCE(engine->host.is_short);
+	statistics.host_available_bytes = READ_ONCE(engine->host.available_bytes);
+	statistics.host_reserve_bytes = READ_ONCE(engine->host.available_reserve_bytes);
+	statistics.host_shortages = READ_ONCE(engine->host.shortages);
+	statistics.host_reclaimed_pages = READ_ONCE(engine->host.reclaimed_pages);
+	statistics.host_written_pages = READ_ONCE(engine->host.written_pages);
 	statistics.counters = engine->state->counters;
 	memcpy(statistics.latency_ns_sum, engine->state->latency_ns_sum, sizeof statistics.latency_ns_sum);
 	memcpy(statistics.latency, engine->state->latency, sizeof statistics.latency);

@@ -16,7 +16,8 @@
  *
  * Threads    every function may be called from any thread; none calls back into the caller. Calls
  *            may block for milliseconds (locks, system calls), never on a client. The engine runs
- *            its own threads: fault threads, evictors, one look thread, one recompressor, a writer a backend.
+ *            its own threads: fault threads, evictors, one look thread, one recompressor, one for the host,
+ *            a writer a backend.
  * Errors     0 or a positive result, else -errno; outputs (ret_*) are untouched on failure.
  * Events     things the control plane should log or act on are queued; engine_event_fd becomes
  *            readable. The queue drops the newest when full and counts it.
@@ -154,6 +155,24 @@ int engine_backend_set_priority(struct engine *engine, int backend, int32_t prio
 /* End the job of a backend soon; it returns -ECANCELED. -ENOENT when there is none. */
 int engine_backend_cancel(struct engine *engine, int backend);
 
+/* ---- the host ---- */
+
+#define ENGINE_HOST_RESERVE_AUTO 0xffffffffffffffff
+
+/* A memory cgroup: its directory, and its name among the `version`s (1, 2) in /proc/PID/cgroup. */
+struct engine_cgroup {
+	const char *directory;
+	const char *path;
+	uint32_t version;
+};
+
+/*
+ * What is to stay available of the machine, and of these cgroups where they have a limit: below that groups are brought
+ * below their limits (csrc/host.h). 0: never, which is how a new engine begins; AUTO: a small part of each. 0 or -ENOMEM.
+ */
+int engine_set_host_reserve(struct engine *engine, uint64_t reserve_bytes, const struct engine_cgroup *cgroups,
+			    int count);
+
 /* ---- clients: the handshake of wire.h, step by step ---- */
 
 /*
@@ -287,6 +306,12 @@ struct engine_statistics {
 	uint32_t backend_count;
 	uint32_t region_count;
 	uint32_t events_dropped;
+	uint32_t host_is_short;        /* 1: less than the reserve is available, or was seconds ago */
+	uint64_t host_available_bytes; /* of the place that is nearest to its reserve, */
+	uint64_t host_reserve_bytes;   /* and that */
+	uint64_t host_shortages;       /* since this daemon started, as the next two */
+	uint64_t host_reclaimed_pages; /* moved out of programs for that */
+	uint64_t host_written_pages;   /* written back for that */
 	struct engine_counters counters;
 	uint64_t latency_ns_sum[ENGINE_BACKING_COUNT];
 	uint64_t latency[ENGINE_BACKING_COUNT][ENGINE_LATENCY_BUCKETS];
@@ -414,14 +439,16 @@ enum engine_event_kind {
 	ENGINE_EVENT_FORK_WAITS,    /* pid forks, and waits until its child can be taken over; a = -errno */
 	ENGINE_EVENT_CHILD_REFUSED, /* a forked child of pid cannot be served; a = -errno, b = its PID: it was
 				     * killed; 0: it was not found, and waits where it touches a page that is out */
-	ENGINE_EVENT_YIELD_REFUSED  /* pid registers memory with a userfaultfd of its own, for which it has no room; a = bytes */
+	ENGINE_EVENT_YIELD_REFUSED, /* pid registers memory with a userfaultfd of its own, for which it has no room; a = bytes */
+	ENGINE_EVENT_HOST_SHORT,    /* a = bytes available, b = reserve, c = what the groups can give */
+	ENGINE_EVENT_HOST_OVER      /* a = bytes available, b = milliseconds that it took, c = bytes moved out of programs */
 };
 
 struct engine_event {
 	uint32_t kind;
 	int32_t pid;
 	int32_t group;
-	uint32_t reserved;
+	uint32_t place; /* HOST_…: 0 the machine, else a memory cgroup that the daemon is in */
 	uint64_t a, b, c;
 };
 

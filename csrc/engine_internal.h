@@ -8,7 +8,7 @@
  *   registry lock     the tables of groups, clients, backends
  *   slot space share_lock, then its lock
  *   pool and spill mutexes
- *   event lock; region_scratch_lock; those of the block caches
+ *   event lock; region_scratch_lock; those of the block caches; the host's
  */
 #ifndef VSWAP_ENGINE_INTERNAL_H
 #define VSWAP_ENGINE_INTERNAL_H
@@ -19,6 +19,7 @@
 #include "block_cache.h"
 #include "client.h"
 #include "engine.h"
+#include "host.h"
 #include "spill.h"
 
 #define EVICTORS_MAX 4
@@ -79,8 +80,9 @@ struct engine {
 	pthread_t evictors[EVICTORS_MAX], look_thread, recompressor_thread;
 	unsigned evictor_count;
 	pthread_mutex_t work_lock; /* evictors and writers wait here */
-	pthread_cond_t evict_work, write_work, look_work, recompress_work;
-	uint64_t evict_requests, write_requests, look_requests, recompress_requests;
+	pthread_cond_t evict_work, write_work, look_work, recompress_work, host_work;
+	uint64_t evict_requests, write_requests, look_requests, recompress_requests, host_requests;
+	struct host host;
 	uint32_t recompress_age_ms; /* 0: never */
 	bool tiering;               /* tier.h */
 	struct ghosts waited_for;   /* on a backend, while there was a better one (tier.h); made when that is first switched on */
@@ -118,6 +120,8 @@ void engine_kick_evictors(struct engine *engine);
 void engine_kick_writers(struct engine *engine);
 /* A client is new: do not sleep over its first megabytes. */
 void engine_kick_look(struct engine *engine);
+/* The reserve is another, or the end. */
+void engine_kick_host(struct engine *engine);
 /* The end: it has nothing else to be woken for. */
 void engine_kick_recompressor(struct engine *engine);
 /* Hand the fault threads synthetic faults for swapped pages of the next clusters, once those of the last are answered; at

@@ -314,10 +314,10 @@ static uint64_t answered_mask(const struct vswap_command *asked, const struct vs
 }
 
 /*
- * Pages of `staged`, what is in the window, that are those of the batch; `dealt` as answered_mask. Beyond an error it may be
- * what mlockall put there, and then the page is where it was. But where it is there no more, it is what is in the window: Linux 6.18
- * moves a page that it has swapped itself, and then says EEXIST. One that was unmapped meanwhile takes no harm by it: its
- * event, unread so far, will say so.
+ * Pages of `staged`, what is in the window, that are those of the batch; `dealt` as answered_mask. Beyond an error it
+ * may be what mlockall put there, and then the page is where it was. But where it is there no more, it is what is in the
+ * window: Linux 6.18 moves a page that it has swapped itself, and then says EEXIST. One that was unmapped meanwhile takes
+ * no harm by it: its event, unread so far, will say so.
  */
 static uint64_t which_moved(const struct client *client, unsigned window, uint64_t staged, uint64_t dealt)
 {
@@ -688,6 +688,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	pthread_mutex_unlock(&client->gate);
 	group_pool_changed(client->group);
 	counter_add(client->engine, evicted_pages, __builtin_popcountll(moved));
+	__atomic_fetch_add(&client->group->evicted_pages, (uint64_t)__builtin_popcountll(moved), __ATOMIC_RELAXED);
 	if (posted && client_wait(client, number, ANSWER_MS) == 0) {
 		pthread_mutex_lock(&client->gate);
 		client_reap_releases(client);

@@ -416,6 +416,7 @@ uint64_t fill_copy_run(struct client *client, const uint8_t *pages, uint64_t pag
 		crash_point(CRASH_FILL_SETTLED_ONE);
 	}
 	filled(client, page, done);
+	__atomic_fetch_add(&client->group->refilled_pages, done, __ATOMIC_RELAXED);
 	if (on_probation)
 		probation_push(&client->probation, page, done);
 	return done;

@@ -18,10 +18,57 @@ uint64_t group_usage_bytes(const struct group *group)
 	       pool_bytes(group->pool);
 }
 
+/* What evictors keep it below. */
+static uint64_t lowered_limit_bytes(const struct group *group)
+{
+	uint64_t limit = READ_ONCE(group->limit_bytes), lowered = READ_ONCE(group->host_limit_bytes);
+
+	return lowered ? min_of(limit, lowered) : limit;
+}
+
 int64_t group_room_bytes(const struct group *group)
 {
-	return (int64_t)READ_ONCE(group->limit_bytes) -
-	       (int64_t)group_usage_bytes(group);
+	return (int64_t)lowered_limit_bytes(group) - (int64_t)group_usage_bytes(group);
+}
+
+int64_t group_charge_room_bytes(const struct group *group)
+{
+	uint64_t limit = READ_ONCE(group->limit_bytes), lowered = READ_ONCE(group->host_limit_bytes);
+
+	if (lowered)
+		limit = min_of(limit, lowered + GROUP_HOST_STEP_BYTES + limit / GROUP_HOST_SLACK_PART);
+	return (int64_t)limit - (int64_t)group_usage_bytes(group);
+}
+
+bool group_is_pressed(const struct group *group)
+{
+	return READ_ONCE(group->host_limit_bytes) || READ_ONCE(group->host_pool_bytes);
+}
+
+bool group_is_to_give(const struct group *group)
+{
+	uint64_t pool = READ_ONCE(group->host_pool_bytes);
+
+	return (pool && pool_bytes(group->pool) > pool) ||
+	       (READ_ONCE(group->host_limit_bytes) && !group_has_room(group, 1));
+}
+
+bool group_has_own_room(const struct group *group)
+{
+	return READ_ONCE(group->limit_bytes) >= group_usage_bytes(group) + 2 * group_reserve_bytes(group);
+}
+
+void group_lift(struct group *group)
+{
+	WRITE_ONCE(group->host_limit_bytes, 0);
+	WRITE_ONCE(group->host_pool_bytes, 0);
+}
+
+void group_relieve(struct group *group, uint64_t now_ns)
+{
+	WRITE_ONCE(group->host_hold_ns, now_ns + GROUP_HOST_HOLD_NS);
+	WRITE_ONCE(group->host_stuck_since_ns, 0);
+	group_lift(group);
 }
 
 static void note_usage(struct group *group)
@@ -40,7 +87,7 @@ void group_charge_anyway(struct group *group, uint64_t pages)
 
 bool group_charge(struct group *group, uint64_t pages)
 {
-	if (group_room_bytes(group) < (int64_t)(pages * PAGE_BYTES))
+	if (group_charge_room_bytes(group) < (int64_t)(pages * PAGE_BYTES))
 		return false;
 	group_charge_anyway(group, pages);
 	return true;
@@ -88,7 +135,7 @@ uint64_t group_pool_cap_bytes(const struct group *group)
 	}
 	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
 	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
-	uint64_t cap = READ_ONCE(group->limit_bytes) / 100 * (80 - (mean - 60) * 2);
+	uint64_t cap = lowered_limit_bytes(group) / 100 * (80 - (mean - 60) * 2);
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
 }

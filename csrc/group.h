@@ -13,6 +13,10 @@
  *                    clients grow by writing to what they share with forked relatives
  * A fill is refused (group_charge false) when it would pass the limit: the fault waits for room.
  *
+ * A group that is pressed, as the host is short (host.h), has a lower limit for a while. Evictors keep to that, and
+ * writers empty its pool; a fill may go beyond it by a step of those and GROUP_HOST_SLACK_PART of the limit, so that only
+ * what grows faster than eviction waits.
+ *
  * Locking   counters are atomics; the list of clients is protected by the engine's registry lock.
  */
 #ifndef VSWAP_GROUP_H
@@ -23,6 +27,10 @@
 
 #include "order.h"
 #include "pool.h"
+
+#define GROUP_HOST_STEP_BYTES (64ULL << 20)
+#define GROUP_HOST_SLACK_PART 16
+#define GROUP_HOST_HOLD_NS 30000000000ULL /* so long one from which nothing came gives nothing */
 
 struct group {
 	int number;
@@ -54,6 +62,13 @@ struct group {
 	uint64_t progress;         /* pages released or objects written back, ever */
 	uint64_t progress_seen;    /* of it, at the end of the last turn of an evictor */
 	uint64_t stuck_since_ns;   /* reclaim finds nothing since then; 0: it does */
+	uint64_t evicted_pages, written_pages, refilled_pages; /* ever: moved out, written back, given back from where they were */
+	uint64_t host_limit_bytes; /* pressed: instead of its limit; 0: not */
+	uint64_t host_pool_bytes;  /* pressed: of its pool; 0: not */
+	uint64_t host_hold_ns;     /* not to be pressed before */
+	uint64_t host_stuck_since_ns; /* pressed, and evictors find nothing since then; 0: they do */
+	/* host.c: the counters above, at its last look and at the begin of its window, and until when the group is hot. */
+	uint64_t host_evicted, host_written, host_window_evicted, host_window_refilled, host_hot_ns;
 	uint32_t segments_under_way; /* that writers fill and write for it; registry lock */
 	bool writes_back;          /* its pool is being brought below the accept threshold */
 	/* Of readings of Pss (cow.c); the look thread's. A round is one reading of each client that has relatives. */
@@ -67,8 +82,21 @@ struct group {
 
 uint64_t group_usage_bytes(const struct group *group);
 
-/* Room below the limit; negative when over it. */
+/* Room below the limit, which is a lower one while the group is pressed; negative when over it. */
 int64_t group_room_bytes(const struct group *group);
+/* The same for what comes back or is new. */
+int64_t group_charge_room_bytes(const struct group *group);
+
+/* Is it to take less, for the host's sake? */
+bool group_is_pressed(const struct group *group);
+/* ... and does it have more than that? */
+bool group_is_to_give(const struct group *group);
+/* Is that all the reason to take something from it: its own limit has room? */
+bool group_has_own_room(const struct group *group);
+/* It has its limit back. */
+void group_lift(struct group *group);
+/* It was pressed, and nothing came: not for a while again. */
+void group_relieve(struct group *group, uint64_t now_ns);
 
 /* Account `pages` pages that are about to become resident. False when they do not fit. */
 bool group_charge(struct group *group, uint64_t pages);

@@ -12,6 +12,9 @@
  * unmanaged takes of the limit what the cap would leave to the pool. When nothing gives room for OUT_OF_MEMORY_NS
  * while faults wait, or metadata takes nearly all of the limit, the group is out of memory: its largest member is
  * killed, and nobody else's.
+ *
+ * A group that is pressed (host.h) has less room, and is short earlier: copies of resident pages in its pool go first. When
+ * nothing comes of it, it is let off; it is never out of memory for that.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,6 +32,7 @@
 #define BATCHES_A_TURN_SHARED 2 /* one makes pages the client's own, the next takes them */
 #define DROP_PAGES 64 /* kept copies given up in one go */
 #define CLIENTS_A_TURN 16
+#define HOST_STUCK_NS 1000000000ULL /* as long a pressed group may give nothing */
 #define CROWDED_PARTS 8 /* metadata may take all of these parts of a limit but one */
 #define TURN_NS 50000000ULL /* of one group: clients that answer slowly cost others no more than this */
 
@@ -48,7 +52,7 @@ static struct group *pick_group(struct engine *engine, unsigned *cursor)
 
 		if (!group || group->client_count == 0 || group->flags & ENGINE_GROUP_REGIONS)
 			continue;
-		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE ||
+		if (is_short(group) || group_is_to_give(group) || group->flags & ENGINE_GROUP_TORTURE ||
 		    READ_ONCE(group->parked) > 0) {
 			group->users++;
 			*cursor = (*cursor + i + 1) % GROUPS_MAX;
@@ -148,7 +152,7 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 {
 	uint64_t now = sys_now_ns(), made = READ_ONCE(group->progress);
 	bool starving = READ_ONCE(group->waiting) > 0 &&
-			group_room_bytes(group) < (int64_t)PAGE_BYTES;
+			group_charge_room_bytes(group) < (int64_t)PAGE_BYTES;
 
 	uint64_t since = READ_ONCE(group->stuck_since_ns);
 
@@ -164,6 +168,20 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 					       __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
 		reclaim_kill_largest(engine, group);
 	}
+}
+
+/* A pressed group of which nothing can go, all of it is pinned, say, is let off: evictors would look for ever, and faults
+ * that wait would end it, below its own limit. */
+static void note_host_stuck(struct group *group, bool progress)
+{
+	uint64_t now = sys_now_ns(), since = READ_ONCE(group->host_stuck_since_ns);
+
+	if (progress || !group_is_to_give(group))
+		WRITE_ONCE(group->host_stuck_since_ns, 0);
+	else if (since == 0)
+		WRITE_ONCE(group->host_stuck_since_ns, now);
+	else if (now > since + HOST_STUCK_NS)
+		group_relieve(group, now);
 }
 
 /* ---- evicting ---- */
@@ -245,6 +263,12 @@ static unsigned batches_a_turn(const struct client *client)
 	return READ_ONCE(client->pss) && !READ_ONCE(client->is_alone) ? BATCHES_A_TURN_SHARED : BATCHES_A_TURN;
 }
 
+/* The host will see it, but a moment later. */
+static bool is_pressed_for_nothing(struct engine *engine, const struct group *group)
+{
+	return group_is_pressed(group) && group_has_own_room(group) && host_is_useless(engine, group);
+}
+
 /* A turn of batches from one client. Returns pages evicted. */
 static uint64_t evict_from(struct engine *engine, struct group *group, struct client *client,
 			   struct evictor *evictor, bool desperate, uint64_t end_ns)
@@ -256,7 +280,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 		struct evict_result result;
 		bool torture = group->flags & ENGINE_GROUP_TORTURE;
 
-		if (!pool_has_room(engine, group, client))
+		if (!pool_has_room(engine, group, client) || is_pressed_for_nothing(engine, group))
 			break;
 		if (torture && !is_short(group)) {
 			pthread_mutex_lock(&client->gate);
@@ -278,7 +302,8 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 {
 	struct client *clients[CLIENTS_A_TURN];
 	unsigned count = pick_clients(engine, group, clients);
-	uint64_t pages = 0;
+	uint64_t pages = 0, made = READ_ONCE(group->progress_seen);
+	bool dropped = false;
 	/* After a second without room even pages filled a moment ago must go. */
 	uint64_t stuck_since_ns = READ_ONCE(group->stuck_since_ns);
 	uint64_t now = sys_now_ns();
@@ -287,12 +312,14 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 	for (unsigned i = 0; i < count; i++) {
 		if (READ_ONCE(group->parked) > 0)
 			(void)evict_resume(clients[i], evictor);
-		if (stuck_since_ns) /* nothing that is resident can go: copies of it are the first thing that does */
-			(void)drop_copies(group, clients[i]);
+		/* When nothing that is resident can go, copies of it are the first thing that does. */
+		if ((stuck_since_ns || group_is_to_give(group)) && drop_copies(group, clients[i]))
+			dropped = true;
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
 			pages += evict_from(engine, group, clients[i], evictor, desperate, now + TURN_NS);
 		client_put(clients[i]);
 	}
+	note_host_stuck(group, pages > 0 || dropped || READ_ONCE(group->progress) != made);
 	note_stuck(engine, group, pages > 0);
 	engine_room_made(engine, group);
 	if (pages == 0 || group->flags & ENGINE_GROUP_TORTURE)

@@ -261,6 +261,19 @@ int sys_open_proc(pid_t pid, const char *file)
 	return fd < 0 ? -errno : fd;
 }
 
+int sys_read_text(const char *path, char *text, size_t bytes)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, text, bytes - 1);
+	int result = length < 0 ? -errno : (int)length;
+
+	if (fd >= 0)
+		close(fd);
+	if (length >= 0)
+		text[length] = '\0';
+	return result;
+}
+
 /* Field `number` of a stat file of a process, its bytes from the blank before it on, in `text`; NULL: not to be had. */
 static const char *stat_field(pid_t pid, const char *file, int number, char text[static STAT_BYTES])
 {

@@ -142,6 +142,8 @@ int sys_memfd(const char *name, uint64_t bytes, bool sealed);
  * the file, as MADV_REMOVE refuses what is locked; where that is refused too, zeroed where it is. */
 void sys_discard(int memfd, uint64_t offset, void *at, uint64_t bytes);
 int sys_open_proc(pid_t pid, const char *file);
+/* What one read gives of a small file of the kernel's, with a NUL behind it: bytes or -errno. */
+int sys_read_text(const char *path, char *text, size_t bytes);
 
 /* Total size and anonymous resident size of a process in pages, from an open /proc/PID/statm. */
 int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages);

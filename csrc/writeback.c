@@ -3,10 +3,10 @@
  * writeback — cold objects leave the pool for a backend, as they are.
  *
  * A writer thread for each backend, so that a device that hangs keeps nobody else from writing. It works while a pool
- * that may spill is near its cap, or its group finds nothing else that gives room (reclaim.c), and no backend of a
- * higher priority can take what leaves it: it takes the clusters that were stored longest ago, packs their objects into
- * a segment, writes the segment, and only when the write has returned changes the slots and frees the objects.
- * Neighbours in memory become neighbours in the segment, so a run of faults is one read. When there is nothing to
+ * that may spill is near its cap, or its group finds nothing else that gives room (reclaim.c) or is pressed (host.h),
+ * and no backend of a higher priority can take what leaves it: it takes the clusters that were stored longest ago, packs
+ * their objects into a segment, writes the segment, and only when the write has returned changes the slots and frees the
+ * objects. Neighbours in memory become neighbours in the segment, so a run of faults is one read. When there is nothing to
  * write it compacts (drain.c).
  * Backends of one priority are written to at the same time, each as fast as it is, or as its rate allows.
  * A group may be without writeback, or have a budget of bytes on backends; a file whose file system is full is left alone
@@ -68,7 +68,7 @@ static bool needs_writeback(struct engine *engine, struct group *group)
 	uint64_t end = min_of(begin, cap / 100 * engine->accept_percent);
 	bool needs;
 
-	if (READ_ONCE(group->stuck_since_ns))
+	if (READ_ONCE(group->stuck_since_ns) || group_is_to_give(group))
 		return pool_bytes(group->pool) > 0 && writeback_is_possible(engine, group);
 	/* Under random access kept copies go first (reclaim.c). */
 	if (group_gives_up_copies(group) && !READ_ONCE(group->kept_exhausted))
@@ -296,6 +296,7 @@ static bool write_segment(struct writer *writer, struct spill *spill, struct gro
 	settle(writer, result == 0);
 	group_pool_changed(group);
 	__atomic_fetch_add(&group->progress, result == 0 ? count : 0, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&group->written_pages, result == 0 ? count : 0, __ATOMIC_RELAXED);
 	engine_room_made(engine, group);
 	return result == 0;
 }

@@ -39,6 +39,7 @@ LOOK_US_MAX = 20_000
 ACCEPT_PERCENT = 90  # of a pool's cap: writeback that has begun brings it down to that
 RATE_BYTES_MIN = 1 * MIB  # a second, of writeback to one backend: a segment
 RECOMPRESS_AGE_SECONDS = 30  # pages that were out for so long are compressed again
+HOST_RESERVE_AUTO = (1 << 64) - 1  # csrc/engine.h
 
 # ---- spill ----
 

@@ -265,6 +265,7 @@ async def _serve_embedded(
 
     daemon = Daemon(engine, PlainLog("warning"), log_told=False, inheritance=inheritance)
     daemon.adopt_groups_at_session = True
+    engine.set_host_reserve(config.HOST_RESERVE_AUTO, machine.memory_cgroups())
     await daemon.run(listener, wait_stop)
 
 
@@ -396,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         service = Service(options)
         machine.check_all()
+        machine.avoid_oom_kill()
         log = make_daemon_log(service.settings.daemon.log_level)
         _raise_descriptor_limit()
         if taken:

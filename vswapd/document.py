@@ -38,6 +38,9 @@ TOTALS = (
     "events_dropped",
 )
 
+# Of the host, as host_… of records.Statistics.
+HOST = ("is_short", "available_bytes", "reserve_bytes", "shortages", "reclaimed_pages", "written_pages")
+
 
 def _latencies(statistics: Statistics, bounds_us: tuple[float, ...]) -> dict[str, dict[str, float]]:
     latencies = {}
@@ -127,6 +130,7 @@ def build_status(
         "daemon_bytes": sum(processes.own_bytes(pid) for pid in pids),
         **totals,
         "faults": statistics.counters.get("faults", 0),
+        "host": {name: getattr(statistics, f"host_{name}") for name in HOST},
         "backends": [backend_document(record) for record in engine.backends()],
         "groups": [_group(record) for record in groups.values() if may_see_group(record.name)],
         "clients": [_client(record, groups, uid) for record, uid in owners if may_see_client(uid)],

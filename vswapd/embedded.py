@@ -18,11 +18,10 @@ import signal
 import socket
 import sys
 
-from vswapd import backends, config, paths
+from vswapd import backends, config, machine, paths
 from vswapd.connection import Connection
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTOU)
-_OOM_SCORE = "-900"  # the last to go when the machine is out of memory: others' memory is in its hands
 
 
 class EmbeddedDaemon:
@@ -86,7 +85,7 @@ def _be_daemon(
         _close_inherited({listener.fileno(), session.fileno(), *(spill.fd for spill in spills)})
         os.chdir("/")
         _write("/proc/self/comm", "vswapd")
-        _write("/proc/self/oom_score_adj", _OOM_SCORE)
+        machine.avoid_oom_kill()
         from vswapd.daemon import run_embedded
 
         status = run_embedded(listener, session, spills, front_pid)

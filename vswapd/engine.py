@@ -20,6 +20,7 @@ from vswapd._engine import ffi, lib
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from vswapd.machine import Cgroup
     from vswapd.wire import Arena
 
 _MESSAGE_BYTES = 256
@@ -257,6 +258,19 @@ class Engine:
     def backend_cancel(self, number: int) -> None:
         """End what drains or compacts a backend, soon. ENOENT: nothing does."""
         _check(lib.engine_backend_cancel(self._handle, number), "cancel")
+
+    # ---- the host ----
+
+    def set_host_reserve(self, reserve_bytes: int, cgroups: Sequence[Cgroup]) -> None:
+        """What is to stay available, of the machine and of these cgroups; HOST_RESERVE_AUTO: a small part; 0: never."""
+        texts = [
+            (ffi.new("char[]", os.fsencode(cgroup.directory)), ffi.new("char[]", os.fsencode(cgroup.path)))
+            for cgroup in cgroups
+        ]
+        array = ffi.new("struct engine_cgroup[]", len(cgroups))
+        for index, (cgroup, (directory, path)) in enumerate(zip(cgroups, texts, strict=True)):
+            array[index].directory, array[index].path, array[index].version = directory, path, cgroup.version
+        _check(lib.engine_set_host_reserve(self._handle, reserve_bytes, array, len(cgroups)), "reserve of the host")
 
     # ---- clients ----
 

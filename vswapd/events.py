@@ -48,7 +48,24 @@ def _out_of_memory(event: Event, group: GroupStatistics | None, name: str, proce
     return Notice("error", "out-of-memory", text, name, event.pid, fields)
 
 
-def describe(  # noqa: PLR0911 -- one for each kind
+def _host(event: Event) -> Notice:
+    place = "the daemon's memory cgroup" if event.place else "the machine"
+    if event.kind == records.EVENT_HOST_OVER:
+        text = (
+            f"{place} has memory again: {format_size(event.a)} are available; that took {event.b / 1000:.1f} s,"
+            f" {format_size(event.c)} were swapped out for it"
+        )
+        return Notice("info", "host-over", text)
+    givable = f"up to {format_size(event.c)} can be swapped out" if event.c else "nothing more can be swapped out"
+    text = (
+        f"{place} is short of memory: {format_size(event.a)} are available,"
+        f" {format_size(event.b)} are to be (host_reserve); {givable} below the groups' limits;"
+        f" end something, lower limits, or add spill space"
+    )
+    return Notice("warning", "host-short", text)
+
+
+def describe(  # noqa: C901, PLR0911 -- one for each kind
     event: Event, group: GroupStatistics | None, comm: str
 ) -> Notice:
     """The notice for an event of `group` (None: unknown) about the process `comm`."""
@@ -65,6 +82,8 @@ def describe(  # noqa: PLR0911 -- one for each kind
     if event.kind == records.EVENT_CLIENT_ERROR:
         text = f"nothing more is swapped out of process {process}: {_cause(event.a)}"
         return Notice("warning", "client-error", text, name, event.pid)
+    if event.kind in (records.EVENT_HOST_SHORT, records.EVENT_HOST_OVER):
+        return _host(event)
     if event.kind == records.EVENT_BACKEND_ERROR:
         return Notice("error", "backend-error", f"spill backend {event.a} failed: {_cause(event.b)}")
     if event.kind == records.EVENT_FORK_WAITS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 
 from vswapd import config
 from vswapd.failure import Failure
@@ -32,26 +33,52 @@ def memory(root: str = "/") -> dict[str, int]:
     return figures
 
 
-def _cgroup_limits(root: str) -> list[int]:
-    """memory.max of the cgroups (v2 and v1) this process is in, where they are set and visible."""
-    limits = []
+@dataclass(frozen=True)
+class Cgroup:
+    """A memory cgroup: where its files are, and its name in /proc/PID/cgroup among those of its version."""
+
+    directory: str
+    path: str
+    version: int
+
+    @property
+    def limit_file(self) -> str:
+        """Where its limit stands."""
+        return os.path.join(self.directory, "memory.max" if self.version == 2 else "memory.limit_in_bytes")
+
+
+def _with_parents(base: str, path: str) -> list[tuple[str, str]]:
+    """(directory, path) of a cgroup that is seen below `base`, and of those above it."""
+    found = []
+    while path.strip("/") and ".." not in path.split("/"):
+        found.append((os.path.join(base, path.lstrip("/")), path))
+        path = os.path.dirname(path)
+    return found
+
+
+def memory_cgroups(root: str = "/") -> list[Cgroup]:
+    """The memory cgroups (v2 and v1) that this process is in, as far as they are visible and can have a limit."""
+    found = []
     for line in _read(os.path.join(root, "proc/self/cgroup")).splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        names: tuple[tuple[str, str], ...] = (
-            ("sys/fs/cgroup", "memory.max"),
-            ("sys/fs/cgroup/unified", "memory.max"),
-        )
+        version, bases = 2, ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
         if "memory" in controllers.split(","):
-            names = (("sys/fs/cgroup/memory", "memory.limit_in_bytes"),)
+            version, bases = 1, ["sys/fs/cgroup/memory"]
         elif controllers:
             continue
-        for base, name in names:
+        for base in (os.path.join(root, name) for name in bases):
+            places = _with_parents(base, path)
             # Inside a container the path may be the host's: its own cgroup is then mounted at the top.
-            for place in (path.lstrip("/"), ""):
-                text = _read(os.path.join(root, base, place, name)).strip()
-                if text.isdigit():
-                    limits.append(int(text))
-    return limits
+            is_seen = any(os.path.isdir(directory) for directory, _ in places)
+            candidates = [Cgroup(*place, version) for place in [*places, (base, "/" if is_seen else path)]]
+            found += [cgroup for cgroup in candidates if os.path.exists(cgroup.limit_file)]
+    return found
+
+
+def _cgroup_limits(root: str) -> list[int]:
+    """Limits of the cgroups this process is in, where they are set."""
+    texts = (_read(cgroup.limit_file).strip() for cgroup in memory_cgroups(root))
+    return [int(text) for text in texts if text.isdigit()]
 
 
 def ram_bytes(root: str = "/") -> int:
@@ -104,6 +131,24 @@ def check_privilege(mask: int) -> None:
             "a private daemon needs root (CAP_SYS_PTRACE), and no system daemon answers",
             "use sudo, or ask the administrator to start vswapd",
         )
+
+
+_OOM_SCORE = -900
+
+
+def avoid_oom_kill(root: str = "/") -> None:
+    """Be the last to go when the machine is out of memory, with all that is started from here: others' memory is in a
+    daemon's hands. Where that is not allowed (CAP_SYS_RESOURCE), all stays as it is: one that is killed is succeeded.
+    """
+    path = os.path.join(root, "proc/self/oom_score_adj")
+    text = _read(path).strip()
+    if text and int(text) <= _OOM_SCORE:
+        return
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(_OOM_SCORE))
+    except OSError:
+        pass  # nice to have
 
 
 def open_errno(path: str) -> int:

@@ -56,6 +56,16 @@ _TOTALS = (
     ("region_count", "Files in regions/"),
     ("events_dropped", "Events that the daemon was too slow to take"),
 )
+_HOST_GAUGES = (
+    ("host_is_short", "1 while the machine or the daemon's memory cgroup has less available than it is to"),
+    ("host_available_bytes", "Memory that is available there"),
+    ("host_reserve_bytes", "Memory that is to be available there, 0: whatever is"),
+)
+_HOST_COUNTERS = (
+    ("host_shortages", "Times that it was short"),
+    ("host_reclaimed_pages", "Pages moved out of programs for that"),
+    ("host_written_pages", "Pages written back for that"),
+)
 _GROUP_GAUGES = (
     ("limit_bytes", "Limit of the group"),
     ("usage_bytes", "What the limit bounds"),
@@ -96,7 +106,7 @@ class EngineCollector(Collector):
         yield InfoMetricFamily("vswapd_build", "Version of the daemon", value={"version": __version__})
         daemon = sum(processes.own_bytes(pid) for pid in self._pids)
         yield GaugeMetricFamily("vswapd_daemon_bytes", "RAM of the daemon beside pools and metadata", value=daemon)
-        for name, meaning in _TOTALS:
+        for name, meaning in (*_TOTALS, *_HOST_GAUGES):
             yield GaugeMetricFamily(_metric(name), meaning, value=getattr(statistics, name))
         pages = GaugeMetricFamily("vswapd_swapped_pages", "Swapped pages by where they are", labels=["backing"])
         for backing in BACKINGS:
@@ -106,6 +116,8 @@ class EngineCollector(Collector):
             if name == "poisoned_pages":
                 continue  # the gauge above counts the same pages
             yield CounterMetricFamily(f"vswapd_{name}", f"Counter {name} of vswapd(8)", value=count)
+        for name, meaning in _HOST_COUNTERS:
+            yield CounterMetricFamily(f"vswapd_{name}", meaning, value=getattr(statistics, name))
         yield _latencies(statistics, self._engine.latency_bounds_us())
         yield from self._groups()
         yield from self._backends()

@@ -34,6 +34,8 @@ EVENT_REGISTERED = 6
 EVENT_FORK_WAITS = 7
 EVENT_CHILD_REFUSED = 8
 EVENT_YIELD_REFUSED = 9
+EVENT_HOST_SHORT = 10
+EVENT_HOST_OVER = 11
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Statistics:
     backend_count: int = 0
     region_count: int = 0
     events_dropped: int = 0
+    host_is_short: int = 0
+    host_available_bytes: int = 0
+    host_reserve_bytes: int = 0
+    host_shortages: int = 0
+    host_reclaimed_pages: int = 0
+    host_written_pages: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     latency_ns_sum: tuple[int, ...] = (0,) * len(BACKINGS)
     latency: tuple[tuple[int, ...], ...] = ((),) * len(BACKINGS)
@@ -211,3 +219,4 @@ class Event:
     a: int = 0
     b: int = 0
     c: int = 0
+    place: int = 0

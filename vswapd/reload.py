@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """reload — the configuration of a running daemon: groups of the file, and what SIGHUP changes.
 
-Applied at once: limits and owners of groups, groups that came or went, the log level, tiers, backends that came. All
-else takes a restart, and a line of the log says so. Only what differs from the file as it was read last
-is applied: a limit set by `vswapctl limit` meanwhile stays, unless the file's changed too. A file with a
-mistake changes nothing.
+Applied at once: limits and owners of groups, groups that came or went, the log level, tiers, the host's
+reserve, backends that came. All else takes a restart, and a line of the log says so. Only what differs from the
+file as it was read last is applied: a limit set by `vswapctl limit` meanwhile stays, unless the file's changed
+too. A file with a mistake changes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from vswapd import backends, notify
+from vswapd import backends, machine, notify
 from vswapd.failure import Failure
 from vswapd.groups import GroupError
 from vswapd.records import GROUP_NO_RECOMPRESS, GROUP_NO_SPILL
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vswapd.log import Log
     from vswapd.settings import BackendSettings, GroupSettings, Settings
 
+_SWITCHES = ("log_level", "tiers", "host_reserve")  # of [daemon], at once
 _RESTART = "restart vswapd once its clients have ended"
 
 
@@ -54,7 +55,7 @@ class Reloader:
         self._log = log
         self._set_log_level = set_log_level
         self._made: set[str] = set()  # groups that are the file's
-        engine.set_tiering(settings.daemon.tiers)
+        self._set_switches()
         if engine.is_successor:
             self._adopt()
         else:
@@ -69,13 +70,18 @@ class Reloader:
         except SettingsError as error:
             self._log.error("configuration as at the start", mistakes=str(error))
         self._set_log_level(self._settings.daemon.log_level)
-        self._engine.set_tiering(self._settings.daemon.tiers)
+        self._set_switches()
         for wanted in self._settings.groups:
             found = self._groups.find(wanted.name)
             if found is None:
                 self._add_group(wanted)
             elif not found.root_pid:
                 self._made.add(wanted.name)
+
+    def _set_switches(self) -> None:
+        daemon = self._settings.daemon
+        self._engine.set_host_reserve(daemon.host_reserve, machine.memory_cgroups())
+        self._engine.set_tiering(daemon.tiers)
 
     async def run(self) -> None:
         """Reload on each SIGHUP, for ever."""
@@ -96,10 +102,9 @@ class Reloader:
         old, self._settings = self._settings, new
         if new.daemon.log_level != old.daemon.log_level:
             self._set_log_level(new.daemon.log_level)
-        if new.daemon.tiers != old.daemon.tiers:
-            self._engine.set_tiering(new.daemon.tiers)
+        self._set_switches()
         for item in dataclasses.fields(new.daemon):
-            if item.name not in ("log_level", "tiers") and getattr(new.daemon, item.name) != getattr(old.daemon, item.name):
+            if item.name not in _SWITCHES and getattr(new.daemon, item.name) != getattr(old.daemon, item.name):
                 self._needs_restart(item.name)
         self._reload_backends(old.backends, new.backends)
         self._reload_groups(old.groups, new.groups)

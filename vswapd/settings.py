@@ -79,6 +79,15 @@ def _rate(value: object) -> int:
     return rate
 
 
+def _reserve(value: object) -> int:
+    if value == "auto":
+        return config.HOST_RESERVE_AUTO
+    try:
+        return _size(value)
+    except ValueError:
+        raise ValueError('neither "auto" nor a size') from None
+
+
 def _number(low: int, high: int) -> Callable[[object], int]:
     def check(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -215,6 +224,15 @@ TABLES: dict[str, tuple[Key, ...]] = {
             "120",
         ),
         Key(
+            "host_reserve",
+            _reserve,
+            "auto",
+            "bytes",
+            "Below this much available memory of the machine, groups are swapped out below their limits; 0: never.",
+            '"1G"',
+            reloads=True,
+        ),
+        Key(
             "tiers",
             _flag,
             False,
@@ -310,6 +328,7 @@ class DaemonSettings:
     evictors: int
     accept_threshold: int
     recompress_age: int
+    host_reserve: int
     tiers: bool
     io_threads: bool
 

@@ -29,7 +29,7 @@ from vswapd.operations import Caller
 from vswapd.request import RequestError
 from vswapd.records import BACKEND_STATES
 from vswapd.sizes import parse_size
-from vswapd.document import TOTALS, backend_document
+from vswapd.document import HOST, TOTALS, backend_document
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,7 +202,8 @@ class Tree:
 
     def _stat(self) -> str:
         statistics = self._engine.statistics()
-        figures = {name: getattr(statistics, name) for name in TOTALS}
+        names = (*TOTALS, *(f"host_{name}" for name in HOST))
+        figures = {name: getattr(statistics, name) for name in names}
         # poisoned_pages is both; as a total it is the same number.
         return "".join(f"{name} {count}\n" for name, count in {**statistics.counters, **figures}.items())
 

@@ -24,7 +24,7 @@ from support.sampler import ControlClient
 from vswapd import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
 _SUPPORT = Path(__file__).parent.parent / "support"
 _KERNEL_MIN = (6, 12)
@@ -178,11 +178,13 @@ class DaemonProcess:
 
 
 @contextlib.contextmanager
-def _daemon(directory: Path, options: list[str], descriptors: int = 0) -> Iterator[DaemonProcess]:
-    """A system daemon; stopped in order at the end. `descriptors`: how many it may have open."""
+def _daemon(
+    directory: Path, options: list[str], descriptors: int = 0, prefix: Sequence[str] = ()
+) -> Iterator[DaemonProcess]:
+    """A system daemon; stopped in order at the end. `descriptors`: how many it may have open; `prefix`: before it."""
     socket_path = str(directory / "vswapd.sock")
     log = directory / "vswapd.log"
-    command = [command_path("vswapd"), "--socket", socket_path, *options]
+    command = [*prefix, command_path("vswapd"), "--socket", socket_path, *options]
     environment = {**os.environ, "VSWAPD_TEST_OPERATIONS": "1"}
     limits = (descriptors, descriptors) if descriptors else resource.getrlimit(resource.RLIMIT_NOFILE)
     with log.open("wb") as output:
@@ -221,9 +223,9 @@ def daemon_with(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
     """The same with other options, in which {directory} is one of the test's own: a function that starts it."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options: str, descriptors: int = 0) -> DaemonProcess:
+        def start(*options: str, descriptors: int = 0, prefix: Sequence[str] = ()) -> DaemonProcess:
             texts = [option.format(directory=tmp_path) for option in options]
-            return stack.enter_context(_daemon(tmp_path, texts, descriptors))
+            return stack.enter_context(_daemon(tmp_path, texts, descriptors, prefix))
 
         yield start
 

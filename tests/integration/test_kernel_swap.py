@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A kernel that swaps as well takes pages away while they are moved out, stored or brought back: none is lost by that."""
+"""A kernel that swaps, too, takes pages away while they are moved out, stored or brought back: none is lost by that."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_nothing_is_lost_between_two_that_swap(
     tmp_path: Path, drive: str, verify_memory: str, client_library: str
 ) -> None:
     """In a cgroup with less than the program has resident, while the data plane moves pages in and out at random."""
-    options = ["--limit", str(512 * MIB), "--torture", "--spill", f"{tmp_path / 'spill'}:{1 << 30}", "--lib", client_library]
+    options = ["--limit", str(512 * MIB), "--torture", "--spill", f"{tmp_path / 'spill'}:{1 << 30}"]
+    options += ["--lib", client_library]
     program = [verify_memory, "--mib", "160", "--kind", "random", "--seconds", str(_SECONDS)]
     with memory_cgroup(tmp_path, f"vswap-test-swap-{os.getpid()}", 100 * MIB) as cgroup:
         command = cgroup.command([drive, *options, "--", *program])

@@ -4,7 +4,7 @@
  *
  *   drive [--limit BYTES] [--pool BYTES] [--spill PATH:BYTES [--encrypt]] [--torture] [--pageout-every MS]
  *         [--check-every MS] [--drain-every MS] [--stats] [--kill-every MS] [--crash POINT:CALL] [--slow-arm MS]
- *         [--detach-every MS] [--commands] [--synthetic-slots N] [--recompress MS] [--tiers] [--fail NAME:N:ERRNO[:all]]...
+ *         [--detach-every MS] [--commands] [--host-reserve BYTES] [--synthetic-slots N] [--recompress MS] [--tiers] [--fail NAME:N:ERRNO[:all]]...
  *         [--delay NAME:N:MS[:all]]... --lib libvswap.so -- COMMAND...
  *   drive --crash-points
  *
@@ -13,7 +13,7 @@
  * file system, and every so often the older of the two is compacted, drained and replaced. --detach-every: so
  * often one of the clients is detached. --synthetic-slots: beside the command there is a region of so many same-filled pages, which
  * nobody has written: only its slots are set. --recompress: pages out for so long are
- * compressed again. --tiers: above the spill file is a backend of 24 MiB, and pages move between the two. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
+ * compressed again. --host-reserve: while the machine has less available the command gives, below its limit. --tiers: above the spill file is a backend of 24 MiB, and pages move between the two. Exit status: the command's, 99 when an invariant was found broken, 98 for trouble of its own.
  *
  * With --kill-every (a random time, MS on average) or --crash (crash_point.h) the daemon is a child that is
  * killed and succeeded, as often as that happens; the last line then says how often, and how long
@@ -309,7 +309,7 @@ static void page_as_asked(pid_t command)
 
 struct options {
 	uint64_t limit_bytes, pool_bytes, pageout_every_ms, check_every_ms, kill_every_ms, slow_arm_ms, drain_every_ms,
-		detach_every_ms, synthetic_slots, recompress_age_ms;
+		detach_every_ms, synthetic_slots, recompress_age_ms, host_reserve_bytes;
 	const char *library, *crash;
 	char *spill;
 	int torture, stats, commands, tiers;
@@ -525,7 +525,7 @@ static void parse(int argc, char **argv, struct options *options)
 		{ "crash", 1, 0, 'C' }, { "crash-points", 0, 0, 'N' }, { "fail", 1, 0, 'F' }, { "delay", 1, 0, 'D' },
 		{ "drain-every", 1, 0, 'd' }, { "commands", 0, 0, 'm' }, { "slow-arm", 1, 0, 'a' },
 		{ "detach-every", 1, 0, 'e' }, { "synthetic-slots", 1, 0, 'y' }, { "encrypt", 0, 0, 'E' },
-		{ "recompress", 1, 0, 'r' }, { "tiers", 0, 0, 'i' }, { 0, 0, 0, 0 } };
+		{ "recompress", 1, 0, 'r' }, { "tiers", 0, 0, 'i' }, { "host-reserve", 1, 0, 'H' }, { 0, 0, 0, 0 } };
 	int option;
 
 	while ((option = getopt_long(argc, argv, "+", longs, NULL)) != -1)
@@ -549,6 +549,7 @@ static void parse(int argc, char **argv, struct options *options)
 		case 'm': options->commands = 1; break;
 		case 'y': options->synthetic_slots = strtoull(optarg, NULL, 0); break;
 		case 'i': options->tiers = 1; break;
+		case 'H': options->host_reserve_bytes = strtoull(optarg, NULL, 0); break;
 		case 'r': options->recompress_age_ms = strtoull(optarg, NULL, 0); break;
 		case 'a': options->slow_arm_ms = strtoull(optarg, NULL, 0); break;
 		default: exit(2);
@@ -597,6 +598,7 @@ static int run_daemon(const struct options *options, const struct engine_config 
 			drive_add_synthetic_slots(engine, options->synthetic_slots);
 	}
 	engine_set_tiering(engine, options->tiers);
+	(void)engine_set_host_reserve(engine, options->host_reserve_bytes, NULL, 0);
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)
 		fail("thread");

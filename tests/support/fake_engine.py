@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from vswapd import records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from vswapd.machine import Cgroup
     from vswapd.wire import Arena
 
 LATENCY_BUCKETS = 64
@@ -181,6 +182,9 @@ class FakeEngine:
 
     def set_tiering(self, on: bool) -> None:
         self._call("set_tiering", on)
+
+    def set_host_reserve(self, reserve_bytes: int, cgroups: Sequence[Cgroup]) -> None:
+        self._call("set_host_reserve", reserve_bytes, len(cgroups))
 
     def backend_drain_begin(self, numbers: Iterable[int], force: bool) -> tuple[bool, records.Room]:
         numbers = list(numbers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""memory_cgroup — a machine that is short of memory: a memory cgroup of the test's own, of either version, with a limit.
+"""memory_cgroup — a machine that is short of memory: a memory cgroup of the test's own, with a limit.
 
 What is started inside of it by `command` is all there is of it, and ends with it.
 """

@@ -37,7 +37,7 @@ def test_records_have_the_structs_fields(struct: str, record: type) -> None:
 
 def test_event_has_the_structs_fields() -> None:
     names = {item.name for item in dataclasses.fields(records.Event)}
-    assert names == set(header.field_names(_HEADER, "engine_event")) - {"reserved"}
+    assert names == set(header.field_names(_HEADER, "engine_event"))
 
 
 def test_statistics_have_the_structs_fields() -> None:

@@ -46,6 +46,9 @@ def test_out_of_memory_names_the_figures() -> None:
         (records.Event(records.EVENT_YIELD_REFUSED, 7, 3, 64 * _MIB), "warning", "registers 64 MiB"),
         (records.Event(records.EVENT_CLIENT_GONE, 7, 3), "info", "process 7 (x) ended"),
         (records.Event(records.EVENT_REGISTERED, 7, 3, 4, _MIB), "info", "4 regions, 1 MiB"),
+        (records.Event(records.EVENT_HOST_SHORT, 0, -1, 9, 16, 64), "warning", "machine is short"),
+        (records.Event(records.EVENT_HOST_SHORT, 0, -1, 9 * _MIB, 16 * _MIB, 0, 1), "warning", "cgroup is short"),
+        (records.Event(records.EVENT_HOST_OVER, 0, -1, 99 * _MIB, 2500, 64 * _MIB), "info", "took 2.5 s, 64 MiB"),
         (records.Event(99, 7, 3), "debug", "event 99"),
         (records.Event(records.EVENT_POISONED, 7, 3, 1, 1 << 40), "error", "error 1099511627776"),
     ],
@@ -59,6 +62,17 @@ def test_every_event_has_words(
     assert level in log.LEVELS
     assert part in notice.text
     assert "\n" not in notice.text
+
+
+def test_shortage_of_the_host_names_the_figures() -> None:
+    event = records.Event(records.EVENT_HOST_SHORT, 0, -1, 9 * _MIB, 16 * _MIB, 64 * _MIB)
+    assert events.describe(event, None, "").text == (
+        "the machine is short of memory: 9 MiB are available, 16 MiB are to be (host_reserve); up to 64 MiB can be "
+        "swapped out below the groups' limits; end something, lower limits, or add spill space"
+    )
+    nothing = records.Event(records.EVENT_HOST_SHORT, 0, -1, 9 * _MIB, 16 * _MIB, 0, place=2)
+    assert "memory cgroup is short" in events.describe(nothing, None, "").text
+    assert "; nothing more can be swapped out below" in events.describe(nothing, None, "").text
 
 
 async def test_events_wake_the_daemon_and_are_logged() -> None:

@@ -52,6 +52,29 @@ def test_memory_of_a_cgroup(root: Path, membership: str, file: str) -> None:
     assert machine.available_bytes(str(root)) == _GIB
 
 
+def test_cgroups_with_those_above_them(root: Path) -> None:
+    """The least limit counts, whoever has it; what cannot be seen is left out."""
+    _write(root / "proc/self/cgroup", "4:memory:/a/b\n0::/a/b\n")
+    for directory, limit in (("a/b", 3), ("a", 2), ("", 1 << 20)):
+        _write(root / "sys/fs/cgroup/memory" / directory / "memory.limit_in_bytes", f"{limit * _GIB}\n")
+    _write(root / "sys/fs/cgroup/unified/a/memory.max", "max\n")
+    cgroups = machine.memory_cgroups(str(root))
+    found = [(cgroup.directory.removeprefix(f"{root}/sys/fs/cgroup/"), cgroup.path) for cgroup in cgroups]
+    assert found == [
+        ("memory/a/b", "/a/b"),
+        ("memory/a", "/a"),
+        ("memory", "/"),
+        ("unified/a", "/a"),
+    ]
+    assert machine.ram_bytes(str(root)) == 2 * _GIB
+
+
+def test_cgroup_of_a_container_is_at_the_top(root: Path) -> None:
+    _write(root / "proc/self/cgroup", "4:memory:/docker/1\n")
+    _write(root / "sys/fs/cgroup/memory/memory.limit_in_bytes", f"{_GIB}\n")
+    assert [cgroup.path for cgroup in machine.memory_cgroups(str(root))] == ["/docker/1"]
+
+
 def test_cgroup_without_a_limit(root: Path) -> None:
     _write(root / "proc/self/cgroup", "0::/\n1:name=systemd:/\n")
     _write(root / "sys/fs/cgroup/memory.max", "max\n")
@@ -76,6 +99,14 @@ def test_capabilities(tmp_path: Path) -> None:
     assert machine.capabilities(str(tmp_path)) == 0
     _write(tmp_path / "proc/self/status", "Name: x\nCapEff:\t000001ffffffffff\n")
     assert machine.capabilities(str(tmp_path)) == 0x1FFFFFFFFFF
+
+
+@pytest.mark.parametrize(("before", "after"), [("0\n", "-900"), ("300\n", "-900"), ("-950\n", "-950\n")])
+def test_last_to_be_killed(tmp_path: Path, before: str, after: str) -> None:
+    machine.avoid_oom_kill(str(tmp_path / "none"))
+    _write(tmp_path / "proc/self/oom_score_adj", before)
+    machine.avoid_oom_kill(str(tmp_path))
+    assert (tmp_path / "proc/self/oom_score_adj").read_text(encoding="ascii") == after
 
 
 def test_privilege() -> None:

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from support.control_plane import LIMIT, SECONDS_MAX, ControlPlane, control_plane
-from vswapd import settings
+from vswapd import config, settings
 from vswapd.accept import Peer
 from vswapd.reload import Reloader
 
@@ -164,6 +164,19 @@ async def test_tiers_are_switched_at_once(tmp_path: Path) -> None:
         assert ("set_tiering", False) in service.plane.engine.calls
         service.reload("[daemon]\ntiers = true\n")
         assert service.plane.engine.calls[-1] == ("set_tiering", True)
+        assert service.plane.log.worst() == []
+
+
+async def test_host_reserve_is_changed_at_once(tmp_path: Path) -> None:
+    async with _service(tmp_path) as service:
+
+        def reserves() -> list[object]:
+            return [call[1] for call in service.plane.engine.calls if call[0] == "set_host_reserve"]
+
+        assert reserves() == [config.HOST_RESERVE_AUTO]
+        service.reload('[daemon]\nhost_reserve = "1G"\n')
+        service.reload("[daemon]\nhost_reserve = 0\n")
+        assert reserves() == [config.HOST_RESERVE_AUTO, 1 << 30, 0]
         assert service.plane.log.worst() == []
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vswapd import cli, settings
+from vswapd import cli, config, settings
 from vswapd.settings import BackendSettings, GroupSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def test_nothing_is_all_defaults(conf: Path, monkeypatch: pytest.MonkeyPatch) ->
     loaded = settings.load()
     assert (loaded.daemon.socket, loaded.daemon.log_level) == ("/run/vswapd/vswapd.sock", "info")
     assert (loaded.backends, loaded.groups) == ((), ())
+    assert loaded.daemon.host_reserve == config.HOST_RESERVE_AUTO
     assert _mistakes(conf) == ["vswapd.conf: cannot be read: No such file or directory; name a file that is there"]
 
 
@@ -46,6 +47,7 @@ def test_values(conf: Path) -> None:
 [daemon]
 log_level = "debug"
 pool_capacity = "1.5GiB"
+host_reserve = "1G"
 [[backend]]
 path = "/a"
 size = 1048576
@@ -61,6 +63,7 @@ owner = 1000
 """)
     loaded = settings.load(str(conf))
     assert loaded.daemon.pool_capacity == 3 * _GIB // 2
+    assert loaded.daemon.host_reserve == _GIB
     assert loaded.backends == (BackendSettings("/a", 1 << 20, 0), BackendSettings("/b", 0, -3, encrypt=True))
     assert loaded.groups == (GroupSettings("batch", 4 * _GIB, _GIB, True, 0, True, 1000),)
 
@@ -87,6 +90,7 @@ def test_drop_ins_replace_key_by_key_in_order(conf: Path) -> None:
     [
         ("[daemon]\nx = 1\n", ["2: unknown key 'x'; known are socket, log_level"]),
         ("y = 1\n[deamon]\n", ["1: unknown table or key 'y'; known are [daemon], [[backend]]", "2: unknown table"]),
+        ("[daemon]\nhost_reserve = 'much'\n", ['2: host_reserve = "much" is wrong: neither "auto" nor a size']),
         ("[daemon]\n\nlog_level = 'loud'\n", ['3: log_level = "loud" is wrong: not one of debug, info']),
         ("[daemon]\nmetrics = '0.0.0.0:80'\n", ['2: metrics = "0.0.0.0:80" is wrong: neither the path']),
         ("[daemon]\nmetrics = '127.0.0.1'\n", ['2: metrics = "127.0.0.1" is wrong: neither the path']),

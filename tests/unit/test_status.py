@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _PROMISED = (
     "daemon_bytes virtual_pages zero_pages same_pages pool_pages pool_bytes spill_pages spill_bytes "
-    "resident_bytes metadata_bytes faults backends clients latency_us groups counters version"
+    "resident_bytes metadata_bytes faults backends clients latency_us groups counters version host"
 )
 
 

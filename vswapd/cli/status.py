@@ -108,6 +108,22 @@ def _moved(status: dict[str, Any]) -> Text:
     )
 
 
+def _host(status: dict[str, Any]) -> Text:
+    from rich.text import Text
+
+    host = status["host"]
+    now = (
+        f"{format_size(host['available_bytes'])} available, {format_size(host['reserve_bytes'])} are to be"
+        if host["is_short"]
+        else "not now"
+    )
+    return Text(
+        f"Host short of memory: {now}; {host['shortages']} times,"
+        f" {format_size(host['reclaimed_pages'] * config.PAGE_BYTES)} swapped out"
+        f" and {format_size(host['written_pages'] * config.PAGE_BYTES)} written back for that"
+    )
+
+
 def _region_table(status: dict[str, Any]) -> Table:
     table = _table("Regions", ("name", "user"), ("size", "same-filled", "pool", "spill", "lost"))
     for region in sorted(status["regions"], key=lambda region: str(region["name"])):
@@ -190,6 +206,7 @@ def _view(status: dict[str, Any], console: Console) -> Group:
         (status["faults"], _latency_table),
         (status["counters"].get("recompress_examined"), _recompressed),
         (status["counters"].get("demoted_pages") or status["counters"].get("promoted_pages"), _moved),
+        (status["host"]["shortages"], _host),
     ):
         if entries:
             parts += ["", make(status)]
