@@ -207,13 +207,16 @@ static void read_free(struct client *client, unsigned i)
 	client->reads[i] = NULL;
 }
 
-/* The client's queue, made at its first read. Other fault threads poll it without the gate. */
+/* The client's queue, made at its first read. Other fault threads poll it without the gate: one that is polling already
+ * knows of none, and it may be the only one soon, when the thread that makes the read was just about to stand by. */
 static struct io_queue *io_queue_of(struct client *client)
 {
 	struct io_queue *queue = client->io;
 
-	if (!queue && io_queue_create(IO_DEPTH_MAX, IO_AUTOMATIC, &queue) == 0)
+	if (!queue && io_queue_create(IO_DEPTH_MAX, IO_AUTOMATIC, &queue) == 0) {
 		__atomic_store_n(&client->io, queue, __ATOMIC_RELEASE);
+		client_wake(client);
+	}
 	return client->io;
 }
 
