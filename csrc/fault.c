@@ -172,7 +172,7 @@ static void inherit_ranges(const struct client *parent, struct client *child)
 	remap_settle(child);
 }
 
-/* A client for the child, that shares its parent's slots by count. On failure the child is not there. */
+/* A client for the child, that shares its parent's slots by count; its gate is held. On failure it is not there. */
 static int make_child(struct client *parent, int child_fd, struct client **ret_child)
 {
 	struct engine *engine = parent->engine;
@@ -184,20 +184,20 @@ static int make_child(struct client *parent, int child_fd, struct client **ret_c
 		return result;
 	}
 	crash_point(CRASH_FORK_CREATED);
+	/* Others may look at it from now on: a drain, by what a segment says of who had this number before. */
+	pthread_mutex_lock(&child->gate);
 	child->events_fd = child->record->events_fd = child_fd;
 	child->record->beacon = parent->record->beacon;
 	child->record->arena = parent->record->arena;
 	child->record->arena_bytes = parent->record->arena_bytes;
-	pthread_mutex_lock(&child->gate); /* a drain may look at it: by what a segment says of who had this number before */
 	result = slot_map_share(engine->slots, &parent->record->map, &child->record->map);
 	crash_point(CRASH_FORK_SHARED);
-	if (result == 0)
-		child->wiped_unknown = !forget_wiped(parent, child);
-	pthread_mutex_unlock(&child->gate);
 	if (result == 0) {
+		child->wiped_unknown = !forget_wiped(parent, child);
 		*ret_child = child;
 		return 0;
 	}
+	pthread_mutex_unlock(&child->gate);
 	child->events_fd = child->record->events_fd = -1;
 	refuse_child(parent, child_fd, child->record->token, result);
 	client_bury(child);
@@ -234,7 +234,6 @@ static void apply_fork(struct client *parent, int child_fd)
 	WRITE_ONCE(parent->relative, child->record->token);
 	WRITE_ONCE(child->relative, parent->record->token);
 	child->resyncing = parent->resyncing;
-	pthread_mutex_lock(&child->gate);
 	checkpoint_write(child, 0);
 	crash_point(CRASH_FORK_COMPLETE);
 	client_set_phase(child, CLIENT_LIVE);
