@@ -342,7 +342,7 @@ static bool page_begins_with(pid_t pid, uint64_t address, uint64_t word)
 	uint64_t entry = 0, have = 0;
 	bool found = pagemap_fd >= 0 && mem_fd >= 0 &&
 		     pread(pagemap_fd, &entry, sizeof entry, (off_t)(address / PAGE_BYTES * 8)) == 8 &&
-		     entry >> 63 & 1 && !(entry >> 61 & 1) && /* present, and no file's: to read that may block */
+		     entry >> 62 && !(entry >> 61 & 1) && /* there, and no file's: to read that may block */
 		     sys_read_client(mem_fd, address, &have, sizeof have) == sizeof have && have == word;
 
 	if (pagemap_fd >= 0)
