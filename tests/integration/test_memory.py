@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ from support.sampler import ControlClient
 from vswapd import config, paths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from integration.conftest import DaemonProcess
 
@@ -216,6 +218,44 @@ def test_churn_under_torture(churn: str, seed: int) -> None:
     result = run_limited("256M", [churn, "32", "5", str(seed), "2", "1"], options=["--private", "--torture"])
     assert result.status == 0, result.describe()
     assert result.faults > 0, result.describe()
+
+
+_COMPACT = Path("/proc/sys/vm/compact_memory")
+
+
+@contextmanager
+def _kernel_compacts() -> Iterator[None]:
+    """The kernel moves pages about to make huge ones, all the time."""
+    stop = threading.Event()
+
+    def compact() -> None:
+        while not stop.wait(0.005):
+            _COMPACT.write_text("1")
+
+    thread = threading.Thread(target=compact)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _pages_migrated() -> int:
+    """By the kernel, ever."""
+    counters = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
+    return int(counters["pgmigrate_success"])
+
+
+@pytest.mark.skipif(not os.access(_COMPACT, os.W_OK), reason="compact_memory is root's, and of kernels that compact")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_churn_while_pages_migrate(churn: str, seed: int) -> None:
+    """A page that migrates is not present for a moment, and not gone either."""
+    before = _pages_migrated()
+    with _kernel_compacts():
+        result = run_limited("256M", [churn, "32", "6", str(seed), "2", "1"], options=["--private", "--torture"])
+    assert result.status == 0, result.describe()
+    assert _pages_migrated() - before > 1000, "the kernel did not migrate"
 
 
 def test_churn_under_a_limit(churn: str) -> None:

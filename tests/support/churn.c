@@ -31,6 +31,7 @@
 #define PAGE 4096UL
 #define BLOCKS 24
 #define BLOCK_PAGES_MAX 4096
+#define VERSIONS_MAX 5000u
 
 struct block {
 	uint8_t *base;
@@ -87,6 +88,24 @@ static void expected(uint64_t *page, uint32_t id, uint32_t number, uint32_t vers
 		}
 }
 
+/* Is it what was there at another time, or is what is known of it wrong: how many of its neighbours' versions are 0? */
+static void explain(const struct block *b, uint32_t n)
+{
+	uint64_t page[PAGE / 8];
+	uint32_t zero = 0, version = 0;
+
+	while (version < VERSIONS_MAX) {
+		expected(page, b->id, n, version);
+		if (memcmp(page, b->base + n * PAGE, PAGE) == 0)
+			break;
+		version++;
+	}
+	for (uint32_t i = 0; i < b->pages; i++)
+		zero += b->versions[i] == 0;
+	fprintf(stderr, "churn: it is of version %u (%u: of none); version 0 have %u of %u pages of its block; versions at %p\n",
+		version, VERSIONS_MAX, zero, b->pages, (void *)b->versions);
+}
+
 static void verify(struct worker *w, struct block *b, uint32_t n, const char *when)
 {
 	uint64_t want[PAGE / 8];
@@ -105,6 +124,7 @@ static void verify(struct worker *w, struct block *b, uint32_t n, const char *wh
 			"%016lx, expected %016lx, seed %lu; now %016lx\n",
 			getpid(), w->number, when, b->id, n, b->base + n * PAGE, b->versions[n], i, have,
 			want[i], seed, ((volatile uint64_t *)(b->base + n * PAGE))[i]);
+		explain(b, n);
 		_exit(3);
 	}
 }
