@@ -31,6 +31,7 @@
 #include "worker.h"
 
 #define CHANGEABLE_FLAGS (ENGINE_GROUP_NO_SPILL | ENGINE_GROUP_NO_RECOMPRESS)
+#define COOL_MS 60000
 #define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
 
 /* ---- small services for the other files ---- */
@@ -873,15 +874,10 @@ int engine_client_lost(struct engine *engine, uint64_t token)
 	return 0;
 }
 
-int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
-{
-	(void)timeout_ms; /* bounded by one walk over the address space */
-	return engine_client_cool(engine, pid, 0, UINT64_MAX);
-}
-
-int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint64_t bytes)
+static int page_out(struct engine *engine, int32_t pid, uint64_t start, uint64_t end, int timeout_ms)
 {
 	struct client *client = client_get_pid(engine, pid);
+	int result;
 
 	if (!client)
 		return -ESRCH;
@@ -891,9 +887,21 @@ int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint6
 			look_discover(client);
 		pthread_mutex_unlock(&client->gate);
 	}
-	(void)reclaim_pageout(client, start, bytes < UINT64_MAX - start ? start + bytes : UINT64_MAX);
+	result = reclaim_pageout(client, start, end, timeout_ms);
 	client_put(client);
-	return 0;
+	return result;
+}
+
+int engine_client_pageout(struct engine *engine, int32_t pid, int timeout_ms)
+{
+	return page_out(engine, pid, 0, UINT64_MAX, timeout_ms);
+}
+
+int engine_client_cool(struct engine *engine, int32_t pid, uint64_t start, uint64_t bytes)
+{
+	int result = page_out(engine, pid, start, bytes < UINT64_MAX - start ? start + bytes : UINT64_MAX, COOL_MS);
+
+	return result == -ETIMEDOUT ? 0 : result; /* advice */
 }
 
 static void ask_from(struct client *client, uint64_t *cursor, uint64_t first_page, uint64_t end_page)

@@ -194,8 +194,9 @@ void look_protect_zero_pages(const struct client *client, uint64_t start, uint64
 void look_set_resident(struct client *client, int64_t pages, int64_t growth_pages);
 /* reclaim.c */
 void *evictor_main(void *engine);
-/* Evict everything evictable of one client between two addresses, once. Pages evicted; some behind `end` may be among them. */
-uint64_t reclaim_pageout(struct client *client, uint64_t start, uint64_t end);
+/* Evict everything evictable of one client between two addresses, once; some pages behind `end` may be among them. 0 when
+ * that is done, or the client or its agent is gone; -ETIMEDOUT, most often for want of room; -ENOMEM. */
+int reclaim_pageout(struct client *client, uint64_t start, uint64_t end, int timeout_ms);
 /* The end of a group that finds no room for OUT_OF_MEMORY_NS: SIGKILL to its largest member. */
 #define OUT_OF_MEMORY_NS 3000000000ULL
 void reclaim_kill_largest(struct engine *engine, struct group *group);

@@ -359,34 +359,32 @@ static bool hand_is_within(struct client *client, uint64_t start, uint64_t end)
 	return client->hand >= start && client->hand < end;
 }
 
-uint64_t reclaim_pageout(struct client *client, uint64_t start, uint64_t end)
+int reclaim_pageout(struct client *client, uint64_t start, uint64_t end, int timeout_ms)
 {
 	struct evictor evictor = { 0 };
-	uint64_t pages = 0, deadline_ns = sys_now_ns() + 60000000000ULL;
+	uint64_t deadline_ns = sys_now_ns() + (uint64_t)timeout_ms * 1000000;
 	struct evict_result result = { 0 };
+	bool is_late = false;
+	int error = 0;
 
 	if (evictor_create(&evictor) < 0)
-		return 0;
+		return -ENOMEM;
 	pthread_mutex_lock(&client->gate);
 	client->hand = start;
 	pthread_mutex_unlock(&client->gate);
-	while (!result.wrapped && hand_is_within(client, start, end) && sys_now_ns() < deadline_ns) {
-		int error;
-
+	while (!result.wrapped && hand_is_within(client, start, end) && !is_late) {
 		/* A page that forked relatives share takes room in the pool, and stays resident with them. */
 		bool makes_worse = READ_ONCE(client->pss) && group_room_bytes(client->group) < 0;
 
-		if (makes_worse || !pool_has_room(client->engine, client->group, client)) {
-			sys_sleep_ms(1);
-			continue;
-		}
-		error = evict_batch(client, &evictor, true, &result);
+		error = -EAGAIN;
+		if (!makes_worse && pool_has_room(client->engine, client->group, client))
+			error = evict_batch(client, &evictor, true, &result);
 		if (error == -EAGAIN)
 			sys_sleep_ms(1);
 		else if (error < 0)
 			break;
-		pages += result.pages;
+		is_late = sys_now_ns() >= deadline_ns;
 	}
 	evictor_destroy(&evictor);
-	return pages;
+	return is_late && !result.wrapped ? -ETIMEDOUT : 0;
 }

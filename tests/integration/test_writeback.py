@@ -155,3 +155,21 @@ def test_pages_of_a_forked_child_are_written_back(stage: Stage) -> None:
         stage.end(child)
         stage.end(first)
     assert stage.status == 0, stage.log
+
+
+def test_pageout_says_what_it_had_no_room_for(stage: Stage) -> None:
+    """After the time that it was given, and what was done stays done."""
+    with stage:
+        [puppet] = stage.puppets
+        puppet.write("random", 1, 0, _PAGES)
+        _wait(lambda: stage.is_managed(puppet), "managed")
+        stage.order("budget 1")
+        stage.order(f"limit {_LIMIT_BYTES} {4 * _MIB}")
+        with pytest.raises(TimeoutError):
+            stage.order(f"pageout {puppet.pid} 300")
+        assert 0 < _figures(stage, puppet)["swapped"] < _PAGES
+        stage.order("budget 0")
+        assert stage.page_out(puppet)["swapped"] == _PAGES
+        puppet.check("random", 1, 0, _PAGES)
+        stage.end(puppet)
+    assert stage.status == 0, stage.log
