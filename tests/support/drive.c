@@ -64,6 +64,7 @@ struct shared {
 	uint32_t is_ended;  /* the command has */
 	int status;         /* its wait status */
 	uint64_t serving_us; /* when the last daemon began to serve */
+	int tiering;
 };
 
 static struct engine *engine;
@@ -324,28 +325,27 @@ static uint32_t spill_flags;
 #define UPPER_SPILL_NUMBER 999999999
 
 /* A backend on the spill file itself, or on one of the same name with a number behind it. */
-static int add_spill(int number, int priority)
+static int add_spill_of(int number, int priority, uint64_t bytes)
 {
 	char path[256];
 	int fd, backend;
 
 	snprintf(path, sizeof path, number ? "%s.%d" : "%s", spill_path, number);
 	fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, spill_bytes, priority, spill_flags, 0);
+	backend = fd < 0 ? -errno : engine_backend_add(engine, fd, path, bytes ? bytes : spill_bytes, priority,
+							     spill_flags, 0);
 	if (number)
 		unlink(path);
 	return backend;
 }
 
-static int add_upper_spill(void)
-{
-	uint64_t bytes = spill_bytes;
-	int backend;
+static int add_spill(int number, int priority) { return add_spill_of(number, priority, 0); }
 
-	spill_bytes = UPPER_SPILL_BYTES;
-	backend = add_spill(UPPER_SPILL_NUMBER, 10);
-	spill_bytes = bytes;
-	return backend;
+static int set_tiering(int on)
+{
+	shared->tiering = on;
+	engine_set_tiering(engine, on);
+	return 0;
 }
 
 static void spill_must(int backend)
@@ -593,11 +593,11 @@ static int run_daemon(const struct options *options, const struct engine_config 
 		if (options->spill)
 			spill_must(add_spill(0, 0));
 		if (options->tiers)
-			spill_must(add_upper_spill());
+			spill_must(add_spill_of(UPPER_SPILL_NUMBER, 10, UPPER_SPILL_BYTES));
 		if (options->synthetic_slots)
 			drive_add_synthetic_slots(engine, options->synthetic_slots);
 	}
-	engine_set_tiering(engine, options->tiers);
+	(void)set_tiering(options->tiers || shared->tiering);
 	(void)engine_set_host_reserve(engine, options->host_reserve_bytes, NULL, 0);
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)

@@ -6,9 +6,11 @@
  *
  *   limit BYTES POOL          POOL 0: no limit of the pool's own; up to 2 MiB: all that can be is written back
  *   budget BYTES              on backends
- *   pageout PID, pagein PID
+ *   pageout PID [MS]          what has nowhere to go is waited for so long
+ *   pagein PID [MS]
  *   cool PID ADDRESS BYTES
- *   swapon PRIORITY           "ok BACKEND"; a file of its own
+ *   swapon PRIORITY MIB       "ok BACKEND"; a file of its own, of the size of the first if MIB is 0
+ *   tiers 0|1                 pages move between backends by themselves or do not; later daemons do likewise
  *   swapoff BACKEND           with `force` behind it: waits for room
  *   compact BACKEND
  *   statistics                "ok NAME=VALUE …": totals and counters
@@ -36,7 +38,9 @@
 #define PAGE_MS 20000
 #define CLIENTS_LISTED 64
 
-static int add_spill(int number, int priority); /* drive.c: a backend, or -errno */
+/* drive.c */
+static int add_spill_of(int number, int priority, uint64_t bytes); /* a backend, or -errno */
+static int set_tiering(int on);
 
 static void reply_result(int result)
 {
@@ -156,13 +160,15 @@ static int command_do(struct engine *engine, int group, const char *line, const 
 	if (strcmp(verb, "budget") == 0)
 		return engine_group_set_spill_limit(engine, group, a);
 	if (strcmp(verb, "pageout") == 0)
-		return engine_client_pageout(engine, (int)a, PAGE_MS);
+		return engine_client_pageout(engine, (int)a, b ? (unsigned)b : PAGE_MS);
 	if (strcmp(verb, "pagein") == 0)
-		return engine_client_pagein(engine, (int)a, PAGE_MS);
+		return engine_client_pagein(engine, (int)a, b ? (unsigned)b : PAGE_MS);
 	if (strcmp(verb, "cool") == 0)
 		return engine_client_cool(engine, (int)a, b, c);
 	if (strcmp(verb, "swapon") == 0)
-		return add_spill(getpid() % 10000000 * 100 + ++files % 100, (int)a);
+		return add_spill_of(getpid() % 10000000 * 100 + ++files % 100, (int)a, b << 20);
+	if (strcmp(verb, "tiers") == 0)
+		return set_tiering(a != 0);
 	if (strcmp(verb, "swapoff") == 0)
 		return swapoff(engine, (int)a, strcmp(word, "force") == 0);
 	if (strcmp(verb, "compact") == 0)

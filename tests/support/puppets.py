@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 _SECONDS_MAX = 60.0
@@ -56,6 +57,14 @@ class Puppet:
     def check(self, kind: str, seed: int, first: int, count: int = 1, every: int = 1) -> None:
         """Every byte of pages is what was written."""
         self.obey(f"check {kind} {seed} {first} {count} {every}")
+
+    def kill(self) -> None:
+        """SIGKILL, wherever it is; and wait until it has gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):
+            while self._file.readline():
+                pass
+        self.close()
 
     def end(self) -> None:
         """And wait until it has closed its end."""
@@ -139,11 +148,19 @@ class Stage:
         self.puppets.remove(puppet)
         puppet.end()
 
+    def kill(self, puppet: Puppet) -> None:
+        """No more of it, by force."""
+        self.puppets.remove(puppet)
+        puppet.kill()
+
     # ---- the data plane ----
 
-    def order(self, line: str) -> list[str]:
-        """What it answers behind "ok". OSError for an error; DiedError when a daemon died over it."""
+    def order(self, line: str, meanwhile: Callable[[], None] = lambda: None) -> list[str]:
+        """What it answers behind "ok". OSError for an error; DiedError when a daemon died over it. `meanwhile`: what is
+        done while it obeys.
+        """
         number = self._send(line)
+        meanwhile()
         answer: list[str] | None = None
         last = number
         while True:
