@@ -160,9 +160,9 @@ static int command_do(struct engine *engine, int group, const char *line, const 
 	if (strcmp(verb, "budget") == 0)
 		return engine_group_set_spill_limit(engine, group, a);
 	if (strcmp(verb, "pageout") == 0)
-		return engine_client_pageout(engine, (int)a, b ? (unsigned)b : PAGE_MS);
+		return engine_client_pageout(engine, (int)a, b ? (int)b : PAGE_MS);
 	if (strcmp(verb, "pagein") == 0)
-		return engine_client_pagein(engine, (int)a, b ? (unsigned)b : PAGE_MS);
+		return engine_client_pagein(engine, (int)a, b ? (int)b : PAGE_MS);
 	if (strcmp(verb, "cool") == 0)
 		return engine_client_cool(engine, (int)a, b, c);
 	if (strcmp(verb, "swapon") == 0)
