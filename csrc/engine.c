@@ -32,6 +32,8 @@
 
 #define CHANGEABLE_FLAGS (ENGINE_GROUP_NO_SPILL | ENGINE_GROUP_NO_RECOMPRESS)
 #define COOL_MS 60000
+#define FILL_BYTES_PER_MS (8ULL << 20) /* a CPU; 12 MiB by one thread, with huge pages that were in use just before */
+#define FILL_CPUS_MAX 8                /* more share the same memory */
 #define GROUP_LEAVE_MS 20 /* how long a group is waited for that something works on */
 
 /* ---- small services for the other files ---- */
@@ -97,6 +99,11 @@ void engine_kick_look(struct engine *engine)
 	SCOPED_LOCK(&engine->work_lock);
 	engine->look_requests++;
 	pthread_cond_broadcast(&engine->look_work);
+}
+
+uint64_t engine_fill_bytes_per_ms(const struct engine *engine)
+{
+	return FILL_BYTES_PER_MS * min_of(engine->cpu_count, (uint32_t)FILL_CPUS_MAX);
 }
 
 void engine_kick_host(struct engine *engine)

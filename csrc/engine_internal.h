@@ -118,6 +118,8 @@ int client_arm_descriptors(struct client *client, bool events, bool may_be_done)
 /* Ask for work: evictors look at all groups; writers look at all pools. */
 void engine_kick_evictors(struct engine *engine);
 void engine_kick_writers(struct engine *engine);
+/* As fast as all programs together can fill memory. */
+uint64_t engine_fill_bytes_per_ms(const struct engine *engine);
 /* A client is new: do not sleep over its first megabytes. */
 void engine_kick_look(struct engine *engine);
 /* The reserve is another, or the end. */

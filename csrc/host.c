@@ -15,8 +15,6 @@
 #define TICK_MS 100u
 #define LOOK_MS_MIN 50u
 #define LOOK_MS_MAX 1000u
-#define FILL_BYTES_PER_MS (8 * MIB) /* as look.c */
-#define FILL_CPUS_MAX 8
 #define STEP_BYTES GROUP_HOST_STEP_BYTES
 #define HOT_STEP_PART 4             /* of a step, from those that want it back */
 #define MARGIN_PART 4               /* of the reserve, above it */
@@ -366,7 +364,7 @@ static unsigned tick(struct engine *engine)
 {
 	struct host *host = &engine->host;
 	struct look look = look_around(host);
-	uint64_t now = sys_now_ns(), fill = FILL_BYTES_PER_MS * min_of(engine->cpu_count, (uint32_t)FILL_CPUS_MAX);
+	uint64_t now = sys_now_ns(), fill = engine_fill_bytes_per_ms(engine);
 	bool kick = false;
 
 	host->is_reclaiming = look.is_known && (look.is_below || (host->is_reclaiming && !look.has_margin));

@@ -22,8 +22,8 @@
  * Cgroup       In the daemon's own cgroup there are the pools, and the programs only if they were started inside of
  *              it. Of groups whose programs were not, the pool alone is brought down: evicting would fill what is
  *              short.
- * No shortage  a read of /proc/meminfo, and of two files for each cgroup, once a second; more often the nearer, as a
- *              CPU fills FILL_BYTES_PER_MS.
+ * No shortage  a read of /proc/meminfo, and of two files for each cgroup, once a second; more often the nearer, by
+ *              engine_fill_bytes_per_ms().
  * Crash order  Nothing of this is in the state: a successor has the groups' own limits, and looks within a tick.
  * Threads      one of its own, without the GIL; reserve and cgroups are set under the host's lock. Takes the registry
  *              lock.

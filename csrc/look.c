@@ -3,8 +3,8 @@
  * look — see what clients really hold, and bring their regions under management in time.
  *
  * While a group is far from its limit its processes are native: nothing is registered, a look is one
- * read of /proc/PID/statm. Each CPU can fill FILL_BYTES_PER_MS between two looks, so the interval is
- * half the group's distance to its register mark divided by that, between LOOK_MS_MIN and LOOK_MS_MAX.
+ * read of /proc/PID/statm. Between two looks programs can fill engine_fill_bytes_per_ms(), so the interval
+ * is half the group's distance to its register mark divided by that, between LOOK_MS_MIN and LOOK_MS_MAX.
  * At the mark, or where it would be passed AHEAD_NS from now if the group went on growing as since the
  * last look, every large anonymous private writable mapping of every client is registered; from then
  * on first touches come to the fault threads, and a change of the process's size means new mappings
@@ -32,8 +32,6 @@
 
 #define LOOK_MS_MIN 1
 #define LOOK_MS_MAX 50
-#define FILL_BYTES_PER_MS (8ULL << 20) /* 12 MiB by one thread, with huge pages that were in use just before */
-#define FILL_CPUS_MAX 8                /* more share the same memory */
 #define AHEAD_NS 2000000LL             /* a look that comes late, and what it takes to register */
 #define REGION_BYTES_MIN (256UL << 10)
 #define GUARD_BYTES_MAX (64UL << 10)
@@ -327,8 +325,7 @@ static void look_at_client(struct client *client, uint64_t now)
 static uint64_t interval_ms(const struct engine *engine, const struct group *group)
 {
 	int64_t distance = group_room_bytes(group) - (int64_t)group_register_bytes(group);
-	uint64_t bytes_per_ms = FILL_BYTES_PER_MS * min_of(engine->cpu_count, (uint32_t)FILL_CPUS_MAX);
-	uint64_t ms = distance > 0 ? (uint64_t)distance / bytes_per_ms / 2 : 0;
+	uint64_t ms = distance > 0 ? (uint64_t)distance / engine_fill_bytes_per_ms(engine) / 2 : 0;
 
 	return max_of(min_of(ms, (uint64_t)LOOK_MS_MAX), (uint64_t)LOOK_MS_MIN);
 }
