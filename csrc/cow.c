@@ -46,7 +46,8 @@ static void read_pss(struct client *client, uint64_t resident)
 		client->pss_next_ns = since_ns + PSS_INTERVAL_NS;
 		return;
 	}
-	(void)sys_statm(client->statm_fd, &size, &resident);
+	if (sys_statm(client->statm_fd, &size, &resident) < 0 || size == 0)
+		resident = resident_before; /* the thread that is looked at has just ended */
 	pages = (int64_t)(bytes / PAGE_BYTES);
 	WRITE_ONCE(client->is_alone, pages + pages / ALONE_PART >= (int64_t)max_of(resident, resident_before));
 	pages = min_of(pages + max_of(READ_ONCE(client->resident_pages) - before, (int64_t)0), (int64_t)resident);
