@@ -261,31 +261,35 @@ int sys_open_proc(pid_t pid, const char *file)
 	return fd < 0 ? -errno : fd;
 }
 
+/* What one read of `fd` gives, with a NUL behind it: bytes or -errno. Closes it; of what could not be opened the -errno. */
+static int take_text(int fd, char *text, size_t bytes)
+{
+	ssize_t length;
+	int result;
+
+	if (fd < 0)
+		return fd;
+	length = read(fd, text, bytes - 1);
+	result = length < 0 ? -errno : (int)length;
+	close(fd);
+	text[max_of(result, 0)] = '\0';
+	return result;
+}
+
 int sys_read_text(const char *path, char *text, size_t bytes)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? -1 : read(fd, text, bytes - 1);
-	int result = length < 0 ? -errno : (int)length;
 
-	if (fd >= 0)
-		close(fd);
-	if (length >= 0)
-		text[length] = '\0';
-	return result;
+	return take_text(fd < 0 ? -errno : fd, text, bytes);
 }
 
 /* Field `number` of a stat file of a process, its bytes from the blank before it on, in `text`; NULL: not to be had. */
 static const char *stat_field(pid_t pid, const char *file, int number, char text[static STAT_BYTES])
 {
-	int fd = sys_open_proc(pid, file);
-	ssize_t length = fd < 0 ? -1 : read(fd, text, STAT_BYTES - 1);
 	const char *at;
 
-	if (fd >= 0)
-		close(fd);
-	if (length <= 0)
+	if (take_text(sys_open_proc(pid, file), text, STAT_BYTES) <= 0)
 		return NULL;
-	text[length] = '\0';
 	at = strrchr(text, ')'); /* the name may have blanks and brackets in it; field 3 comes after */
 	for (int field = 2; at && field < number; field++)
 		at = strchr(at + 1, ' ');
@@ -578,15 +582,11 @@ int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes)
 {
 	char text[2048], *line;
 	int fd = sys_open_proc(pid, "smaps_rollup");
-	ssize_t length;
 
 	if (fd < 0)
 		return fd;
-	length = read(fd, text, sizeof text - 1);
-	close(fd);
-	if (length <= 0)
+	if (take_text(fd, text, sizeof text) <= 0)
 		return -ESRCH;
-	text[length] = '\0';
 	line = strstr(text, "Pss_Anon:");
 	if (!line)
 		return -ENODATA;
