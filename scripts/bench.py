@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import applications, floor, gil, plots, scaling, scenarios, systems, table
-from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
 from benchmarks.build import build
+from benchmarks.cgroup import Cgroup, CgroupError, find_hierarchy
 from benchmarks.execute import ExecuteError
 from benchmarks.journal import DEFAULT_PATH, STOP_SIGNALS, Journal, JournalError, restore
 from benchmarks.session import ScenarioResult, Session, as_json, from_json

@@ -6,6 +6,6 @@ journal.py   what was changed, and how it goes back     cgroup.py     the limit 
 systems.py   what they run on                           execute.py    how one is run
 scenarios.py what runs                                  session.py    rounds, order, who gets how much memory
 summary.py   medians, paired ratios, goals              table.py, plots.py   what people see
-build.py     compiles them
+build.py     compiles them                              vmstat.py     what the kernel counts
 scaling.py   the cost of a fault as numbers grow        gil.py        with the daemon's GIL held
 """

@@ -35,17 +35,26 @@ class Hierarchy:
         return self.version == 2
 
 
+def _mounts(root: str) -> list[list[str]]:
+    """Mount point, kind and options of each."""
+    with open(f"{root}/proc/self/mounts") as file:
+        return [line.split()[1:4] for line in file]
+
+
+def first_version_mount(controller: str, root: str = "") -> str | None:
+    """Where version 1 has this controller, if it has it."""
+    mounts = _mounts(root)
+    return next((mount for mount, kind, names in mounts if kind == "cgroup" and controller in names.split(",")), None)
+
+
 def find_hierarchy(root: str = "") -> Hierarchy:
     """CgroupError. `root`: for tests, in front of every path."""
-    with open(f"{root}/proc/self/mounts") as file:
-        mounts = [line.split()[1:4] for line in file]
     with open(f"{root}/proc/self/cgroup") as file:
         own = {controllers: path for _, controllers, path in (line.rstrip("\n").split(":", 2) for line in file)}
-    for mount, kind, options in mounts:
-        if kind == "cgroup" and "memory" in options.split(","):
-            path = next((path for names, path in own.items() if "memory" in names.split(",")), "/")
-            return Hierarchy(1, mount, path)
-    for mount, kind, _ in mounts:
+    if (first := first_version_mount("memory", root)) is not None:
+        path = next((path for names, path in own.items() if "memory" in names.split(",")), "/")
+        return Hierarchy(1, first, path)
+    for mount, kind, _ in _mounts(root):
         if kind == "cgroup2" and "memory" in _words(f"{root}{mount}/cgroup.controllers"):
             return Hierarchy(2, mount, own.get("", "/"))
     raise CgroupError("no cgroup memory controller is mounted here; the kernel's systems need one for their limit")

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import held
+from benchmarks import held, vmstat
 from benchmarks.systems import Place, Vswapd, Zram, Zswap
 from vswapd import connection
 
@@ -71,12 +71,6 @@ def one_percent_bytes() -> int:
     return _meminfo_bytes("MemTotal") // 100
 
 
-def _swapped_out_pages() -> int:
-    """Written to swap areas since the machine started."""
-    with open("/proc/vmstat") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("pswpout "))
-
-
 def _swap_used_bytes(path: str) -> int:
     with open("/proc/swaps") as file:
         lines = [line.split() for line in file.readlines()[1:]]
@@ -127,11 +121,11 @@ class Footprints:
         """A swap file with zswap before it. ExecuteError."""
         system = _LimitedZswap(self._place)
         found: list[Footprint] = []
-        before = _swapped_out_pages()
+        before = vmstat.count("pswpout")
 
         def look(_: int) -> None:
             area = system.swap_area()
-            written = (_swapped_out_pages() - before) * _PAGE_BYTES
+            written = (vmstat.count("pswpout") - before) * _PAGE_BYTES
             used, pool = _swap_used_bytes(area), _meminfo_bytes("Zswap")
             blocks = _allocated_bytes(area)
             charged = 0 if self._place.cgroup.hierarchy.charges_zswap else pool

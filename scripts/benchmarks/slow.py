@@ -10,7 +10,7 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
-from benchmarks.cgroup import CgroupError
+from benchmarks.cgroup import CgroupError, first_version_mount
 from benchmarks.journal import retry_busy
 
 if TYPE_CHECKING:
@@ -39,19 +39,12 @@ def loop_device(journal: Journal, path: str, size_bytes: int) -> Iterator[str]:
         os.unlink(path)
 
 
-def _block_hierarchy() -> str | None:
-    """Where version 1 has the block controller, if it has it."""
-    with open("/proc/self/mounts") as file:
-        mounts = [line.split()[1:4] for line in file]
-    return next((mount for mount, kind, options in mounts if kind == "cgroup" and "blkio" in options.split(",")), None)
-
-
 class Throttle:
     """Limits devices for what is started by command(), and for nobody else."""
 
     def __init__(self, journal: Journal, cgroup: Cgroup) -> None:
         self._path = cgroup.path  # version 2: the same group
-        self._is_first = (mount := _block_hierarchy()) is not None
+        self._is_first = (mount := first_version_mount("blkio")) is not None
         if mount is None:
             if not os.path.exists(f"{cgroup.path}/io.max"):
                 raise CgroupError("no cgroup block controller is to be had here, so no device can be made slow")

@@ -6,17 +6,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import vmstat
 from benchmarks.journal import Journal
 from support.limited import MIB
 from support.memory_cgroup import memory_cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _SECONDS = 10
 
@@ -34,12 +35,6 @@ def kernel_swap(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def _pages_swapped() -> int:
-    """By the kernel, ever."""
-    counters = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
-    return int(counters["pswpout"])
-
-
 @pytest.mark.full  # the machine swaps meanwhile
 @pytest.mark.usefixtures("kernel_swap")
 def test_nothing_is_lost_between_two_that_swap(
@@ -51,8 +46,8 @@ def test_nothing_is_lost_between_two_that_swap(
     program = [verify_memory, "--mib", "160", "--kind", "random", "--seconds", str(_SECONDS)]
     with memory_cgroup(tmp_path, f"vswap-test-swap-{os.getpid()}", 100 * MIB) as cgroup:
         command = cgroup.command([drive, *options, "--", *program])
-        before = _pages_swapped()
+        before = vmstat.count("pswpout")
         result = subprocess.run(command, capture_output=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:].decode()
     assert json.loads(result.stdout)["wrong_pages"] == 0
-    assert _pages_swapped() - before > 1000, "the kernel did not swap"
+    assert vmstat.count("pswpout") - before > 1000, "the kernel did not swap"

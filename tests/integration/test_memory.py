@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import vmstat
 from support import header
 from support.limited import (
     MIB,
@@ -241,21 +242,15 @@ def _kernel_compacts() -> Iterator[None]:
         thread.join()
 
 
-def _pages_migrated() -> int:
-    """By the kernel, ever."""
-    counters = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
-    return int(counters["pgmigrate_success"])
-
-
 @pytest.mark.skipif(not os.access(_COMPACT, os.W_OK), reason="compact_memory is root's, and of kernels that compact")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_churn_while_pages_migrate(churn: str, seed: int) -> None:
     """A page that migrates is not present for a moment, and not gone either."""
-    before = _pages_migrated()
+    before = vmstat.count("pgmigrate_success")
     with _kernel_compacts():
         result = run_limited("256M", [churn, "32", "6", str(seed), "2", "1"], options=["--private", "--torture"])
     assert result.status == 0, result.describe()
-    assert _pages_migrated() - before > 1000, "the kernel did not migrate"
+    assert vmstat.count("pgmigrate_success") - before > 1000, "the kernel did not migrate"
 
 
 def test_churn_under_a_limit(churn: str) -> None:
