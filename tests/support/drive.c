@@ -597,7 +597,7 @@ static int run_daemon(const struct options *options, const struct engine_config 
 		if (options->synthetic_slots)
 			drive_add_synthetic_slots(engine, options->synthetic_slots);
 	}
-	(void)set_tiering(options->tiers || shared->tiering);
+	(void)set_tiering(shared->tiering);
 	(void)engine_set_host_reserve(engine, options->host_reserve_bytes, NULL, 0);
 	if (options->drain_every_ms &&
 	    pthread_create(&drainer, NULL, drain_main, (void *)(uintptr_t)options->drain_every_ms) != 0)
@@ -719,6 +719,7 @@ int main(int argc, char **argv)
 	shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (shared == MAP_FAILED)
 		fail("mmap");
+	shared->tiering = options.tiers;
 	peers = shared->peers;
 	for (int i = 0; i < PEERS_MAX; i++)
 		peers[i].fd = -1;
