@@ -14,9 +14,11 @@
  * with all there is to know about it, and ends the program with status 3.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,6 +51,7 @@ struct worker {
 };
 
 static volatile int stop;
+static int children; /* that live, or are about to */
 static uint64_t seed;
 static const char *without = "";
 
@@ -166,6 +169,21 @@ static void remap(struct worker *w, struct block *b)
 	(void)w;
 }
 
+/* A child that another thread forks meanwhile has the descriptor too, and as long as it lives, what it was closed for without
+ * UNREGISTER is its own: natively as well. */
+static bool is_registered(int fd, struct uffdio_register *range)
+{
+	for (;;) {
+		int before = __atomic_load_n(&children, __ATOMIC_SEQ_CST);
+
+		if (ioctl(fd, UFFDIO_REGISTER, range) == 0)
+			return true;
+		if (errno != EBUSY || before == 0)
+			return false;
+		usleep(1000);
+	}
+}
+
 /* Where only what is protected faults, and nothing is: so all there is to see is what was there. */
 static void watch(struct worker *w, struct block *b, uint32_t n, uint32_t count)
 {
@@ -174,7 +192,7 @@ static void watch(struct worker *w, struct block *b, uint32_t n, uint32_t count)
 					 .mode = UFFDIO_REGISTER_MODE_WP };
 	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
 
-	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0 || ioctl(fd, UFFDIO_REGISTER, &range) != 0) {
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0 || !is_registered(fd, &range)) {
 		perror("churn: userfaultfd");
 		_exit(4);
 	}
@@ -213,12 +231,16 @@ static void child(struct worker *w, struct block *b)
 static void fork_one(struct worker *w, struct block *b)
 {
 	int status;
-	pid_t pid = fork();
+	pid_t pid;
 
+	__atomic_fetch_add(&children, 1, __ATOMIC_SEQ_CST);
+	pid = fork();
 	if (pid == 0)
 		child(w, b);
-	if (pid < 0)
+	if (pid < 0) {
+		__atomic_fetch_sub(&children, 1, __ATOMIC_SEQ_CST);
 		return;
+	}
 	for (int i = 0; i < 50; i++) {
 		uint32_t n = (uint32_t)(next(w) % b->pages);
 
@@ -227,6 +249,7 @@ static void fork_one(struct worker *w, struct block *b)
 		verify(w, b, n, "beside child");
 	}
 	waitpid(pid, &status, 0);
+	__atomic_fetch_sub(&children, 1, __ATOMIC_SEQ_CST);
 	if (status != 0) {
 		fprintf(stderr, "churn: child %d ended with status %x\n", pid, status);
 		_exit(3);
