@@ -48,6 +48,7 @@
 #define WINDOW 64UL
 #define BATCHES 128UL
 #define READS 2000UL
+#define MOVE_TRIES_MAX 10000
 #define FILE_BYTES (64UL << 20)
 
 /* Linux 6.8; Debian's headers are older than its kernel may be. */
@@ -301,10 +302,21 @@ static void measure_wake(const int cpus[2])
 
 static void move(int fd, uint8_t *to, uint8_t *from, size_t bytes)
 {
-	struct uffdio_move moved = { .dst = (uintptr_t)to, .src = (uintptr_t)from, .len = bytes };
+	for (unsigned tries = 0; bytes > 0; tries++) {
+		struct uffdio_move moved = { .dst = (uintptr_t)to, .src = (uintptr_t)from, .len = bytes };
+		int result = ioctl(fd, UFFDIO_MOVE, &moved);
+		size_t done = result == 0 ? bytes : moved.move > 0 ? (size_t)moved.move : 0;
 
-	if (ioctl(fd, UFFDIO_MOVE, &moved) != 0)
-		fail("UFFDIO_MOVE");
+		if (result != 0 && errno == EEXIST && done == 0)
+			done = PAGE; /* Linux 6.18 says so of a page that it moved while it was migrated */
+		else if (result != 0 && ((errno != EAGAIN && errno != EBUSY) || tries == MOVE_TRIES_MAX))
+			fail("UFFDIO_MOVE");
+		else if (result != 0) /* the kernel migrates a page, or is about to */
+			usleep(100);
+		to += done;
+		from += done;
+		bytes -= done;
+	}
 }
 
 static void measure_eviction(void)
