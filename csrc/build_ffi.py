@@ -24,7 +24,8 @@ void hold_gil_ms(int milliseconds);
 int fork_sharing_descriptors(void);
 int supervise_take_descriptors(int pid, int below);
 int shelve_memory(int fd);
-void shelve_unmap_clean(void);
+void shelve_wait(const int *fds, unsigned count);
+int shelve_wait_signal(const int *signals, unsigned count);
 void shelve_page_out(int fd);
 struct attach_request {
     int pid;

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -45,32 +46,56 @@ static bool holds(const struct shelf_range *range, const void *address)
 	return (uintptr_t)address >= range->start && (uintptr_t)address < range->end;
 }
 
-/* One line of /proc/self/maps: private anonymous memory that may be replaced? */
-static bool is_idle_memory(const char *line, struct shelf_range *ret_range)
-{
-	char protection[5], name[16] = "";
-	unsigned long start, end, offset, inode;
-	int fields = sscanf(line, "%lx-%lx %4s %lx %*s %lu %15s", &start, &end, protection, &offset, &inode, name);
+/* One line of /proc/self/maps. */
+struct mapping {
+	struct shelf_range range;
+	char protection[5];
+	bool is_file;
+	bool is_named; /* by the kernel: a stack, its own pages */
+};
 
-	*ret_range = (struct shelf_range){ start, end };
-	return fields >= 5 && strcmp(protection, "rw-p") == 0 && inode == 0 &&
-	       (name[0] == '\0' || strcmp(name, "[heap]") == 0) && end - start >= RANGE_BYTES_MIN &&
-	       end - start <= RANGE_BYTES_MAX &&
-	       !holds(ret_range, __builtin_thread_pointer()) && !holds(ret_range, __builtin_frame_address(0));
+static bool mapping_read(const char *line, struct mapping *ret)
+{
+	char name[16] = "";
+	unsigned long start, end, inode;
+	int fields = sscanf(line, "%lx-%lx %4s %*s %*s %lu %15s", &start, &end, ret->protection, &inode, name);
+
+	ret->range = (struct shelf_range){ start, end };
+	ret->is_file = inode != 0;
+	ret->is_named = name[0] == '[' && strcmp(name, "[heap]") != 0;
+	return fields >= 4;
+}
+
+/* Private anonymous memory that may be replaced? */
+static bool is_idle_memory(const struct mapping *mapping)
+{
+	uint64_t bytes = mapping->range.end - mapping->range.start;
+
+	return strcmp(mapping->protection, "rw-p") == 0 && !mapping->is_file && !mapping->is_named &&
+	       bytes >= RANGE_BYTES_MIN && bytes <= RANGE_BYTES_MAX &&
+	       !holds(&mapping->range, __builtin_thread_pointer()) &&
+	       !holds(&mapping->range, __builtin_frame_address(0));
+}
+
+/* Of a file, and nobody writes to it: code, constants, and what the loader has changed in them. */
+static bool is_constant(const struct mapping *mapping)
+{
+	return mapping->is_file && mapping->protection[1] == '-' && mapping->protection[3] == 'p';
 }
 
 /* The list is complete, and its file closed, before anything is copied. */
-static int list_ranges(struct shelf_range ranges[static RANGES_MAX])
+static int list_ranges(bool (*is_wanted)(const struct mapping *), struct shelf_range ranges[static RANGES_MAX])
 {
 	FILE *maps = fopen("/proc/self/maps", "re");
+	struct mapping mapping;
 	char line[512];
 	int count = 0;
 
 	if (!maps)
 		return -errno;
 	while (count < RANGES_MAX && fgets(line, sizeof line, maps))
-		if (is_idle_memory(line, &ranges[count]))
-			count++;
+		if (mapping_read(line, &mapping) && is_wanted(&mapping))
+			ranges[count++] = mapping.range;
 	fclose(maps);
 	return count;
 }
@@ -171,7 +196,7 @@ int shelve_memory(int fd)
 		return -errno;
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &before);
-	count = list_ranges(ranges);
+	count = list_ranges(is_idle_memory, ranges);
 	result = count < 0 ? count : shelve_ranges(fd, pagemap_fd, ranges, count);
 	sigprocmask(SIG_SETMASK, &before, NULL);
 	close(pagemap_fd);
@@ -198,22 +223,54 @@ static void unmap_clean(int pagemap_fd, struct shelf_range range)
 	}
 }
 
-void shelve_unmap_clean(void)
+static void unmap_idle(void)
 {
-	int pagemap_fd;
-	sigset_t all, before;
+	struct shelf_range constants[RANGES_MAX];
+	int count, pagemap_fd;
 
 	if (shelf_count == 0 || !is_only_thread())
 		return;
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (pagemap_fd < 0)
 		return;
-	sigfillset(&all);
-	sigprocmask(SIG_SETMASK, &all, &before);
+	count = list_ranges(is_constant, constants);
+	for (int i = 0; i < count; i++)
+		unmap_clean(pagemap_fd, constants[i]);
 	for (int i = 0; i < shelf_count; i++)
 		unmap_clean(pagemap_fd, shelf[i]);
-	sigprocmask(SIG_SETMASK, &before, NULL);
 	close(pagemap_fd);
+}
+
+void shelve_wait(const int *fds, unsigned count)
+{
+	struct pollfd polled[SHELVE_FDS_MAX];
+	sigset_t all, before;
+
+	VS_CHECK(count <= SHELVE_FDS_MAX);
+	for (unsigned i = 0; i < count; i++)
+		polled[i] = (struct pollfd){ .fd = fds[i], .events = POLLIN };
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
+	unmap_idle();
+	(void)ppoll(polled, count, NULL, &before);
+	sigprocmask(SIG_SETMASK, &before, NULL);
+}
+
+int shelve_wait_signal(const int *signals, unsigned count)
+{
+	sigset_t all, before, waited;
+	int number;
+
+	sigemptyset(&waited);
+	for (unsigned i = 0; i < count; i++)
+		sigaddset(&waited, signals[i]);
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &before);
+	unmap_idle();
+	sigprocmask(SIG_SETMASK, &before, NULL);
+	while ((number = sigwaitinfo(&waited, NULL)) < 0 && errno == EINTR)
+		;
+	return number < 0 ? -errno : number;
 }
 
 void shelve_unlock(void)

@@ -27,9 +27,16 @@ int shelve_memory(int fd);
 /* After mlockall(): what was shelved is to leave RAM as before. Any thread. */
 void shelve_unlock(void);
 
-/* The kernel maps what lies around a page that is used. Unmap what has not been written to since; for a process with one
- * thread that is about to wait. */
-void shelve_unmap_clean(void);
+#define SHELVE_FDS_MAX 4
+
+/*
+ * Wait, with no more mapped than waiting needs, until one of the descriptors is readable, or a signal was handled. For a
+ * process with one thread that has shelved its memory: what it has not written to since is unmapped, and so are the files that
+ * its code is in, which the page cache keeps. (The kernel maps what lies around a page that is used: most of that is not.)
+ */
+void shelve_wait(const int *fds, unsigned count);
+/* The same, for one of these signals, which are blocked. Its number, or -errno. */
+int shelve_wait_signal(const int *signals, unsigned count);
 
 /* Have the kernel begin to write the file, and drop from RAM what it has written already: called twice, a moment apart, it
  * leaves what has been written to by this process. What is needed again is read. Any thread; blocks while the device does. */

@@ -18,7 +18,7 @@ from vswapd import config, records
 from vswapd._engine import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from vswapd.machine import Cgroup
     from vswapd.wire import Arena
@@ -79,9 +79,16 @@ def shelve_memory(fd: int) -> int:
     return _check(lib.shelve_memory(fd), "idle memory")
 
 
-def unmap_shelved() -> None:
-    """What was shelved and not written to since need not be mapped while this process, with its one thread, waits."""
-    lib.shelve_unmap_clean()
+def wait_shelved(descriptors: Sequence[int]) -> None:
+    """Until one is readable, or a signal was handled. This process has one thread: what it shelved and has not written to
+    since, and its code, need not be mapped meanwhile.
+    """
+    lib.shelve_wait(descriptors, len(descriptors))
+
+
+def wait_signal_shelved(signals: Collection[int]) -> int:
+    """signal.sigwait, as wait_shelved."""
+    return _check(lib.shelve_wait_signal(list(signals), len(signals)), "signals")
 
 
 def page_out_shelved(fd: int) -> None:

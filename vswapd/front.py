@@ -121,8 +121,8 @@ class Front:
             self._step_until_idle()
         while self._status is None:
             if shelve:
-                shelf.unmap_shelved()
-            self._step(None)
+                shelf.wait([self.signals.fileno(), *([] if self._session is None else [self._session.fileno()])])
+            self._step(0 if shelve else None)
         return self._status
 
     def _step_until_idle(self) -> None:

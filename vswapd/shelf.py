@@ -11,6 +11,10 @@ import os
 
 from vswapd import config
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 def shelve_idle_memory() -> int:
     """For a process with one thread that has loaded what it needs. The file's descriptor; -1: nice to have, but there is
@@ -31,11 +35,11 @@ def shelve_idle_memory() -> int:
     return descriptor
 
 
-def unmap_shelved() -> None:
-    """This process, with its one thread, is going to wait."""
+def wait(descriptors: Sequence[int]) -> None:
+    """Until one is readable or a signal has come, with next to nothing mapped: this process has one thread."""
     from vswapd import engine
 
-    engine.unmap_shelved()
+    engine.wait_shelved(descriptors)
 
 
 async def page_out(descriptor: int) -> None:

@@ -120,8 +120,7 @@ def _wait(pid: int, signals: Collection[int], upgrade: Callable[[], int | None] 
     from vswapd import engine
 
     while True:
-        engine.unmap_shelved()
-        number = signal.sigwait(signals)
+        number = engine.wait_signal_shelved(signals)
         if number == signal.SIGCHLD:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended == pid:

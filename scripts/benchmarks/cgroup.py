@@ -138,6 +138,10 @@ class Cgroup:
         names = ("total_rss", "total_shmem") if self.hierarchy.version == 1 else ("anon", "shmem")
         return sum(int(words[words.index(name) + 1]) for name in names if name in words)
 
+    def members(self) -> list[int]:
+        """Processes in it."""
+        return [int(word) for word in _words(f"{self.path}/cgroup.procs")]
+
     def usage_bytes(self) -> int:
         """What is charged now."""
         name = "memory.usage_in_bytes" if self.hierarchy.version == 1 else "memory.current"

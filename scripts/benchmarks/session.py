@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from benchmarks.scenarios import Scenario
 
+_PROBE_PERCENT = 1000  # of the accesses that there are pages: some seconds
+
 
 @dataclass
 class ScenarioResult:
@@ -121,11 +123,12 @@ class Session:
         self._on_phase = on_phase
 
     def probe_daemon(self) -> None:
-        """Learn daemon_bytes before the first limit depends on it: a small run under pressure."""
+        """Learn daemon_bytes before the first limit depends on it: a small run under pressure, of some seconds."""
         for system in self.systems:
             if isinstance(system, Vswapd):
                 small = max(32 << 20, self.memory_bytes // 4)
-                argv = [self._program, "--mib", str(2 * small >> 20), "access", "fill,seq_read,rand_read:50"]
+                phases = f"fill,seq_read,rand_read:{_PROBE_PERCENT}"
+                argv = [self._program, "--mib", str(2 * small >> 20), "access", phases]
                 self.daemon_bytes = system.run(argv, small * 3 // 2, lambda _: None).daemon_bytes
 
     def prepare(self, result: ScenarioResult) -> bool:

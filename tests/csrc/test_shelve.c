@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@
 #include "shelve.h"
 
 #define BLOCKS 4000u         /* of malloc, so that they lie in the heap */
+#define CONSTANT_PAGES 64u
 #define MAPPING_PAGES 1024u  /* of which every seventh run of eight is never touched */
 
 #ifdef __SANITIZE_THREAD__
@@ -76,19 +78,33 @@ static void check_memory(uint64_t seed, uint64_t changed)
 	}
 }
 
-/* Pages of the mapping that are present, and the process's own or not. */
-static unsigned count_pages(bool own)
+/* Pages of a mapping that are present, and the process's own or not. */
+static unsigned count_pages_of(const void *start, unsigned pages, bool own)
 {
 	uint64_t entries[MAPPING_PAGES];
+	ssize_t bytes = (ssize_t)(pages * sizeof *entries);
 	unsigned count = 0;
 	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 
 	CHECK(fd >= 0);
-	CHECK(pread(fd, entries, sizeof entries, (off_t)((uintptr_t)mapping / PAGE_BYTES * 8)) == sizeof entries);
+	CHECK(pread(fd, entries, (size_t)bytes, (off_t)((uintptr_t)start / PAGE_BYTES * 8)) == bytes);
 	close(fd);
-	for (unsigned i = 0; i < MAPPING_PAGES; i++)
+	for (unsigned i = 0; i < pages; i++)
 		count += entries[i] >> 63 && (entries[i] >> 61 & 1) == !own;
 	return count;
+}
+
+static unsigned count_pages(bool own) { return count_pages_of(mapping, MAPPING_PAGES, own); }
+
+/* A wait that is over at once. */
+static void unmap(void)
+{
+	int pipe_fds[2];
+
+	CHECK(pipe(pipe_fds) == 0 && write(pipe_fds[1], "", 1) == 1);
+	shelve_wait(pipe_fds, 1);
+	close(pipe_fds[0]);
+	close(pipe_fds[1]);
 }
 
 static int open_shelf(const char *directory)
@@ -121,7 +137,6 @@ static void test_refusals(void)
 	pthread_mutex_unlock(&mutex);
 	pthread_join(thread, NULL);
 	close(shelf_fd);
-	shelve_unmap_clean(); /* nothing */
 }
 
 /* A file that cannot be written to: all of the memory stays what it was. */
@@ -148,12 +163,12 @@ static void test_shelved(uint64_t seed)
 
 	for (unsigned page = 0; page < MAPPING_PAGES; page += 5)
 		fill(mapping + page * PAGE_BYTES / 8, PAGE_BYTES / 8, seed * 3 + page);
-	shelve_unmap_clean();
+	unmap();
 	CHECK(count_pages(false) == 0 && count_pages(true) == (MAPPING_PAGES + 4) / 5);
 	if (fork() == 0) { /* a child has the same, and writes to its own */
 		check_memory(seed, seed * 3);
 		memset(mapping, 0, MAPPING_PAGES * PAGE_BYTES);
-		shelve_unmap_clean();
+		unmap();
 		_exit(mapping[0] == 0 ? 0 : 1);
 	}
 	CHECK(wait(&status) > 0 && status == 0);
@@ -166,6 +181,42 @@ static void test_shelved(uint64_t seed)
 	check_memory(seed, seed * 3);
 }
 
+/* What nobody writes to any more: a file's own pages leave, what was changed in it before stays. */
+static void test_constants(uint64_t seed)
+{
+	int fd = open_shelf(".");
+	uint64_t *words;
+
+	CHECK(ftruncate(fd, CONSTANT_PAGES * PAGE_BYTES) == 0);
+	words = mmap(NULL, CONSTANT_PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	CHECK(words != MAP_FAILED);
+	fill(words, CONSTANT_PAGES * PAGE_BYTES / 8, seed);
+	munmap(words, CONSTANT_PAGES * PAGE_BYTES);
+	words = mmap(NULL, CONSTANT_PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	CHECK(words != MAP_FAILED);
+	check_filled(words, CONSTANT_PAGES * PAGE_BYTES / 8, seed);
+	fill(words, 3 * PAGE_BYTES / 8, seed + 1); /* as the loader does */
+	CHECK(mprotect(words, CONSTANT_PAGES * PAGE_BYTES, PROT_READ) == 0);
+	unmap();
+	CHECK(count_pages_of(words, CONSTANT_PAGES, false) == 0 && count_pages_of(words, CONSTANT_PAGES, true) == 3);
+	check_filled(words, 3 * PAGE_BYTES / 8, seed + 1);
+	munmap(words, CONSTANT_PAGES * PAGE_BYTES);
+	close(fd);
+}
+
+static void test_wait_for_signal(void)
+{
+	const int signals[] = { SIGUSR1, SIGUSR2 };
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	sigaddset(&set, SIGUSR2);
+	CHECK(sigprocmask(SIG_BLOCK, &set, NULL) == 0 && kill(getpid(), SIGUSR2) == 0);
+	CHECK(shelve_wait_signal(signals, 2) == SIGUSR2);
+	CHECK(sigprocmask(SIG_UNBLOCK, &set, NULL) == 0);
+}
+
 int main(int argc, char **argv)
 {
 	uint64_t seed = test_seed(argc, argv);
@@ -175,6 +226,8 @@ int main(int argc, char **argv)
 	if (!IS_THREAD_SANITIZED) {
 		test_failure(seed);
 		test_shelved(seed);
+		test_constants(seed);
+		test_wait_for_signal();
 	}
 	return 0;
 }

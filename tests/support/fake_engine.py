@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import select
+import signal
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 from vswapd import records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from vswapd.machine import Cgroup
     from vswapd.wire import Arena
@@ -45,8 +47,14 @@ def shelve_memory(fd: int) -> int:
     raise _error(errno.EMEDIUMTYPE, "idle memory")
 
 
-def unmap_shelved() -> None:
-    """There is none."""
+def wait_shelved(descriptors: Sequence[int]) -> None:
+    """Nothing is."""
+    select.select(descriptors, [], [])
+
+
+def wait_signal_shelved(signals: Collection[int]) -> int:
+    """As wait_shelved()."""
+    return int(signal.sigwait(signals))
 
 
 class FakeEngine:

@@ -11,7 +11,14 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from support.fake_engine import FakeEngine, fork_sharing_descriptors, make_memfds, shelve_memory, unmap_shelved
+from support.fake_engine import (
+    FakeEngine,
+    fork_sharing_descriptors,
+    make_memfds,
+    shelve_memory,
+    wait_shelved,
+    wait_signal_shelved,
+)
 from vswapd import clients, records
 
 if TYPE_CHECKING:
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
 clients.is_userfaultfd = lambda descriptor: descriptor >= 0
 
-__all__ = ["Engine", "fork_sharing_descriptors", "make_memfds", "shelve_memory", "unmap_shelved"]
+__all__ = ["Engine", "fork_sharing_descriptors", "make_memfds", "shelve_memory", "wait_shelved", "wait_signal_shelved"]
 
 _MIB = 1 << 20
 
