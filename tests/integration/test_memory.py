@@ -194,6 +194,28 @@ def test_shelved_memory_is_not_locked() -> None:
     assert state == [True]
 
 
+def _mapped_file_bytes(pid: int) -> int:
+    """Resident pages of files, others' too."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile:"))
+
+
+def test_who_waits_maps_nothing() -> None:
+    """vswapctl and the supervisor, and they still wake up for what they wait for."""
+    with LimitedProgram(64 * MIB, ["sleep", "60"]) as program:
+        with ControlClient(program.socket_path) as control:
+            reply = control.request("ping")
+        time.sleep(config.SHELVE_AFTER_SECONDS + 0.5)
+        waiting = (program.process.pid, int(reply["supervisor"]))
+        mapped = {pid: _mapped_file_bytes(pid) for pid in waiting}
+        os.kill(int(reply["pid"]), signal.SIGKILL)
+        with ControlClient(program.socket_path) as control:
+            assert _daemon_pid(control) != reply["pid"]
+        program.process.terminate()
+        assert program.process.wait(10) == -signal.SIGTERM
+    assert all(size < MIB for size in mapped.values()), f"{mapped} bytes of files are mapped"
+
+
 def test_without_the_right_to_lock(verify_memory: str) -> None:
     """As in a container: nothing is locked, and all the rest is as ever."""
     prefix = ["prlimit", "--memlock=1048576", "setpriv", "--bounding-set=-ipc_lock"]
