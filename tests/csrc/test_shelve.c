@@ -185,7 +185,7 @@ static void test_shelved(uint64_t seed)
 static void test_constants(uint64_t seed)
 {
 	int fd = open_shelf(".");
-	uint64_t *words;
+	uint64_t *words, stored[PAGE_BYTES / 8];
 
 	CHECK(ftruncate(fd, CONSTANT_PAGES * PAGE_BYTES) == 0);
 	words = mmap(NULL, CONSTANT_PAGES * PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -200,6 +200,10 @@ static void test_constants(uint64_t seed)
 	unmap();
 	CHECK(count_pages_of(words, CONSTANT_PAGES, false) == 0 && count_pages_of(words, CONSTANT_PAGES, true) == 3);
 	check_filled(words, 3 * PAGE_BYTES / 8, seed + 1);
+	for (unsigned page = 3; page < CONSTANT_PAGES; page++) {
+		CHECK(pread(fd, stored, sizeof stored, (off_t)(page * PAGE_BYTES)) == (ssize_t)sizeof stored);
+		CHECK(memcmp(words + page * PAGE_BYTES / 8, stored, sizeof stored) == 0);
+	}
 	munmap(words, CONSTANT_PAGES * PAGE_BYTES);
 	close(fd);
 }
