@@ -123,20 +123,22 @@ class Measure:
     def vswapd(self, shape: str, mapped_times: int = 0) -> Drain:
         """Ours. ExecuteError."""
         found: list[Drain] = []
-        looks = {"hold": lambda pid: found.append(self._drain(pid, shape))}
+        looks = {"hold": lambda pid: found.append(self._drain(pid, shape, self._prepare(pid)))}
         self._run(("fill", "hold", "verify"), looks, mapped_times)
         return found[0]
 
     def vswapd_probed(self, shape: str) -> Drain:
-        """Ours, with a program that faults at random for a while before, and then throughout."""
+        """Ours, with a program that faults at random for a while before, and then throughout: from the request to its
+        answer, and not while the rate of the same disk is measured.
+        """
+        rates: list[float] = []
         found: list[Drain] = []
-
-        def before(pid: int) -> None:
-            self._raise(pid)
-            time.sleep(_PROBE_SECONDS)
-
-        looks = {"probe_before": before, "probe_during": lambda pid: found.append(self._drain(pid, shape))}
-        outcome = self._run(("fill", "probe_before", "probe_during", "verify"), looks, 0)
+        looks: dict[str, Callable[[int], None]] = {
+            "hold": lambda pid: rates.append(self._prepare(pid)),
+            "probe_before": lambda _: time.sleep(_PROBE_SECONDS),
+            "probe_during": lambda pid: found.append(self._drain(pid, shape, rates[0])),
+        }
+        outcome = self._run(("fill", *looks, "verify"), looks, 0)
         p99_us = [outcome.phases[f"probe_{when}"]["p99_ns"] / 1000 for when in ("before", "during")]
         return replace(found[0], p99_us_before=p99_us[0], p99_us_during=p99_us[1])
 
@@ -151,10 +153,13 @@ class Measure:
             [self._vswapctl, "limit", str(pid), str(self._raised_bytes)], check=True, stdout=subprocess.DEVNULL
         )
 
-    def _drain(self, pid: int, shape: str) -> Drain:
+    def _prepare(self, pid: int) -> float:
+        """Make room for all of it. Bytes per second that the disk reads."""
         self._raise(pid)
         _drop_caches()
-        rate = read_rate(self._spill)
+        return read_rate(self._spill)
+
+    def _drain(self, pid: int, shape: str, rate: float) -> Drain:
         with connection.connect_serving(pid, None) as daemon:
             status = daemon.request("status")["status"]
             started = time.monotonic()
