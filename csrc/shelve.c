@@ -171,6 +171,7 @@ static int shelve_ranges(int fd, int pagemap_fd, const struct shelf_range *range
 		/* The file has to reach beyond the last page: the rest of a mapping is SIGBUS. It does: that page was written. */
 		if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, (off_t)offset) != at)
 			return -errno;
+		(void)madvise(at, bytes, MADV_RANDOM); /* with what lies around it in the page cache that is mapped, too */
 		shelf[shelf_count++] = (struct shelf_range){ ranges[i].start, end };
 		offset += bytes;
 		shelved += bytes;
@@ -284,4 +285,6 @@ void shelve_page_out(int fd)
 	(void)sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
 	for (int i = 0; i < shelf_count; i++)
 		(void)madvise((void *)(uintptr_t)shelf[i].start, shelf[i].end - shelf[i].start, MADV_PAGEOUT);
+	/* What is no longer mapped, dirty then and clean now, or it would be mapped again with what is read near it. */
+	(void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
 }

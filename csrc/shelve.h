@@ -39,7 +39,8 @@ void shelve_wait(const int *fds, unsigned count);
 int shelve_wait_signal(const int *signals, unsigned count);
 
 /* Have the kernel begin to write the file, and drop from RAM what it has written already: called twice, a moment apart, it
- * leaves what has been written to by this process. What is needed again is read. Any thread; blocks while the device does. */
+ * leaves what has been written to by this process. What is needed again is read, a page at a time. Any thread; blocks while
+ * the device does. */
 void shelve_page_out(int fd);
 
 #endif

@@ -48,6 +48,6 @@ async def page_out(descriptor: int) -> None:
 
     from vswapd import engine
 
-    for _ in range(2):
+    for _ in range(config.SHELVE_WRITES):
         await trio.to_thread.run_sync(engine.page_out_shelved, descriptor, abandon_on_cancel=True)
         await trio.sleep(config.SHELVE_WRITE_SECONDS)

@@ -149,6 +149,15 @@ static void test_failure(uint64_t seed)
 	check_memory(seed, 0);
 }
 
+/* A page that is read brings back hardly any of those around it. */
+static void check_some_come_alone(uint64_t seed)
+{
+	for (unsigned page = 1; page < MAPPING_PAGES; page += 64)
+		if (page % 5 != 0 && is_touched(page))
+			check_filled(mapping + page * PAGE_BYTES / 8, PAGE_BYTES / 8, seed - page);
+	CHECK(count_pages(false) < MAPPING_PAGES / 16);
+}
+
 static void test_shelved(uint64_t seed)
 {
 	int fd = open_shelf("."), status;
@@ -176,6 +185,7 @@ static void test_shelved(uint64_t seed)
 	shelve_page_out(fd);
 	CHECK(fdatasync(fd) == 0);
 	shelve_page_out(fd);
+	check_some_come_alone(seed);
 	check_memory(seed, seed * 3);
 	close(fd);
 	check_memory(seed, seed * 3);
