@@ -24,6 +24,7 @@ void hold_gil_ms(int milliseconds);
 int fork_sharing_descriptors(void);
 int supervise_take_descriptors(int pid, int below);
 int shelve_memory(int fd);
+int shelve_again(int fd);
 void shelve_wait(const int *fds, unsigned count);
 int shelve_wait_signal(const int *signals, unsigned count);
 void shelve_page_out(int fd);

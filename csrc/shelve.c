@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include "shelve.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
@@ -17,6 +18,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -40,6 +42,8 @@ struct shelf_range {
 /* Where memory was shelved; a fork's child has the same. Some of it may be unmapped by now. */
 static struct shelf_range shelf[RANGES_MAX];
 static int shelf_count;
+static unsigned long shelf_inode;
+static bool is_locked; /* all that is mapped from now on, until it is unlocked */
 
 static bool holds(const struct shelf_range *range, const void *address)
 {
@@ -50,18 +54,17 @@ static bool holds(const struct shelf_range *range, const void *address)
 struct mapping {
 	struct shelf_range range;
 	char protection[5];
-	bool is_file;
+	unsigned long inode; /* 0: of no file */
 	bool is_named; /* by the kernel: a stack, its own pages */
 };
 
 static bool mapping_read(const char *line, struct mapping *ret)
 {
 	char name[16] = "";
-	unsigned long start, end, inode;
-	int fields = sscanf(line, "%lx-%lx %4s %*s %*s %lu %15s", &start, &end, ret->protection, &inode, name);
+	unsigned long start, end;
+	int fields = sscanf(line, "%lx-%lx %4s %*s %*s %lu %15s", &start, &end, ret->protection, &ret->inode, name);
 
 	ret->range = (struct shelf_range){ start, end };
-	ret->is_file = inode != 0;
 	ret->is_named = name[0] == '[' && strcmp(name, "[heap]") != 0;
 	return fields >= 4;
 }
@@ -71,16 +74,27 @@ static bool is_idle_memory(const struct mapping *mapping)
 {
 	uint64_t bytes = mapping->range.end - mapping->range.start;
 
-	return strcmp(mapping->protection, "rw-p") == 0 && !mapping->is_file && !mapping->is_named &&
+	return strcmp(mapping->protection, "rw-p") == 0 && mapping->inode == 0 && !mapping->is_named &&
 	       bytes >= RANGE_BYTES_MIN && bytes <= RANGE_BYTES_MAX &&
 	       !holds(&mapping->range, __builtin_thread_pointer()) &&
 	       !holds(&mapping->range, __builtin_frame_address(0));
 }
 
+/* Shelved, and the interpreter's alone: not the heap, nor what lies below it, the program's own data. */
+static bool is_interpreters(const struct mapping *mapping)
+{
+	bool is_shelved = false;
+
+	for (int i = 0; i < shelf_count; i++)
+		is_shelved |= mapping->range.start < shelf[i].end && mapping->range.end > shelf[i].start;
+	return is_shelved && mapping->inode == shelf_inode && strcmp(mapping->protection, "rw-p") == 0 &&
+	       mapping->range.start >= (uintptr_t)sbrk(0);
+}
+
 /* Of a file, and nobody writes to it: code, constants, and what the loader has changed in them. */
 static bool is_constant(const struct mapping *mapping)
 {
-	return mapping->is_file && mapping->protection[1] == '-' && mapping->protection[3] == 'p';
+	return mapping->inode != 0 && mapping->protection[1] == '-' && mapping->protection[3] == 'p';
 }
 
 /* The list is complete, and its file closed, before anything is copied. */
@@ -105,6 +119,36 @@ static bool is_only_thread(void)
 	struct stat tasks;
 
 	return stat("/proc/self/task", &tasks) == 0 && tasks.st_nlink == 3; /* ".", ".." and one */
+}
+
+/*
+ * May another thread write to the interpreter's memory, though it has not got its lock? Not the data plane's, nor the kernel's that
+ * serve a ring; nor one of trio's that waits for work: it is called so then, and what it waits for is in the heap.
+ */
+static bool may_be_written(void)
+{
+	DIR *tasks = opendir("/proc/self/task");
+	const struct dirent *task;
+	bool found = !tasks;
+
+	while (!found && (task = readdir(tasks))) {
+		char path[64], name[17] = "";
+		FILE *file;
+
+		if (task->d_name[0] == '.' || atoi(task->d_name) == gettid())
+			continue;
+		snprintf(path, sizeof path, "/proc/self/task/%.20s/comm", task->d_name);
+		file = fopen(path, "re");
+		if (!file)
+			continue; /* it has ended */
+		if (fgets(name, sizeof name, file))
+			found = strncmp(name, "vswap-", 6) != 0 && strncmp(name, "iou-", 4) != 0 &&
+				strncmp(name, "Trio thread", 11) != 0;
+		fclose(file); /* nothing to read: it has just ended */
+	}
+	if (tasks)
+		closedir(tasks);
+	return found;
 }
 
 static int write_all(int fd, uint64_t address, uint64_t bytes, uint64_t offset)
@@ -155,28 +199,40 @@ static int copy_range(int fd, int pagemap_fd, struct shelf_range range, uint64_t
 	return 0;
 }
 
+/* Map it from the file, at the same addresses. What it was mapped from is no longer needed. */
+static int replace(int fd, struct shelf_range range, uint64_t offset)
+{
+	void *at = (void *)(uintptr_t)range.start;
+	uint64_t bytes = range.end - range.start;
+
+	/* The file has to reach beyond the last page: the rest of a mapping is SIGBUS. It does: that page was written. */
+	if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, (off_t)offset) != at)
+		return -errno;
+	if (is_locked)
+		(void)munlock(at, bytes);
+	(void)madvise(at, bytes, MADV_RANDOM); /* with what lies around it in the page cache that is mapped, too */
+	return 0;
+}
+
 static int shelve_ranges(int fd, int pagemap_fd, const struct shelf_range *ranges, int count)
 {
-	uint64_t offset = 0, shelved = 0, end;
+	uint64_t offset = 0, end;
 
 	for (int i = 0; i < count; i++) {
 		int result = copy_range(fd, pagemap_fd, ranges[i], offset, &end);
-		uint64_t bytes = end - ranges[i].start;
-		void *at = (void *)(uintptr_t)ranges[i].start;
+		struct shelf_range copied = { ranges[i].start, end };
 
 		if (result < 0)
 			return result;
-		if (bytes < RANGE_BYTES_MIN)
+		if (end - ranges[i].start < RANGE_BYTES_MIN)
 			continue;
-		/* The file has to reach beyond the last page: the rest of a mapping is SIGBUS. It does: that page was written. */
-		if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, (off_t)offset) != at)
-			return -errno;
-		(void)madvise(at, bytes, MADV_RANDOM); /* with what lies around it in the page cache that is mapped, too */
-		shelf[shelf_count++] = (struct shelf_range){ ranges[i].start, end };
-		offset += bytes;
-		shelved += bytes;
+		result = replace(fd, copied, offset);
+		if (result < 0)
+			return result;
+		shelf[shelf_count++] = copied;
+		offset += end - ranges[i].start;
 	}
-	return (int)(shelved >> 20);
+	return (int)(offset >> 20);
 }
 
 int shelve_memory(int fd)
@@ -184,9 +240,10 @@ int shelve_memory(int fd)
 	struct shelf_range ranges[RANGES_MAX];
 	sigset_t all, before;
 	struct statfs figures;
+	struct stat file;
 	int count, result, pagemap_fd;
 
-	if (fstatfs(fd, &figures) < 0)
+	if (fstatfs(fd, &figures) < 0 || fstat(fd, &file) < 0)
 		return -errno;
 	if (figures.f_type == TMPFS_MAGIC || figures.f_type == RAMFS_MAGIC)
 		return -EMEDIUMTYPE;
@@ -195,12 +252,49 @@ int shelve_memory(int fd)
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (pagemap_fd < 0)
 		return -errno;
+	shelf_inode = file.st_ino;
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &before);
 	count = list_ranges(is_idle_memory, ranges);
 	result = count < 0 ? count : shelve_ranges(fd, pagemap_fd, ranges, count);
 	sigprocmask(SIG_SETMASK, &before, NULL);
 	close(pagemap_fd);
+	return result;
+}
+
+/* All of each range: what is not in memory is in the file that it is mapped from. */
+static int shelve_ranges_again(int fd, const struct shelf_range *ranges, int count)
+{
+	uint64_t offset = 0;
+
+	for (int i = 0; i < count; i++) {
+		uint64_t bytes = ranges[i].end - ranges[i].start;
+		int result = write_all(fd, ranges[i].start, bytes, offset);
+
+		if (result == 0)
+			result = replace(fd, ranges[i], offset);
+		if (result < 0)
+			return result;
+		offset += bytes;
+	}
+	return (int)(offset >> 20);
+}
+
+int shelve_again(int fd)
+{
+	struct shelf_range ranges[RANGES_MAX];
+	sigset_t all, before;
+	int count, result;
+
+	if (shelf_count == 0)
+		return -ENOENT;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	count = list_ranges(is_interpreters, ranges);
+	result = may_be_written() ? -EBUSY : count;
+	if (result >= 0)
+		result = shelve_ranges_again(fd, ranges, count);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	return result;
 }
 
@@ -276,6 +370,7 @@ int shelve_wait_signal(const int *signals, unsigned count)
 
 void shelve_unlock(void)
 {
+	is_locked = true;
 	for (int i = 0; i < shelf_count; i++)
 		(void)munlock((void *)(uintptr_t)shelf[i].start, shelf[i].end - shelf[i].start);
 }

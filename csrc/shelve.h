@@ -12,7 +12,7 @@
  * data plane that does allocate may, where there are so many threads that libc gives them the first thread's arena. A file that
  * can no longer be read is SIGBUS. The daemon locks its memory (sys_lock_memory), but not this: it is here to leave RAM.
  *
- * Threads    one, the caller's, and no signal handler runs meanwhile (all are blocked).
+ * Threads    one that writes to the memory, the caller's, and no signal handler runs in it meanwhile (all are blocked).
  */
 #ifndef VSWAP_SHELVE_H
 #define VSWAP_SHELVE_H
@@ -23,6 +23,14 @@
  * is itself in RAM, -EBUSY when there are other threads. On failure all or some of the memory is as it was, and nothing is lost.
  */
 int shelve_memory(int fd);
+
+/*
+ * Once more, to a file of its own: for a forked process that has written to much of it while it started, and to little since.
+ * What all threads share, the heap and the program's own data, stays where it is; of the rest the caller is the only one that
+ * writes to it: it has the interpreter's lock, and other threads are the data plane's (vswap-*) or wait for work ("Trio thread").
+ * MiB, or -errno: -EBUSY, there are others; -ENOENT, nothing was shelved. On failure nothing is lost.
+ */
+int shelve_again(int fd);
 
 /* After mlockall(): what was shelved is to leave RAM as before. Any thread. */
 void shelve_unlock(void);

@@ -72,6 +72,8 @@ class Daemon:
         self.acceptor = Acceptor(self.clients.serve, self.control.serve, log)
         self.adopt_groups_at_session = False  # embedded: all groups are the session's
         self.was_near_limit = trio.Event()  # some process's regions were registered
+        if engine.is_successor:
+            self.was_near_limit.set()  # perhaps: those of its predecessor's clients are never reported again
 
     # ---- events ----
 

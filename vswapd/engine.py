@@ -91,6 +91,15 @@ def wait_signal_shelved(signals: Collection[int]) -> int:
     return _check(lib.shelve_wait_signal(list(signals), len(signals)), "signals")
 
 
+def shelve_again(fd: int) -> int:
+    """What was written to since, in a file of its own. MiB. OSError: other threads are at work, say."""
+    import ctypes  # trio has it
+
+    # Of cffi's functions none holds the GIL, and while this one runs nobody else may write to what is Python's.
+    address = int(ffi.cast("uintptr_t", ffi.addressof(lib, "shelve_again")))
+    return _check(ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int)(address)(fd), "idle memory")
+
+
 def page_out_shelved(fd: int) -> None:
     """Begin to write what was shelved to its file, and drop from RAM what has been written. Blocks with the device."""
     lib.shelve_page_out(fd)

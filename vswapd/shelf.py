@@ -13,7 +13,21 @@ from vswapd import config
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+
+def _shelve(shelve: Callable[[int], int]) -> int:
+    directory = os.environ.get("VSWAPD_SPILL_DIR") or config.SPILL_DIRECTORY
+    try:
+        descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return -1
+    try:
+        shelve(descriptor)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
 def shelve_idle_memory() -> int:
@@ -22,17 +36,7 @@ def shelve_idle_memory() -> int:
     """
     from vswapd import engine
 
-    directory = os.environ.get("VSWAPD_SPILL_DIR") or config.SPILL_DIRECTORY
-    try:
-        descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return -1
-    try:
-        engine.shelve_memory(descriptor)
-    except OSError:
-        os.close(descriptor)
-        return -1
-    return descriptor
+    return _shelve(engine.shelve_memory)
 
 
 def wait(descriptors: Sequence[int]) -> None:
@@ -43,11 +47,19 @@ def wait(descriptors: Sequence[int]) -> None:
 
 
 async def page_out(descriptor: int) -> None:
-    """Have what was shelved leave RAM. A process with threads cannot unmap it, as one may be writing to it."""
+    """Have what was shelved leave RAM: in a daemon that has started, and was forked with it in that file. A process with
+    threads cannot unmap it, as one may be writing to it.
+    """
     import trio
 
     from vswapd import engine
 
+    own = -1  # the file of what the start has written to
     for _ in range(config.SHELVE_WRITES):
-        await trio.to_thread.run_sync(engine.page_out_shelved, descriptor, abandon_on_cancel=True)
+        own = own if own >= 0 else _shelve(engine.shelve_again)  # not while a thread is at work
+        for some in (descriptor, own):
+            if some >= 0:
+                await trio.to_thread.run_sync(engine.page_out_shelved, some, abandon_on_cancel=True)
         await trio.sleep(config.SHELVE_WRITE_SECONDS)
+    if own >= 0:
+        os.close(own)

@@ -32,7 +32,7 @@ _WINDOW_SECONDS = 2.0
 _WINDOWS_ALIKE = 3  # on either side
 _ALIKE = 0.02
 _FEW = 0.05  # pages that move up, of all that are waited for
-_SETTLE_SECONDS_MAX = 120.0
+_SETTLE_SECONDS_MAX = 240.0
 _ANSWER_SECONDS_MAX = 30.0
 _COUNTED = ("faults", "faults_spill", "promoted_pages", "demoted_pages", "spill_written_pages")
 

@@ -191,6 +191,63 @@ static void test_shelved(uint64_t seed)
 	check_memory(seed, seed * 3);
 }
 
+struct named_thread {
+	const char *name;
+	pthread_t thread;
+	pthread_mutex_t held;
+	pthread_barrier_t named;
+};
+
+static void *wait_named(void *argument)
+{
+	struct named_thread *named = argument;
+
+	pthread_setname_np(pthread_self(), named->name);
+	pthread_barrier_wait(&named->named);
+	return wait_for_unlock(&named->held);
+}
+
+/* shelve_again beside a thread of that name. */
+static int shelve_again_beside(const char *name, int fd)
+{
+	struct named_thread named = { .name = name, .held = PTHREAD_MUTEX_INITIALIZER };
+	int result;
+
+	CHECK(pthread_barrier_init(&named.named, NULL, 2) == 0);
+	pthread_mutex_lock(&named.held);
+	CHECK(pthread_create(&named.thread, NULL, wait_named, &named) == 0);
+	pthread_barrier_wait(&named.named);
+	result = shelve_again(fd);
+	pthread_mutex_unlock(&named.held);
+	pthread_join(named.thread, NULL);
+	pthread_barrier_destroy(&named.named);
+	return result;
+}
+
+/* What was written to since the first time is the file's again, unless somebody else may be writing to it. `seed`: as test_shelved
+ * leaves the memory. */
+static void test_again(uint64_t seed)
+{
+	int fd = open_shelf("."), unwritable_fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+	unsigned own = count_pages(true);
+
+	CHECK(own >= MAPPING_PAGES / 5);
+	CHECK(shelve_again_beside("backend_drain", fd) == -EBUSY);
+	CHECK(shelve_again(unwritable_fd) == -EBADF);
+	CHECK(count_pages(true) == own);
+	CHECK(shelve_again_beside("vswap-evict", fd) >= (int)(MAPPING_PAGES * PAGE_BYTES >> 20));
+	CHECK(count_pages(true) == 0);
+	check_memory(seed, seed * 3);
+	memset(blocks[0], 0, sizeof **blocks); /* the heap is where it was, and is written to as ever */
+	fill(blocks[0], block_words(0), seed);
+	fill(mapping, PAGE_BYTES / 8, seed * 3);
+	CHECK(shelve_again_beside("Trio thread 0", fd) == 0); /* nothing is left in the first file */
+	shelve_page_out(fd);
+	close(fd);
+	close(unwritable_fd);
+	check_memory(seed, seed * 3);
+}
+
 /* What nobody writes to any more: a file's own pages leave, what was changed in it before stays. */
 static void test_constants(uint64_t seed)
 {
@@ -236,10 +293,12 @@ int main(int argc, char **argv)
 	uint64_t seed = test_seed(argc, argv);
 
 	make_memory(seed);
+	CHECK(shelve_again(-1) == -ENOENT);
 	test_refusals();
 	if (!IS_THREAD_SANITIZED) {
 		test_failure(seed);
 		test_shelved(seed);
+		test_again(seed);
 		test_constants(seed);
 		test_wait_for_signal();
 	}

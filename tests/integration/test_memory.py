@@ -194,6 +194,34 @@ def test_shelved_memory_is_not_locked() -> None:
     assert state == [True]
 
 
+def _inodes_of_shelf(pid: int) -> set[str]:
+    shelf = f"{os.environ.get('VSWAPD_SPILL_DIR') or config.SPILL_DIRECTORY}/"
+    lines = (line.split() for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines())
+    return {words[4] for words in lines if words[1] == "rw-p" and "".join(words[5:6]).startswith(shelf)}
+
+
+def test_near_a_limit_a_daemon_shelves_what_its_start_has_written_to() -> None:
+    """In a file of its own, for its supervisor's is the next daemon's, too; which does the same."""
+    program_text = f"import os, time; memory = os.urandom({80 * MIB}); print(flush=True); time.sleep(60)"
+    with LimitedProgram(64 * MIB, [sys.executable, "-c", program_text]) as program:
+        pids: set[int] = set()
+        for _ in range(2):
+            with ControlClient(program.socket_path) as control:
+                reply = control.request("ping")
+            pid, supervisor = int(reply["pid"]), int(reply["supervisor"])
+            deadline = time.monotonic() + 20
+            while not _inodes_of_shelf(pid) - _inodes_of_shelf(supervisor):
+                assert time.monotonic() < deadline, "there is no other file"
+                time.sleep(0.1)
+            pids.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        with ControlClient(program.socket_path) as control:
+            assert len(control.request("status")["status"]["clients"]) == 1
+        program.process.terminate()
+        assert program.process.wait(10) == -signal.SIGTERM
+    assert len(pids) == 2
+
+
 def _mapped_file_bytes(pid: int) -> int:
     """Resident pages of files, others' too."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
