@@ -21,7 +21,7 @@ _OWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "held": (("held", "content", "latency", "pattern"), ()),
     "scaling": (("scaling", "access", "content", "latency", "pattern"), ()),
     "slots": (("slots",), ("slot_table", "slot_heap", "base", "crash_point", "fault_point", "sys")),
-    "floor": (("floor", "latency"), ("codec", "base", "fault_point")),
+    "floor": (("floor", "content", "latency"), ("codec", "base", "fault_point")),
 }
 SOURCES = {
     name: [*(_HERE / f"{file}.c" for file in own), *(_CSRC / f"{file}.c" for file in data_plane)]

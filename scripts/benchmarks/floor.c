@@ -10,10 +10,14 @@
  *
  *   round_trip_same  a fault, seen by who faults: poll and read in another process, on the same CPU, COPY of a page that is ready
  *   round_trip_other ... on another CPU, that was asleep
- *   expand           LZ4 at 1.6 : 1 and the check of the page, as a fault from the pool has it (csrc/codec.h)
+ *   touch            a first touch of memory that nobody watches, in order, and all of the page written
+ *   copy             COPY of 64 pages at once for which nobody waits
+ *   expand           LZ4 of the bench's data, 1.6 : 1, and the check of the page, as a fault from the pool has it (csrc/codec.h)
+ *   compress         the same page the other way
  *   check            the check alone, as an eviction of an unchanged page has it
  *   wake             a futex there and back between two processes, where neither is on a CPU
  *   move             MOVE of one page among others that stay
+ *   move_run         MOVE of 64 pages at once
  *   read             64 pages of another place's memory through /proc/PID/mem
  *   release          MOVE of 64 pages on to where MADV_DONTNEED takes them
  *   disk             4 KiB from FILE, at random
@@ -40,6 +44,7 @@
 #include <unistd.h>
 
 #include "codec.h"
+#include "content.h"
 #include "latency.h"
 
 #define PAGE 4096UL
@@ -213,18 +218,48 @@ static void measure_round_trip(const char *step, const int cpus[2], bool same)
 	say(step, FAULTS);
 }
 
-/* ---- the codec ---- */
+/* ---- runs of pages ---- */
 
-static void make_page(uint64_t *page)
+/* A page of some runs, that are filled by COPY, or without a descriptor by whoever needs them. */
+static void measure_runs(const char *step, int fd)
 {
-	for (size_t i = 0; i < PAGE / 8; i++) /* LZ4 makes 1.6 : 1 of it */
-		page[i] = i < PAGE / 8 * 6 / 10 ? random_next() : i % 4;
+	size_t bytes = BATCHES * WINDOW * PAGE;
+	uint8_t *area = map(bytes, MAP_PRIVATE), *ready = map(WINDOW * PAGE, MAP_PRIVATE);
+
+	memset(ready, 1, WINDOW * PAGE);
+	if (fd >= 0)
+		userfaultfd_watch(fd, area, bytes);
+	for (size_t at = 0; at < bytes; at += WINDOW * PAGE) {
+		struct uffdio_copy copy = { .src = (uintptr_t)ready, .dst = (uintptr_t)area + at, .len = WINDOW * PAGE };
+		uint64_t started = now_ns();
+
+		if (fd < 0)
+			memcpy(area + at, ready, WINDOW * PAGE);
+		else if (ioctl(fd, UFFDIO_COPY, &copy) != 0)
+			fail("UFFDIO_COPY");
+		latency_add(&latency, (now_ns() - started) / WINDOW);
+	}
+	munmap(area, bytes);
+	munmap(ready, WINDOW * PAGE);
+	say(step, BATCHES);
 }
+
+static void measure_touch_and_copy(void)
+{
+	int fd = userfaultfd_open();
+
+	measure_runs("touch", -1);
+	measure_runs("copy", fd);
+	close(fd);
+}
+
+/* ---- the codec ---- */
 
 static void measure_codec(void)
 {
 	static uint8_t secret[CODEC_SECRET_BYTES], objects[OBJECTS][PAGE];
 	static unsigned units[OBJECTS];
+	const struct content_options content = { .seed = 1, .ratio = 1.6, .page_count = OBJECTS };
 	struct codec_scratch *scratch = codec_scratch_create();
 	uint64_t page[PAGE / 8], sum = 0, started;
 
@@ -232,10 +267,14 @@ static void measure_codec(void)
 		fail("memory");
 	for (size_t i = 0; i < sizeof secret; i++)
 		secret[i] = (uint8_t)random_next();
+	content_init(&content);
 	for (size_t i = 0; i < OBJECTS; i++) {
-		make_page(page);
+		content_write(page, i, 1);
+		started = now_ns();
 		units[i] = codec_compress(scratch, CODEC_LZ4, page, objects[i]);
+		latency_add(&latency, now_ns() - started);
 	}
+	say("compress", OBJECTS);
 	for (size_t i = 0; i < OBJECTS; i++) {
 		size_t k = i * 1031 % OBJECTS;
 
@@ -319,10 +358,22 @@ static void move(int fd, uint8_t *to, uint8_t *from, size_t bytes)
 	}
 }
 
+/* A MOVE of as many pages as a window has; which is empty again then. */
+static uint64_t move_run_ns(int fd, uint8_t *window, uint8_t *from)
+{
+	uint64_t started = now_ns(), ended;
+
+	move(fd, window, from, WINDOW * PAGE);
+	ended = now_ns();
+	if (madvise(window, WINDOW * PAGE, MADV_DONTNEED) != 0)
+		fail("MADV_DONTNEED");
+	return ended - started;
+}
+
 static void measure_eviction(void)
 {
-	static struct latency moves, reads, releases;
-	size_t bytes = 2 * BATCHES * WINDOW * PAGE;
+	static struct latency moves, reads, releases, runs;
+	size_t bytes = 3 * BATCHES * WINDOW * PAGE; /* one and one for `move`, one for `move_run` */
 	uint8_t *area = map(bytes, MAP_PRIVATE), *window = map(WINDOW * PAGE, MAP_PRIVATE);
 	uint8_t *trash = map(WINDOW * PAGE, MAP_PRIVATE), *buffer = map(WINDOW * PAGE, MAP_PRIVATE);
 	int fd = userfaultfd_open(), memory_fd = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
@@ -348,6 +399,7 @@ static void measure_eviction(void)
 		if (madvise(trash, WINDOW * PAGE, MADV_DONTNEED) != 0)
 			fail("MADV_DONTNEED");
 		released = now_ns();
+		latency_add(&runs, move_run_ns(fd, window, area + (2 * BATCHES + batch) * WINDOW * PAGE) / WINDOW);
 		latency_add(&moves, (moved - started) / WINDOW);
 		latency_add(&reads, (read_at - moved) / WINDOW);
 		latency_add(&releases, (released - read_at) / WINDOW);
@@ -358,6 +410,8 @@ static void measure_eviction(void)
 	say("read", BATCHES);
 	latency = releases;
 	say("release", BATCHES);
+	latency = runs;
+	say("move_run", BATCHES);
 	close(memory_fd);
 	close(fd);
 }
@@ -394,6 +448,7 @@ int main(int argc, char **argv)
 	find_cpus(cpus);
 	measure_round_trip("round_trip_same", cpus, true);
 	measure_round_trip("round_trip_other", cpus, false);
+	measure_touch_and_copy();
 	measure_codec();
 	measure_wake(cpus);
 	measure_eviction();
