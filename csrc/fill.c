@@ -484,7 +484,8 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	expand_more(client, fault->page, window, scratch->pages, &run);
 	fill_uncharge(client, window - run.count);
 	fill_stream_ends(client, fault, fault->page + run.count);
-	memset(run.keep, on_probation && group_keeps_copies(client->group), run.count);
+	/* Who writes to the first of them will write to the others of a stream, too. */
+	memset(run.keep, on_probation && !fault->write && group_keeps_copies(client->group), run.count);
 	if (fill_copy_run(client, scratch->pages, fault->page, &run, on_probation, &outcome) == 0)
 		return fill_unfilled(client, outcome, fault->page);
 	return FILL_ANSWERED;

@@ -425,7 +425,7 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 			fill_uncharge(client, read->page_count);
 			return read_failed(client, read, min_of(piece.error, 0));
 		}
-		if (first == 0 && promoted)
+		if (first == 0 && (promoted || read->fault.write))
 			piece.run.keep[0] = false;
 		if (count > 0)
 			done = fill_copy_run(client, scratch->pages, read->fault.page + first, &piece.run, on_probation,

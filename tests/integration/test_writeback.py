@@ -71,6 +71,31 @@ def test_copies_of_resident_pages_leave_a_pool_that_shrinks(stage: Stage) -> Non
     assert stage.status == 0, stage.log
 
 
+@pytest.mark.parametrize("spills", [False, True], ids=["pool", "spill"])
+def test_no_copy_is_kept_of_what_is_written_to(stage: Stage, *, spills: bool) -> None:
+    """Scattered pages, for those around them are another matter: a read from disk brings them along."""
+    every = 64
+    count = _PAGES // every
+    with stage:
+        [puppet] = stage.puppets
+        _fill(stage, puppet, 1)
+        if spills:
+            stage.order(f"limit {_LIMIT_BYTES} 1")
+            _wait(lambda: _figures(stage, puppet)["pool"] == 0, "written back")
+            stage.order(f"limit {_LIMIT_BYTES} 0")
+        puppet.write("text", 2, 0, _PAGES, every)
+        along = _PAGES - _figures(stage, puppet)["swapped"] - count
+        assert _figures(stage, puppet)["kept"] <= along
+        puppet.check("text", 1, every // 2, _PAGES - every // 2, every)
+        figures = _figures(stage, puppet)
+        assert figures["kept"] >= count // 2
+        assert figures["kept"] <= _PAGES - figures["swapped"] - count
+        stage.page_out(puppet)
+        puppet.check("text", 2, 0, _PAGES, every)
+        stage.end(puppet)
+    assert stage.status == 0, stage.log
+
+
 def test_unchanged_pages_are_written_back(stage: Stage) -> None:
     """They were resident when the writer came by, and went out again without being stored."""
     half = _PAGES // 2
