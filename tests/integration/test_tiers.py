@@ -26,6 +26,19 @@ print("filled", flush=True)
 while True:
     memory[random.randrange(0, len(memory), 4096)]
 """
+# One page of eight, always in the same order: between two visits others are waited for as often as there are such pages, and far
+# more pages go out than the group's limit has.
+_VISITOR = _READER.replace(
+    """while True:
+    memory[random.randrange(0, len(memory), 4096)]
+""",
+    """visits = list(range(0, len(memory), 8 * 4096))
+random.shuffle(visits)
+while True:
+    for at in visits:
+        memory[at]
+""",
+)
 
 
 def _write(service: Service, *, tiers: bool, fast: str = "") -> None:
@@ -88,6 +101,22 @@ def test_pages_move_between_tiers_and_no_more_when_told(verify_memory: str, tmp_
         _write(service, tiers=False)
         service.reload()
         wait_until("a turn has ended", lambda: _is_still(service))
+
+
+def test_what_is_waited_for_again_goes_up(tmp_path: Path) -> None:
+    """Though it went out long ago: for fewer others than the fast backend has pages somebody has waited since."""
+    service = Service(tmp_path)
+    _write(service, tiers=True)
+    service.start()
+    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "tiered", "--"]
+    with subprocess.Popen([*argv, *python_argv(_VISITOR)], stdout=subprocess.PIPE) as run:
+        try:
+            assert run.stdout
+            assert run.stdout.readline() == b"filled\n"
+            wait_until("pages went up", lambda: _counters(service)["promoted_pages"] > 200)
+        finally:
+            run.terminate()
+    assert service.stop() == 0, service.log.read_text()
 
 
 def test_what_is_encrypted_stays_so(verify_memory: str, tmp_path: Path) -> None:
