@@ -40,6 +40,8 @@
 	POINT(WRITEBACK_SETTLED_ONE, "one slot says that its object is on disk")            \
 	POINT(RECOMPRESS_STORED, "objects were compressed again, no slot says so")          \
 	POINT(RECOMPRESS_SETTLED_ONE, "one slot names the smaller object, the old one is there") \
+	POINT(EVACUATE_STORED, "an object is in another slab, too, no slot says so")        \
+	POINT(EVACUATE_SETTLED_ONE, "one slot names the other slab, the old object is there") \
 	POINT(DRAIN_STORED, "objects have a new place, no slot says so")                    \
 	POINT(DRAIN_SETTLED_ONE, "one slot names the new place, the old extent is there")   \
 	POINT(DRAIN_EMPTY, "nothing is on a backend any more, it is in the table")          \

@@ -133,11 +133,22 @@ uint64_t group_pool_cap_bytes(const struct group *group)
 
 		return limit - min_of((uint64_t)max_of(READ_ONCE(group->metadata_bytes), (int64_t)0), limit);
 	}
-	/* 80 % up to a mean object of 60 % of a page, down to 10 % at 95 %. */
-	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 60u), 95u);
-	uint64_t cap = lowered_limit_bytes(group) / 100 * (80 - (mean - 60) * 2);
+	/* 80 % up to a mean object of 70 % of a page, 28 % at 86 %, 10 % at 95 %. */
+	uint32_t mean = min_of(max_of(READ_ONCE(group->pool_percent), 70u), 95u);
+	uint32_t percent = mean <= 86 ? 80 - (mean - 70) * 13 / 4 : 28 - (mean - 86) * 2;
+	uint64_t cap = lowered_limit_bytes(group) / 100 * percent;
 
 	return group->pool_limit_bytes ? min_of(cap, group->pool_limit_bytes) : cap;
+}
+
+uint64_t group_pool_taken_bytes(const struct group *group)
+{
+	struct pool_statistics statistics;
+
+	if (group->pool_limit_bytes)
+		return pool_bytes(group->pool);
+	pool_statistics(group->pool, &statistics);
+	return min_of(statistics.bytes, statistics.object_bytes + statistics.object_bytes / 4);
 }
 
 void group_pool_changed(struct group *group)
@@ -178,7 +189,7 @@ bool group_gives_up_copies(const struct group *group)
 
 bool group_keeps_copies(const struct group *group)
 {
-	return pool_bytes(group->pool) < group_pool_cap_bytes(group);
+	return group_pool_taken_bytes(group) < group_pool_cap_bytes(group);
 }
 
 void group_note_stream(struct group *group, bool streaming)

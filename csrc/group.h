@@ -119,6 +119,13 @@ bool group_has_room(const struct group *group, unsigned reserves);
  */
 uint64_t group_pool_cap_bytes(const struct group *group);
 
+/*
+ * What counts against that cap: what is in use of the pool's slabs, and a quarter more. Slabs that are emptier than that are given back
+ * by evacuation (evacuate.h), and writing more to a disk would not have them back any sooner. Under a limit of the pool's own:
+ * its slabs, whole.
+ */
+uint64_t group_pool_taken_bytes(const struct group *group);
+
 /* Objects came or went: note their mean size, and the most that was used. */
 void group_pool_changed(struct group *group);
 /* So many units more, or less, are its own in backends. */

@@ -220,7 +220,7 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 {
 	uint64_t cap = group_pool_cap_bytes(group);
 
-	if (pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap)
+	if (group_pool_taken_bytes(group) + POOL_SLAB_BYTES <= cap)
 		return true;
 	/* What is on the disk instead of a copy that saves nothing costs most. */
 	if (group_gives_up_copies(group)) {
@@ -237,13 +237,13 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 		/* Only copies of resident pages are left: the cap was lowered, or they are all over its slabs. */
 		if (client_is_warm(client))
 			(void)drop_copies(group, client);
-		return pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
+		return group_pool_taken_bytes(group) + POOL_SLAB_BYTES <= cap;
 	}
 	if (!drop_copies(group, client))
 		group_pool_changed(group); /* by faults, maybe: the cap follows what is in it */
 	/* Nothing to spill to: the cap only divides the budget; the limit itself is what counts,
 	 * unless the user set a limit of the pool's own. */
-	return group->pool_limit_bytes == 0 || pool_bytes(group->pool) + POOL_SLAB_BYTES <= cap;
+	return group->pool_limit_bytes == 0 || group_pool_taken_bytes(group) + POOL_SLAB_BYTES <= cap;
 }
 
 static uint64_t torture_hand(const struct client *client)

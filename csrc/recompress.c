@@ -29,6 +29,7 @@
 #include "codec.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "evacuate.h"
 #include "fill.h"
 #include "sys.h"
 
@@ -289,8 +290,6 @@ void *recompressor_main(void *argument)
 	struct recompressor *recompressor;
 	uint64_t seen = 0, since_cpu_ns = 0;
 
-	if (engine->recompress_age_ms == 0)
-		return NULL;
 	recompressor = calloc(1, sizeof *recompressor);
 	VS_CHECK(recompressor);
 	recompressor->engine = engine;
@@ -299,9 +298,10 @@ void *recompressor_main(void *argument)
 	(void)sys_nice(0); /* faults and eviction go first */
 	name_this_thread("vswap-compress");
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
-		unsigned idle_ms = min_of(IDLE_MS, engine->recompress_age_ms);
+		unsigned idle_ms = engine->recompress_age_ms ? min_of(IDLE_MS, engine->recompress_age_ms) : IDLE_MS;
 
-		if (!examine_all(recompressor, &since_cpu_ns))
+		evacuate_pools(engine);
+		if (engine->recompress_age_ms == 0 || !examine_all(recompressor, &since_cpu_ns))
 			engine_wait_for_requests(engine, &engine->recompress_work, &engine->recompress_requests,
 						 &seen, idle_ms);
 	}

@@ -73,7 +73,7 @@ static bool needs_writeback(struct engine *engine, struct group *group)
 	/* Under random access kept copies go first (reclaim.c). */
 	if (group_gives_up_copies(group) && !READ_ONCE(group->kept_exhausted))
 		return false;
-	needs = pool_bytes(group->pool) > (READ_ONCE(group->writes_back) ? end : begin);
+	needs = group_pool_taken_bytes(group) > (READ_ONCE(group->writes_back) ? end : begin);
 	WRITE_ONCE(group->writes_back, needs);
 	return needs && writeback_is_possible(engine, group);
 }

@@ -324,7 +324,8 @@ def test_every_crash_point(
                     return
                 point, call = jobs.pop()
             deaths = _run_to_crash(
-                [drive, "--lib", client_library, "--limit", str(24 * MIB), "--pool", str(4 * MIB)]
+                [drive, "--lib", client_library, "--limit", str(24 * MIB)]
+                + ["--pool", str((16 if point.startswith("EVACUATE") else 4) * MIB)]
                 + ["--spill", f"{tmp_path}/spill{number}:{1 << 30}", "--crash", f"{point}:{call}"]
                 + (["--drain-every", "50"] if point.startswith("DRAIN") else [])
                 + (["--detach-every", "100"] if point.startswith("DETACH") else [])

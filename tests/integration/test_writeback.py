@@ -71,6 +71,38 @@ def test_copies_of_resident_pages_leave_a_pool_that_shrinks(stage: Stage) -> Non
     assert stage.status == 0, stage.log
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_slabs_that_are_mostly_empty_are_given_back(stage: Stage, *, shared: bool) -> None:
+    """Where three pages of four leave the pool, from all of its slabs."""
+    every = 4
+    with stage:
+        [puppet] = stage.puppets
+        _fill(stage, puppet, 1)
+        puppets = [puppet, *([stage.fork(puppet)] if shared else [])]
+        full = stage.ask("statistics")
+        for one in puppets:
+            for first in range(1, _PAGES, every):
+                one.obey(f"discard {first} {every - 1}")
+        assert stage.ask("statistics")["pool_bytes"] == full["pool_bytes"]
+        # So that it is near, but not short: each process takes some of it.
+        stage.order(f"limit {full['pool_bytes'] + (_MIB * 11 if shared else _MIB * 7) // 8} 0")
+
+        def is_packed() -> bool:
+            figures = stage.ask("statistics")
+            unused = figures["pool_bytes"] - figures["object_bytes"]
+            return figures["object_bytes"] < full["pool_bytes"] // 2 and unused < figures["pool_bytes"] // 3
+
+        _wait(is_packed, "given back")
+        figures = stage.ask("statistics")
+        assert figures["virtual"] == figures["pool"] == len(puppets) * _PAGES // every
+        for one in puppets:
+            one.check("text", 1, 0, _PAGES, every)
+            stage.order("valid")
+        for one in puppets:
+            stage.end(one)
+    assert stage.status == 0, stage.log
+
+
 @pytest.mark.parametrize("spills", [False, True], ids=["pool", "spill"])
 def test_no_copy_is_kept_of_what_is_written_to(stage: Stage, *, spills: bool) -> None:
     """Scattered pages, for those around them are another matter: a read from disk brings them along."""

@@ -55,9 +55,10 @@ static void reply_statistics(struct engine *engine)
 	static struct engine_statistics s;
 
 	(void)engine_statistics(engine, &s);
-	printf("ok virtual=%lu zero=%lu same=%lu pool=%lu spill=%lu staged=%lu kept=%lu poisoned=%lu clients=%u backends=%u",
+	printf("ok virtual=%lu zero=%lu same=%lu pool=%lu spill=%lu staged=%lu kept=%lu poisoned=%lu clients=%u backends=%u"
+	       " pool_bytes=%lu object_bytes=%lu",
 	       s.virtual_pages, s.zero_pages, s.same_pages, s.pool_pages, s.spill_pages, s.staged_pages, s.kept_pages,
-	       s.poisoned_pages, s.client_count, s.backend_count);
+	       s.poisoned_pages, s.client_count, s.backend_count, s.pool_bytes, s.pool_object_bytes);
 #define PRINT_COUNTER(name, meaning) printf(" %s=%lu", #name, s.counters.name);
 	ENGINE_COUNTERS(PRINT_COUNTER)
 #undef PRINT_COUNTER
