@@ -10,8 +10,7 @@
 #define CLUSTERS_A_TURN 16u
 #define MOVES_A_TURN 32u /* a turn ends with the cluster in which there were so many */
 #define WORK_NS 1000000ULL
-#define PRESSURE_PART 4u /* of the limit: with that much room left there is no need */
-#define SLACK_PART 4u    /* of a pool: with less of it unused it is left alone */
+#define SLACK_PART 4u /* of a pool: with less of it unused it is left alone */
 
 /* ---- one page; the gate is held ---- */
 
@@ -35,6 +34,15 @@ static bool object_of(struct client *client, struct slot word, struct slot *ret_
 	return found;
 }
 
+/* Only then is the slot worth having: that of a cluster which relatives share would become the client's own by it. */
+static bool may_be_moved(const struct client *client, uint64_t page)
+{
+	struct slot word = slot_peek(client->engine->slots, &client->record->map, page);
+
+	return word.tag == SLOT_INDIRECT || ((word.tag == SLOT_POOL || word.tag == SLOT_KEPT_POOL) &&
+					     pool_is_evacuating(client->group->pool, word.location));
+}
+
 /* Was it moved? */
 static bool move_page(struct client *client, uint64_t page)
 {
@@ -46,7 +54,8 @@ static bool move_page(struct client *client, uint64_t page)
 	uint64_t handle;
 	bool done;
 
-	if (slot_get(engine->slots, map, page, &word) < 0 || !object_of(client, word, &copy, object) ||
+	if (!may_be_moved(client, page) || slot_get(engine->slots, map, page, &word) < 0 ||
+	    !object_of(client, word, &copy, object) ||
 	    pool_growth_bytes(pool, copy.units) > 0 || pool_store(pool, object, copy.units, &handle) < 0)
 		return false; /* where others took the place that there was, it stays */
 	to = copy;
@@ -94,8 +103,20 @@ static void evacuate_client(struct client *client)
 	}
 }
 
-static void evacuate_group(struct engine *engine, struct group *group, uint64_t bytes)
+/* Bytes of slabs that could do with less; 0: it is not worth it. */
+static uint64_t surplus_bytes(const struct pool *pool)
 {
+	uint64_t bytes = pool_bytes(pool), unused = bytes - min_of(pool_live_bytes(pool), bytes);
+
+	return unused >= EVACUATE_BYTES_MIN && unused >= bytes / SLACK_PART ? unused : 0;
+}
+
+void evacuate_pool(struct engine *engine, struct group *group)
+{
+	uint64_t bytes = surplus_bytes(group->pool);
+
+	if (bytes == 0)
+		return;
 	if (pool_evacuate(group->pool, bytes) > 0)
 		for (unsigned i = 0; i < READ_ONCE(engine->clients_end); i++) {
 			struct client *client = client_get_index(engine, i);
@@ -108,39 +129,4 @@ static void evacuate_group(struct engine *engine, struct group *group, uint64_t 
 	pool_evacuate_end(group->pool);
 	group_pool_changed(group);
 	engine_room_made(engine, group);
-}
-
-/* Bytes of slabs that could do with less; 0: it is not worth it. */
-static uint64_t surplus_bytes(struct group *group)
-{
-	struct pool_statistics statistics;
-	uint64_t unused;
-
-	if (group_room_bytes(group) >= (int64_t)(READ_ONCE(group->limit_bytes) / PRESSURE_PART))
-		return 0;
-	pool_statistics(group->pool, &statistics);
-	unused = statistics.bytes - statistics.object_bytes;
-	return unused >= EVACUATE_BYTES_MIN && unused >= statistics.bytes / SLACK_PART ? unused : 0;
-}
-
-void evacuate_pools(struct engine *engine)
-{
-	for (unsigned i = 0; i < GROUPS_MAX && !READ_ONCE(engine->stopping); i++) {
-		struct group *group;
-		uint64_t bytes = 0;
-
-		pthread_mutex_lock(&engine->registry);
-		group = engine->groups[i];
-		if (group)
-			group->users++;
-		pthread_mutex_unlock(&engine->registry);
-		if (!group)
-			continue;
-		bytes = surplus_bytes(group);
-		if (bytes > 0)
-			evacuate_group(engine, group, bytes);
-		pthread_mutex_lock(&engine->registry);
-		group->users--;
-		pthread_mutex_unlock(&engine->registry);
-	}
 }

@@ -143,12 +143,9 @@ uint64_t group_pool_cap_bytes(const struct group *group)
 
 uint64_t group_pool_taken_bytes(const struct group *group)
 {
-	struct pool_statistics statistics;
+	uint64_t live = pool_live_bytes(group->pool), bytes = pool_bytes(group->pool);
 
-	if (group->pool_limit_bytes)
-		return pool_bytes(group->pool);
-	pool_statistics(group->pool, &statistics);
-	return min_of(statistics.bytes, statistics.object_bytes + statistics.object_bytes / 4);
+	return group->pool_limit_bytes ? bytes : min_of(bytes, live + live / 4);
 }
 
 void group_pool_changed(struct group *group)

@@ -96,7 +96,7 @@ struct pool {
 	uint32_t evacuating_head;
 	uint64_t slab_count;             /* read without the lock */
 	uint64_t object_count;
-	uint64_t object_bytes;
+	uint64_t object_bytes;           /* read without the lock, too */
 	struct pool_class classes[POOL_CLASSES];
 };
 
@@ -466,7 +466,7 @@ static int slab_adopt(struct pool *pool, uint32_t number, unsigned class, unsign
 	slab->used++;
 	pool->classes[class].used++;
 	pool->object_count++;
-	pool->object_bytes += class_bytes(class);
+	WRITE_ONCE(pool->object_bytes, pool->object_bytes + class_bytes(class));
 	return 0;
 }
 
@@ -584,7 +584,7 @@ static void slab_forget(struct pool *pool, uint32_t number)
 	class->used -= slab->used;
 	WRITE_ONCE(pool->slab_count, pool->slab_count - 1);
 	pool->object_count -= slab->used;
-	pool->object_bytes -= slab->used * class_bytes(slab->class);
+	WRITE_ONCE(pool->object_bytes, pool->object_bytes - slab->used * class_bytes(slab->class));
 	slab->used = 0;
 	slab_set_owner(slab, 0);
 	slab_set_state(slab, SLAB_FREE);
@@ -647,7 +647,7 @@ static uint64_t object_take(struct pool *pool, uint32_t number)
 	slab->used++;
 	pool->classes[slab->class].used++;
 	pool->object_count++;
-	pool->object_bytes += class_bytes(slab->class);
+	WRITE_ONCE(pool->object_bytes, pool->object_bytes + class_bytes(slab->class));
 	slab_relist(pool, number, list);
 	return object_handle(number, slab->class, index);
 }
@@ -744,7 +744,7 @@ static bool object_give(struct pool *pool, uint32_t number, unsigned class, unsi
 	slab->used--;
 	pool->classes[class].used--;
 	pool->object_count--;
-	pool->object_bytes -= class_bytes(class);
+	WRITE_ONCE(pool->object_bytes, pool->object_bytes - class_bytes(class));
 	slab_relist(pool, number, list);
 	if (slab->used > 0)
 		return false;
@@ -864,6 +864,11 @@ void pool_evacuate_end(struct pool *pool)
 uint64_t pool_bytes(const struct pool *pool)
 {
 	return READ_ONCE(pool->slab_count) * POOL_SLAB_BYTES;
+}
+
+uint64_t pool_live_bytes(const struct pool *pool)
+{
+	return READ_ONCE(pool->object_bytes);
 }
 
 void pool_statistics(struct pool *pool, struct pool_statistics *ret_statistics)

@@ -111,6 +111,9 @@ void pool_space_adopt_end(struct pool_space *space);
 /* RAM that it takes now, whole slabs. No lock is taken. */
 uint64_t pool_bytes(const struct pool *pool);
 
+/* What live objects take of it, rounded up to their classes. No lock is taken. */
+uint64_t pool_live_bytes(const struct pool *pool);
+
 void pool_statistics(struct pool *pool, struct pool_statistics *ret_statistics);
 bool pool_is_valid(struct pool *pool);
 

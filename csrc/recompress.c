@@ -5,7 +5,8 @@
  * LZ4 is what eviction and faults can afford. A page that has been out for a while pays for a slower method: text takes
  * a quarter less, on the disk too, as objects are written as they are. One thread, while a group uses most of its limit:
  * it follows the order in which clusters were stored (cold.h), so that it is ahead of the writer, and
- * looks at each once for every time that something was stored there. It takes at most a quarter of a CPU.
+ * looks at each once for every time that something was stored there. It takes at most a quarter of a CPU. Where a pool has many
+ * slabs that are hardly used it has them emptied first (evacuate.h); with an age of 0 that is all it does.
  *
  * Old        a cluster is in which something was stored last engine->recompress_age_ms ago, and a page of it that was
  *            not evicted again in the latter half of that, unchanged perhaps: the ghosts (order.h) know, by the group's
@@ -202,10 +203,15 @@ static void rest(struct recompressor *recompressor, uint64_t *since_cpu_ns)
 	sys_sleep_ms((unsigned)max_of(used_ns * REST / 1000000, (uint64_t)1));
 }
 
-static bool is_wanted(const struct group *group)
+static bool lacks_room(const struct group *group)
 {
-	return !(READ_ONCE(group->flags) & ENGINE_GROUP_NO_RECOMPRESS) &&
-	       group_room_bytes(group) < (int64_t)(READ_ONCE(group->limit_bytes) / PRESSURE_PART);
+	return group_room_bytes(group) < (int64_t)(READ_ONCE(group->limit_bytes) / PRESSURE_PART);
+}
+
+static bool is_wanted(const struct engine *engine, const struct group *group)
+{
+	return engine->recompress_age_ms > 0 && !(READ_ONCE(group->flags) & ENGINE_GROUP_NO_RECOMPRESS) &&
+	       lacks_room(group);
 }
 
 /* The next old cluster of a client. False: it has none. */
@@ -241,14 +247,14 @@ static bool examine_group(struct recompressor *recompressor, struct group *group
 
 	for (unsigned i = 0; i < count; i++) {
 		recompressor->next = clients[i]->index + 1;
-		if (is_wanted(group) && !READ_ONCE(recompressor->engine->stopping))
+		if (is_wanted(recompressor->engine, group) && !READ_ONCE(recompressor->engine->stopping))
 			found = examine_cluster(recompressor, clients[i], since_cpu_ns) || found;
 		client_put(clients[i]);
 	}
 	return found;
 }
 
-/* The next group from *number on that is to be looked at, as one of its users; NULL: no more of them. */
+/* The next group from *number on that lacks room, as one of its users; NULL: no more of them. */
 static struct group *use_next_group(struct engine *engine, unsigned *number)
 {
 	uint64_t now_ns = sys_now_ns();
@@ -260,7 +266,7 @@ static struct group *use_next_group(struct engine *engine, unsigned *number)
 		if (!group)
 			continue;
 		note_clock(engine, group, now_ns);
-		if (group->client_count > 0 && is_wanted(group)) {
+		if (group->client_count > 0 && lacks_room(group)) {
 			group->users++;
 			return group;
 		}
@@ -276,6 +282,7 @@ static bool examine_all(struct recompressor *recompressor, uint64_t *since_cpu_n
 	bool found = false;
 
 	while (!READ_ONCE(engine->stopping) && (group = use_next_group(engine, &number))) {
+		evacuate_pool(engine, group);
 		found = examine_group(recompressor, group, since_cpu_ns) || found;
 		pthread_mutex_lock(&engine->registry);
 		group->users--;
@@ -300,8 +307,7 @@ void *recompressor_main(void *argument)
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		unsigned idle_ms = engine->recompress_age_ms ? min_of(IDLE_MS, engine->recompress_age_ms) : IDLE_MS;
 
-		evacuate_pools(engine);
-		if (engine->recompress_age_ms == 0 || !examine_all(recompressor, &since_cpu_ns))
+		if (!examine_all(recompressor, &since_cpu_ns))
 			engine_wait_for_requests(engine, &engine->recompress_work, &engine->recompress_requests,
 						 &seen, idle_ms);
 	}

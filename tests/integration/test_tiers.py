@@ -17,28 +17,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FAST_MIB = 24
-_READER = f"""
+_FILL = f"""
 import mmap, random
 memory = mmap.mmap(-1, {60 * MIB}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for at in range(0, len(memory), 4096):
     memory[at : at + 4096] = random.randbytes(4096)
 print("filled", flush=True)
+"""
+_READER = f"""{_FILL}
 while True:
     memory[random.randrange(0, len(memory), 4096)]
 """
 # One page of eight, always in the same order: between two visits others are waited for as often as there are such pages, and far
 # more pages go out than the group's limit has.
-_VISITOR = _READER.replace(
-    """while True:
-    memory[random.randrange(0, len(memory), 4096)]
-""",
-    """visits = list(range(0, len(memory), 8 * 4096))
+_VISITOR = f"""{_FILL}
+visits = list(range(0, len(memory), 8 * 4096))
 random.shuffle(visits)
 while True:
     for at in visits:
         memory[at]
-""",
-)
+"""
 
 
 def _write(service: Service, *, tiers: bool, fast: str = "") -> None:
@@ -83,6 +81,23 @@ def _verified(service: Service, verify_memory: str) -> Iterator[None]:
     assert status == 0, service.log.read_text()
 
 
+@contextmanager
+def _used(tmp_path: Path, program_text: str) -> Iterator[Service]:
+    """A service with tiers, and a program in Python that has filled its memory and goes on using it."""
+    service = Service(tmp_path)
+    _write(service, tiers=True)
+    service.start()
+    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "tiered", "--"]
+    with subprocess.Popen([*argv, *python_argv(program_text)], stdout=subprocess.PIPE) as run:
+        try:
+            assert run.stdout
+            assert run.stdout.readline() == b"filled\n"
+            yield service
+        finally:
+            run.terminate()
+    assert service.stop() == 0, service.log.read_text()
+
+
 def test_pages_move_between_tiers_and_no_more_when_told(verify_memory: str, tmp_path: Path) -> None:
     """Down when the fast one is nearly full, up when they are waited for."""
     service = Service(tmp_path)
@@ -105,18 +120,8 @@ def test_pages_move_between_tiers_and_no_more_when_told(verify_memory: str, tmp_
 
 def test_what_is_waited_for_again_goes_up(tmp_path: Path) -> None:
     """Though it went out long ago: for fewer others than the fast backend has pages somebody has waited since."""
-    service = Service(tmp_path)
-    _write(service, tiers=True)
-    service.start()
-    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "tiered", "--"]
-    with subprocess.Popen([*argv, *python_argv(_VISITOR)], stdout=subprocess.PIPE) as run:
-        try:
-            assert run.stdout
-            assert run.stdout.readline() == b"filled\n"
-            wait_until("pages went up", lambda: _counters(service)["promoted_pages"] > 200)
-        finally:
-            run.terminate()
-    assert service.stop() == 0, service.log.read_text()
+    with _used(tmp_path, _VISITOR) as service:
+        wait_until("pages went up", lambda: _counters(service)["promoted_pages"] > 200)
 
 
 def test_what_is_encrypted_stays_so(verify_memory: str, tmp_path: Path) -> None:
@@ -131,22 +136,12 @@ def test_what_is_encrypted_stays_so(verify_memory: str, tmp_path: Path) -> None:
 
 def test_what_is_only_read_is_not_written_again(tmp_path: Path) -> None:
     """Copies stay on a fast backend that is always nearly full; demotion gives them up before it moves anything."""
-    service = Service(tmp_path)
-    _write(service, tiers=True)
-    service.start()
-    argv = [command_path("vswapctl"), "run", "--socket", service.socket_path, "--group", "tiered", "--"]
-    with subprocess.Popen([*argv, *python_argv(_READER)], stdout=subprocess.PIPE) as run:
-        try:
-            assert run.stdout
-            assert run.stdout.readline() == b"filled\n"
-            before = _counters(service)
-            wait_until(
-                "pages were read", lambda: _counters(service)["spill_read_pages"] > before["spill_read_pages"] + 40000
-            )
-            after = _counters(service)
-        finally:
-            run.terminate()
-    assert service.stop() == 0, service.log.read_text()
+    with _used(tmp_path, _READER) as service:
+        before = _counters(service)
+        wait_until(
+            "pages were read", lambda: _counters(service)["spill_read_pages"] > before["spill_read_pages"] + 40000
+        )
+        after = _counters(service)
     read, written = (after[name] - before[name] for name in ("spill_read_pages", "spill_written_pages"))
     print(f"{written} written, {read} read")
     assert written < read / 5, f"{written} written, {read} read"
