@@ -24,15 +24,14 @@ if TYPE_CHECKING:
 _SECONDS_MAX = 30.0
 _FEEDINGS_MISSED = 5
 _SYS_PIDFD_GETFD = 438
-_TRIES = 10
+_QUIET_SECONDS = 4.0
 
 
 class _Watched:
-    """A daemon that is to tell us every quarter of a second."""
+    """A daemon that is to tell us every quarter of a second, or as often as is said."""
 
-    interval_seconds = 0.25
-
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, interval_seconds: float) -> None:
+        self.interval_seconds = interval_seconds
         self.log = directory / "vswapd.log"
         self.socket_path = str(directory / "vswapd.sock")
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -89,8 +88,8 @@ class _Watched:
 
 
 @contextmanager
-def _watched(directory: Path) -> Iterator[_Watched]:
-    watched = _Watched(directory)
+def _watched(directory: Path, interval_seconds: float = 0.25) -> Iterator[_Watched]:
+    watched = _Watched(directory, interval_seconds)
     try:
         yield watched
     finally:
@@ -133,28 +132,32 @@ def _ends_to(daemon: int, program: int) -> Iterator[int]:
     os.close(process)
 
 
+def _is_stopped(pid: int) -> bool:
+    """Each of its threads: a signal stops them one by one."""
+    states = [(task / "stat").read_text().rpartition(") ")[2][0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(state == "T" for state in states)
+
+
 def _waits_for_a_page(pid: int) -> bool:
     return "handle_userfault" in Path(f"/proc/{pid}/stack").read_text(encoding="ascii")
 
 
 def test_daemon_dies_while_the_program_reads_into_a_page_that_is_out(tmp_path: Path) -> None:
     """The successor closes the other end, and must not have to wait for the reader, whose page waits for it."""
-    with _watched(tmp_path) as watched:
-        for _ in range(_TRIES):  # a round may come in between
-            watched.wait_fed()
-            pid, daemon = int(watched.client()["pid"]), watched.daemon_pid()
-            with ControlClient(watched.socket_path) as control:
-                control.request("pageout", pid=pid)
-            os.kill(daemon, signal.SIGSTOP)
+    with _watched(tmp_path, _QUIET_SECONDS) as watched:
+        watched.wait_fed()  # and no round comes in between what follows
+        pid, daemon = int(watched.client()["pid"]), watched.daemon_pid()
+        with ControlClient(watched.socket_path) as control:
+            control.request("pageout", pid=pid)
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            wait_until("no thread of it serves a fault any more", lambda: _is_stopped(daemon))
             for end in _ends_to(daemon, pid):
                 with contextlib.suppress(OSError):  # one to read from
                     os.write(end, b"?\n")
-            with contextlib.suppress(AssertionError):
-                wait_until("it waits for a page", lambda pid=pid: _waits_for_a_page(pid))
-                break
-            os.kill(daemon, signal.SIGCONT)
-        assert _waits_for_a_page(pid)
-        os.kill(daemon, signal.SIGKILL)
+            wait_until("it waits for a page", lambda: _waits_for_a_page(pid))
+        finally:
+            os.kill(daemon, signal.SIGKILL)
         try:
             watched.wait_fed()
         finally:
