@@ -12,7 +12,8 @@
  *              anything else. An agent that is slow (its process stopped, or starved) does not hold
  *              an evictor: the batch is parked, the mutex released and the gate stays shut by
  *              `parked`, until the answer comes or the agent is proven dead. Never by a time-out.
- * Threads      worker_count fault threads (worker.c); evictors, writers and the recompressor come from outside.
+ * Threads      worker_count fault threads (worker.c), which discover its mappings, too; evictors, writers and the
+ *              recompressor come from outside.
  * Life         made by begin (or by a fork event), armed by arm, dead when its address
  *              space is gone; freed when dead and no thread holds a reference. Or made by a successor
  *              from the record it finds (recover.c): then `recovering`, and shut, until a thread of its
@@ -135,6 +136,8 @@ struct client {
 	uint32_t checkpoint_applied, checkpoint_flags;
 	uint64_t steps;              /* since then */
 	struct range_set quarantine; /* value: sys_now_ns() of the event */
+	uint32_t look_asked;         /* of its fault threads by the look thread (look.c) */
+	uint64_t size_pages;         /* VmSize then */
 	uint64_t size_pages_seen;    /* VmSize at the last discovery; 0: look again soon */
 	uint64_t discover_next_ns;   /* a mapping can be replaced by another of its size */
 	uint64_t discover_asked_ns;  /* not before, if the client asks for it */

@@ -812,22 +812,28 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 		      int events_fd, int trash_fd)
 {
 	struct client *client = client_get(engine, token);
-	bool forked = client && client->events_fd >= 0;
-	int result = 0;
+	bool forked = false;
+	int result = -ENOENT;
 
-	if (!client || client->dead || client->trash_fd >= 0 || !client->ring ||
-	    !client_arena_is_sane(arena) || trash_fd < 0 || forked != (events_fd < 0))
-		result = client ? -EINVAL : -ENOENT;
+	if (client) {
+		pthread_mutex_lock(&client->gate);
+		forked = client->events_fd >= 0;
+		result = client->dead || client->trash_fd >= 0 || !client->ring || !client_arena_is_sane(arena) ||
+					 trash_fd < 0 || forked != (events_fd < 0)
+				 ? -EINVAL
+				 : 0;
+	}
 	if (result < 0) {
 		if (events_fd >= 0)
 			close(events_fd);
 		if (trash_fd >= 0)
 			close(trash_fd);
-		if (client)
+		if (client) {
+			pthread_mutex_unlock(&client->gate);
 			client_put(client);
+		}
 		return result;
 	}
-	pthread_mutex_lock(&client->gate);
 	store_arena(client, arena);
 	if (!forked)
 		client->events_fd = client->record->events_fd = events_fd;

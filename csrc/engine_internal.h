@@ -188,6 +188,10 @@ void recover_start(struct engine *engine);
 void *look_thread_main(void *engine);
 /* Find and register regions of a client now. Gate held. */
 void look_discover(struct client *client);
+/* What the look thread has asked for, if it has. The gate is held, and open. */
+void look_serve(struct client *client);
+/* The same, if it was seen to be gone. Without the gate. */
+void look_serve_end(struct client *client);
 /* The same for a client that has just come, if its group is near its limit. The gate is held. */
 void look_at_new(struct client *client);
 /* As adoption does it to a region. The gate is held. */

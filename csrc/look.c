@@ -10,6 +10,10 @@
  * on first touches come to the fault threads, and a change of the process's size means new mappings
  * to discover.
  *
+ * Whoever registers waits for the program's page faults that are under way, and on a busy machine one may have lost its
+ * CPU for tens of milliseconds, in which all the other programs grow. So each client's regions are registered, and what
+ * it leaves is freed, by a thread of its own (worker.c), and the look thread waits for nobody.
+ *
  * Never registered: stacks (the main one, and what looks like a thread's: directly above a small
  * inaccessible guard), the agent's arena, shared, file and special mappings, and what is smaller
  * than REGION_BYTES_MIN. What registration refuses (another userfaultfd, mlocked later) stays native.
@@ -26,6 +30,7 @@
 #include "cow.h"
 #include "crash_point.h"
 #include "engine_internal.h"
+#include "fault_point.h"
 #include "remap.h"
 #include "sys.h"
 #include "yield.h"
@@ -38,9 +43,11 @@
 #define THREAD_STACK_BYTES (8UL << 20)
 #define ZERO_RANGES 64
 #define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
-#define GATE_NS_MAX 2000000L
 #define DISCOVER_NS 20000000ULL
 #define ASKED_COST_FACTOR 4 /* between discoveries that were asked for: so many times what the last one took */
+#define ASKED_DISCOVER 1u
+#define ASKED_ADAPT 2u
+#define ASKED_BURY 4u
 #define DISCOVER_MAX 100000 /* mappings looked at in one discovery */
 
 /* ---- discovery; the gate is held ---- */
@@ -135,6 +142,7 @@ static uint64_t register_region(struct client *client, uint64_t start, uint64_t 
 		slot_map_clear(client->engine->slots, &client->record->map, page_of(start), page_of(end),
 			       client_staged_gone, client_free_copy, client);
 	crash_point(CRASH_REGISTER_CLEARED);
+	(void)fault_point("look/register");
 	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
 		return 0;
 	crash_point(CRASH_REGISTERED);
@@ -253,22 +261,10 @@ static uint64_t look_at_size(struct client *client)
 	return size;
 }
 
-/* It may be held for long, while all copies of a large mapping are freed: others are to be looked at meanwhile. */
-static bool gate_lock_soon(struct client *client)
-{
-	struct timespec until;
-
-	(void)clock_gettime(CLOCK_REALTIME, &until);
-	until.tv_nsec += GATE_NS_MAX;
-	until.tv_sec += until.tv_nsec / 1000000000;
-	until.tv_nsec %= 1000000000;
-	return pthread_mutex_timedlock(&client->gate, &until) == 0;
-}
-
 /* Whoever asks again and again costs this thread, which looks at others too, no more than a part of its time. */
 static bool discovery_is_asked(const struct client *client, uint64_t now)
 {
-	return READ_ONCE(client->ring->discovery_asked) && now >= client->discover_asked_ns;
+	return READ_ONCE(client->ring->discovery_asked) && now >= READ_ONCE(client->discover_asked_ns);
 }
 
 /* Those who wait for one know by its number which began after they had made their mapping. */
@@ -283,6 +279,13 @@ static void discover_counted(struct client *client)
 	sys_futex_wake(&ring->discoveries);
 }
 
+/* What may take long, or has to wait, is for a fault thread of the client; what it cannot do now is asked for again. */
+static void ask(struct client *client, unsigned what)
+{
+	__atomic_fetch_or(&client->look_asked, what, __ATOMIC_RELEASE);
+	client_wake(client);
+}
+
 static void look_at_client(struct client *client, uint64_t now)
 {
 	bool serving = __atomic_load_n(&client->serving, __ATOMIC_ACQUIRE);
@@ -292,7 +295,7 @@ static void look_at_client(struct client *client, uint64_t now)
 	/* Not to be seen, or nobody would tell us: is its address space still there? */
 	if ((size == 0 || READ_ONCE(client->agent_gone)) && serving && !READ_ONCE(client->dead) &&
 	    sys_userfaultfd_is_gone(client->events_fd))
-		client_bury(client);
+		ask(client, ASKED_BURY);
 	if (size == 0 || READ_ONCE(client->dead) || !serving ||
 	    !__atomic_load_n(&client->ring, __ATOMIC_ACQUIRE))
 		return;
@@ -304,19 +307,45 @@ static void look_at_client(struct client *client, uint64_t now)
 	if (!READ_ONCE(client->registered) && !near && !adapt)
 		return;
 	discover = !READ_ONCE(client->registered) || size != READ_ONCE(client->size_pages_seen) ||
-		   now >= client->discover_next_ns || discovery_is_asked(client, now);
-	if ((!discover && !adapt) || !gate_lock_soon(client))
-		return; /* at the next look */
-	if (!client->dead && !client_is_shut(client)) {
-		if (discover) {
-			discover_counted(client);
-			WRITE_ONCE(client->size_pages_seen, size);
-			client->discover_next_ns = now + max_of(DISCOVER_NS, 50 * (sys_now_ns() - now));
-			client->discover_asked_ns = now + ASKED_COST_FACTOR * (sys_now_ns() - now);
-		}
-		cow_adapt(client);
+		   now >= READ_ONCE(client->discover_next_ns) || discovery_is_asked(client, now);
+	if (!discover && !adapt)
+		return;
+	WRITE_ONCE(client->size_pages, size);
+	ask(client, (discover ? ASKED_DISCOVER : 0) | (adapt ? ASKED_ADAPT : 0));
+}
+
+/* What of this was asked for. */
+static unsigned take_asked(struct client *client, unsigned what)
+{
+	return READ_ONCE(client->look_asked) & what
+		       ? __atomic_fetch_and(&client->look_asked, ~what, __ATOMIC_ACQUIRE) & what
+		       : 0;
+}
+
+void look_serve(struct client *client)
+{
+	unsigned asked = take_asked(client, ASKED_DISCOVER | ASKED_ADAPT);
+	uint64_t began_ns, cost_ns, size;
+
+	if (asked == 0 || client->dead)
+		return;
+	size = READ_ONCE(client->size_pages);
+	began_ns = sys_now_ns();
+	if (asked & ASKED_DISCOVER) {
+		discover_counted(client);
+		cost_ns = sys_now_ns() - began_ns;
+		WRITE_ONCE(client->size_pages_seen, size);
+		WRITE_ONCE(client->discover_next_ns, began_ns + max_of(DISCOVER_NS, 50 * cost_ns));
+		WRITE_ONCE(client->discover_asked_ns, began_ns + ASKED_COST_FACTOR * cost_ns);
 	}
-	pthread_mutex_unlock(&client->gate);
+	if (asked & ASKED_ADAPT)
+		cow_adapt(client);
+}
+
+void look_serve_end(struct client *client)
+{
+	if (take_asked(client, ASKED_BURY))
+		client_bury(client);
 }
 
 /* ---- the loop ---- */

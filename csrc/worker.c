@@ -177,10 +177,12 @@ static void *worker_main(void *argument)
 			if (scratch.pages)
 				fault_serve(client, &scratch);
 			waits = !scratch.pages;
+			look_serve(client);
 		}
 		waits |= client->fork_waits;
 		pthread_mutex_unlock(&client->gate);
 		block_give(blocks, scratch.pages);
+		look_serve_end(client);
 		if (waits)
 			sys_sleep_ms(1); /* poll would return at once, for nothing */
 	}

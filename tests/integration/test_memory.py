@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -261,6 +262,19 @@ def test_many_processes_at_once(siblings: str) -> None:
     assert result.status == 0, result.describe()
     assert_honest(result, limit, demand_bytes=16 * 25 * MIB)
     assert 0 < result.samples.daemon_bytes_max <= 48 * MIB, result.describe()
+
+
+def test_a_long_registration_holds_up_nobody_else(
+    drive: str, client_library: str, siblings: str, tmp_path: Path
+) -> None:
+    """It waits for the program's faults under way, of which one may have lost its CPU; others fill memory meanwhile."""
+    options = ["--stats", "--limit", str(96 * MIB), "--spill", f"{tmp_path / 'spill'}:{1 << 30}"]
+    command = [drive, "--lib", client_library, *options, "--delay", "look/register:1:1500", "--", siblings, "4", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    swapped = re.search(r"swapped_max (\d+)", result.stderr)
+    assert swapped, result.stderr
+    assert int(swapped[1]) * 4096 >= (3 * 64 - 96) * MIB // 2, result.stderr
 
 
 @pytest.mark.parametrize("seed", [1, 2])

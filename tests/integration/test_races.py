@@ -8,9 +8,12 @@ shows nothing.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,14 +124,17 @@ _RACES = [
 
 def _run(drive: str, races: str, client_library: str, race: Race, options: tuple[str, ...]) -> tuple[int, str]:
     """(exit status, what was said)."""
-    result = subprocess.run(
-        [drive, "--lib", client_library, *options, "--", races, race.scenario, str(race.rounds)],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=_SECONDS_MAX,
-    )
-    return result.returncode, f"{' '.join(result.args)}: status {result.returncode}\n{result.stderr[-2000:]}"
+    command = [drive, "--lib", client_library, *options, "--", races, race.scenario, str(race.rounds)]
+    with tempfile.TemporaryFile() as told:  # no pipe: programs outlive a daemon that aborts, and wait for the next
+        process = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+        try:
+            status = process.wait(_SECONDS_MAX)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        told.seek(0)
+        return status, f"{' '.join(command)}: status {status}\n{told.read()[-2000:].decode(errors='replace')}"
 
 
 def _text_without(guard: Guard) -> str:
