@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define AWAKE_CPUS_MAX 4
-#define AWAKE_NS 100000
+#define AWAKE_NS 200000
 
 struct awake {
 	uint64_t noted_ns; /* the last fault */

@@ -160,6 +160,7 @@ struct client {
 	struct io_queue *io;
 	unsigned io_requests; /* of it, on their way */
 	struct spill_read *reads[READS_MAX];
+	unsigned around_pages, around_reads, around_near; /* fill_read.c: read_around */
 
 	uint32_t forgotten;     /* clusters of memory that is gone, on their way to be freed (slot_table.h) */
 	unsigned freeing;       /* threads that free such */

@@ -5,8 +5,8 @@
  * A run is planned page by page. A page whose extent lies close behind one that is to be read anyway widens that
  * range; any other starts a range of its own, on whichever backend. Pages between them that are in memory
  * (ZERO, SAME, POOL, STAGED) are remembered as such, and looked up only when all ranges are back. So the
- * run of a stream is one COPY wherever its pages are. A lone fault reads one range, with its neighbours
- * there, and waits for nothing else.
+ * run of a stream is one COPY wherever its pages are. A lone fault reads one range, with such of its neighbours
+ * there as are likely to be wanted, and waits for nothing else.
  *
  * No gate is held while the device works. When the last range is back each page is looked up again: one that
  * was on a backend must have the same slot, whole; one in memory is taken as it is now. A page that is
@@ -23,7 +23,9 @@
 #include "sys.h"
 #include "tier.h"
 
-#define READ_AROUND_PAGES 8
+#define READ_AROUND_PAGES 8   /* at most */
+#define READ_AROUND_READS 128 /* of so many lone faults ... */
+#define READ_AROUND_NEAR 8    /* ... so many were near a recent one: worth it */
 #define READ_GAP_BYTES 32768u /* is read in less time than another request takes */
 #define IN_MEMORY 255 /* instead of a range */
 #define COOKIE_RANGE_SHIFT 8
@@ -257,6 +259,40 @@ static int read_submit(struct client *client, unsigned i)
 	return result;
 }
 
+static bool is_near_recent(const struct client *client, uint64_t page)
+{
+	for (unsigned i = 0; i < RECENT_FILLS; i++) {
+		uint64_t recent = client->recent[i];
+
+		if (recent != page && recent < page + READ_AROUND_PAGES && page < recent + READ_AROUND_PAGES)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Pages that a lone fault reads. Neighbours are worth it where faults come near to each other; where not, they are
+ * read, expanded and push out others for nothing. Whether those that came were touched nobody tells. So twice as many
+ * when a part of the faults was near a recent one, which neighbours would have saved; and half as many after a while
+ * without, for they do save them, or there are none. docs/decisions/0023
+ */
+static unsigned read_around(struct client *client, uint64_t page)
+{
+	unsigned pages = max_of(client->around_pages, 1u);
+
+	client->around_reads++;
+	client->around_near += is_near_recent(client, page);
+	if (client->around_near == READ_AROUND_NEAR)
+		pages = min_of(2 * pages, (unsigned)READ_AROUND_PAGES);
+	else if (client->around_reads == READ_AROUND_READS)
+		pages = max_of(pages / 2, 1u);
+	else
+		return pages;
+	client->around_reads = client->around_near = 0;
+	client->around_pages = pages;
+	return pages;
+}
+
 enum fill_result fill_from_spill(struct client *client, const struct fault *fault, struct slot word, unsigned window)
 {
 	bool is_stream = window > 1 && !fault->alone;
@@ -268,8 +304,10 @@ enum fill_result fill_from_spill(struct client *client, const struct fault *faul
 		return FILL_PENDING; /* its COPY will wake this waiter too */
 	if (copy.tag != SLOT_SPILL)
 		return fill_try_again(client); /* a shared slot: a drain has brought it into the pool since it was looked at */
-	/* A device takes hardly longer for eight pages than for one. */
-	window = fault->alone ? 1 : max_of(window, (unsigned)READ_AROUND_PAGES);
+	if (is_stream) /* a device takes hardly longer for eight pages than for two */
+		window = max_of(window, (unsigned)READ_AROUND_PAGES);
+	else
+		window = fault->alone ? 1 : read_around(client, fault->page);
 	while (slot < READS_MAX && client->reads[slot])
 		slot++;
 	if (slot == READS_MAX || !io_queue_of(client))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.limited import MIB, LimitedProgram, assert_honest, command_path, run_limited
+from support.limited import MIB, LimitedProgram, assert_honest, command_path, python_argv, run_limited
 from support.sampler import ControlClient
 
 if TYPE_CHECKING:
@@ -49,6 +49,32 @@ def test_no_disk_for_zeros(verify_memory: str, tmp_path: Path) -> None:
     assert_honest(result, 24 * MIB, demand_bytes=96 * MIB)
     assert result.samples.spill_bytes_max == 0, result.describe()
     assert blocks == 0, f"{blocks * 512} bytes of {spill} are in use"
+
+
+# Lone faults: a page at random, or all eight of a cluster, in any order.
+_FAULTS_AT_RANDOM = """
+import mmap, os, random, sys
+pages, together = 24576, int(sys.argv[1])
+memory = mmap.mmap(-1, pages << 12, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(pages):
+    memory[page << 12 : (page << 12) + 4096] = page.to_bytes(8) + os.urandom(4088)
+at_random = random.Random(1)
+for _ in range(12000 // together):
+    first = at_random.randrange(pages // together) * together
+    for page in at_random.sample(range(first, first + together), together):
+        assert memory[page << 12 : (page << 12) + 8] == page.to_bytes(8), page
+"""
+
+
+@pytest.mark.parametrize(("together", "least", "most"), [(1, 1.0, 1.3), (8, 2.5, 8.0)])
+def test_neighbours_are_read_where_they_are_wanted(together: int, least: float, most: float) -> None:
+    """Whose accesses are scattered waits for one page at a time, and loses none to those that nobody wants."""
+    argv = [*python_argv(_FAULTS_AT_RANDOM), str(together)]
+    result = run_limited(24 * MIB, argv, options=["--private", "--pool", "2M"])
+    assert result.status == 0, result.describe()
+    counters = result.stats["counters"]
+    assert counters["faults_spill"] > 1000, counters
+    assert least <= counters["spill_read_pages"] / counters["faults_spill"] <= most, counters
 
 
 def test_default_spill_is_private_and_sparse(verify_memory: str, tmp_path: Path) -> None:
