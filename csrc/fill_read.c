@@ -271,20 +271,20 @@ static bool is_near_recent(const struct client *client, uint64_t page)
 }
 
 /*
- * Pages that a lone fault reads. Neighbours are worth it where faults come near to each other; where not, they are
- * read, expanded and push out others for nothing. Whether those that came were touched nobody tells. So twice as many
- * when a part of the faults was near a recent one, which neighbours would have saved; and half as many after a while
- * without, for they do save them, or there are none. docs/decisions/0023
+ * Pages that a lone fault reads, after one more fault on a backend. Neighbours are worth it where faults come near to each
+ * other; where not, they are read, expanded and push out others for nothing. Whether those that came were touched nobody
+ * tells. So twice as many when a part of the faults was near a recent one, which neighbours would have saved; and half as
+ * many after a while without, for they do save them, or there are none. docs/decisions/0023
  */
-static unsigned read_around(struct client *client, uint64_t page)
+static unsigned read_around(struct client *client, uint64_t page, bool is_lone)
 {
 	unsigned pages = max_of(client->around_pages, 1u);
 
-	client->around_reads++;
+	client->around_reads += is_lone;
 	client->around_near += is_near_recent(client, page);
-	if (client->around_near == READ_AROUND_NEAR)
+	if (client->around_near >= READ_AROUND_NEAR)
 		pages = min_of(2 * pages, (unsigned)READ_AROUND_PAGES);
-	else if (client->around_reads == READ_AROUND_READS)
+	else if (client->around_reads >= READ_AROUND_READS)
 		pages = max_of(pages / 2, 1u);
 	else
 		return pages;
@@ -297,17 +297,17 @@ enum fill_result fill_from_spill(struct client *client, const struct fault *faul
 {
 	bool is_stream = window > 1 && !fault->alone;
 	struct slot copy = fill_copy_of(client, word);
+	unsigned slot = 0, around = 1;
 	struct spill_read *read;
-	unsigned slot = 0;
 
 	if (fill_is_reading(client, fault->page, fault->page + 1))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
 	if (copy.tag != SLOT_SPILL)
 		return fill_try_again(client); /* a shared slot: a drain has brought it into the pool since it was looked at */
-	if (is_stream) /* a device takes hardly longer for eight pages than for two */
-		window = max_of(window, (unsigned)READ_AROUND_PAGES);
-	else
-		window = fault->alone ? 1 : read_around(client, fault->page);
+	if (!fault->alone)
+		around = read_around(client, fault->page, !is_stream);
+	/* A device takes hardly longer for eight pages than for two. */
+	window = is_stream ? max_of(window, (unsigned)READ_AROUND_PAGES) : around;
 	while (slot < READS_MAX && client->reads[slot])
 		slot++;
 	if (slot == READS_MAX || !io_queue_of(client))
