@@ -322,7 +322,7 @@ def _notes(options: argparse.Namespace, chosen: list[systems.System], version: i
         (
             f"M = {format_size(options.size)}; "
             "T = M + the smaller measured pool; swap-file: limit T; vswapd: --limit T - daemon_bytes, the most that its "
-            "own processes took while a program of some seconds ran"
+            "own processes took in that scenario"
         ),
         "±, and the interval behind a ratio: 95 % confidence of the median from 6 rounds on, else least to most",
         "p50, p99, p999: of single accesses of 2 µs and more, measured in the program; of redis: of requests",

@@ -2,7 +2,8 @@
 """session — rounds of every scenario on every system, in alternating order, with equal total memory.
 
 T = M + the pool of the peers that keep what they swap in RAM; the swap file gets T, vswapd T less what its daemon
-costs. The pool is the smaller one where there are two: vswapd gets no byte that a peer did without.
+costs in that scenario, as one more run shows before the first round. The pool is the smaller one where there are two:
+vswapd gets no byte that a peer did without.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class ScenarioResult:
     failures: list[str] = field(default_factory=list)
     total_bytes: int = 0
     is_estimated: bool = False
+    learned_daemon_bytes: int = 0  # of a run that does not count
     is_kept: bool = False  # reported, not gone on with
 
     @property
@@ -82,7 +84,8 @@ class ScenarioResult:
 
     def daemon_bytes(self) -> int:
         """The most that vswapd's daemon cost."""
-        return max((run.daemon_bytes for runs in self.outcomes.values() for run in runs.values()), default=0)
+        costs = (run.daemon_bytes for runs in self.outcomes.values() for run in runs.values())
+        return max(self.learned_daemon_bytes, *costs, 0)
 
     def pool_bytes(self, system: str) -> int:
         """The most that was measured."""
@@ -123,7 +126,7 @@ class Session:
         self._on_phase = on_phase
 
     def probe_daemon(self) -> None:
-        """Learn daemon_bytes before the first limit depends on it: a small run under pressure, of some seconds."""
+        """Learn daemon_bytes before any limit depends on it: a small run under pressure, of some seconds."""
         for system in self.systems:
             if isinstance(system, Vswapd):
                 small = max(32 << 20, self.memory_bytes // 4)
@@ -161,24 +164,32 @@ class Session:
             if result.has_round(system.name, number):
                 continue
             self._on_run(result.scenario, number, system)
-            limit_bytes = self._limit_bytes(system, result)
-            options = result.scenario.vswapd_options
             try:
-                outcome = system.run(self._argv(result.scenario), limit_bytes, self._on_phase, options)
+                outcome = self._run(system, result, self._limit_bytes(system, result))
             except ExecuteError as error:
                 result.failures.append(f"{result.scenario.name}, round {number + 1}, {system.name}: {error}")
                 continue
-            self.daemon_bytes = max(self.daemon_bytes, outcome.daemon_bytes)
             result.add(system.name, number, outcome)
 
+    def _run(self, system: System, result: ScenarioResult, limit_bytes: int) -> Outcome:
+        options = result.scenario.vswapd_options
+        return system.run(self._argv(result.scenario), limit_bytes, self._on_phase, options)
+
+    def _daemon_bytes(self, system: System, result: ScenarioResult) -> int:
+        """The most it has cost in this scenario; before its first round, in a run that does not count. ExecuteError."""
+        if not result.daemon_bytes():
+            result.learned_daemon_bytes = self._run(system, result, result.total_bytes - self.daemon_bytes).daemon_bytes
+        return result.daemon_bytes()
+
     def _limit_bytes(self, system: System, result: ScenarioResult) -> int:
+        """ExecuteError."""
         if system.is_unlimited:
             return 0
         if system.is_ram and not (system.name == "zswap" and self._charges_zswap):
             return result.scenario.limit_bytes(self.memory_bytes)
         self._set_total(result)
         if isinstance(system, Vswapd):
-            return result.total_bytes - self.daemon_bytes
+            return result.total_bytes - self._daemon_bytes(system, result)
         return result.total_bytes
 
     def _set_total(self, result: ScenarioResult) -> None:
