@@ -894,7 +894,7 @@ static int page_out(struct engine *engine, int32_t pid, uint64_t start, uint64_t
 
 	if (!client)
 		return -ESRCH;
-	if (!client->registered && client->ring && client->serving) {
+	if (client->ring && client->serving) { /* what it has mapped since the last look, too */
 		pthread_mutex_lock(&client->gate);
 		if (!client->dead && !client_is_shut(client))
 			look_discover(client);
