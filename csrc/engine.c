@@ -808,20 +808,23 @@ static void store_arena(struct client *client, const struct engine_arena *arena)
 			       2 * REGIONS_MAX);
 }
 
+/* A client is armed once; a forked one has its userfaultfd already. The gate is held. */
+static bool may_arm(const struct client *client, const struct engine_arena *arena, int events_fd, int trash_fd)
+{
+	return !client->dead && client->trash_fd < 0 && client->ring && client_arena_is_sane(arena) && trash_fd >= 0 &&
+	       (client->events_fd < 0) == (events_fd >= 0);
+}
+
 int engine_client_arm(struct engine *engine, uint64_t token, const struct engine_arena *arena,
 		      int events_fd, int trash_fd)
 {
 	struct client *client = client_get(engine, token);
-	bool forked = false;
+	bool forked = events_fd < 0;
 	int result = -ENOENT;
 
 	if (client) {
 		pthread_mutex_lock(&client->gate);
-		forked = client->events_fd >= 0;
-		result = client->dead || client->trash_fd >= 0 || !client->ring || !client_arena_is_sane(arena) ||
-					 trash_fd < 0 || forked != (events_fd < 0)
-				 ? -EINVAL
-				 : 0;
+		result = may_arm(client, arena, events_fd, trash_fd) ? 0 : -EINVAL;
 	}
 	if (result < 0) {
 		if (events_fd >= 0)
@@ -887,6 +890,14 @@ int engine_client_lost(struct engine *engine, uint64_t token)
 	return 0;
 }
 
+/* All of it is managed already. The gate is held. */
+static bool is_within_region(const struct client *client, uint64_t start, uint64_t end)
+{
+	const struct range *region = client->registered ? range_set_at(&client->regions, start) : NULL;
+
+	return region && region->start <= start && region->end >= end;
+}
+
 static int page_out(struct engine *engine, int32_t pid, uint64_t start, uint64_t end, int timeout_ms)
 {
 	struct client *client = client_get_pid(engine, pid);
@@ -896,7 +907,7 @@ static int page_out(struct engine *engine, int32_t pid, uint64_t start, uint64_t
 		return -ESRCH;
 	if (client->ring && client->serving) { /* what it has mapped since the last look, too */
 		pthread_mutex_lock(&client->gate);
-		if (!client->dead && !client_is_shut(client))
+		if (!client->dead && !client_is_shut(client) && !is_within_region(client, start, end))
 			look_discover(client);
 		pthread_mutex_unlock(&client->gate);
 	}
