@@ -134,8 +134,11 @@ def _ends_to(daemon: int, program: int) -> Iterator[int]:
 
 def _is_stopped(pid: int) -> bool:
     """Each of its threads: a signal stops them one by one."""
-    states = [(task / "stat").read_text().rpartition(") ")[2][0] for task in Path(f"/proc/{pid}/task").iterdir()]
-    return all(state == "T" for state in states)
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it was at its end
+            if (task / "stat").read_text().rpartition(") ")[2][0] != "T":
+                return False
+    return True
 
 
 def _waits_for_a_page(pid: int) -> bool:
