@@ -12,26 +12,31 @@
 #define REST_MS 50
 #define PAUSES 64 /* between two looks at the clock: some microseconds */
 
-static void pause_cpu(void)
+static bool is_wanted(const struct awake_thread *self, uint64_t now_ns)
 {
-#if defined(__x86_64__)
-	__builtin_ia32_pause();
-#elif defined(__aarch64__)
-	__asm__ volatile("yield");
-#endif
+	return now_ns < __atomic_load_n(&self->awake->noted_ns, __ATOMIC_SEQ_CST) + AWAKE_NS &&
+	       now_ns >= READ_ONCE(self->busy_ns) + AWAKE_NS;
 }
 
-static void sleep_until_called(struct awake *awake, uint32_t calls)
+static void sleep_until_called(struct awake_thread *self)
 {
-	__atomic_fetch_add(&awake->asleep, 1, __ATOMIC_SEQ_CST);
-	(void)sys_futex_wait(&awake->calls, calls, SLEEP_MS);
-	__atomic_fetch_sub(&awake->asleep, 1, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&self->asleep, 1, __ATOMIC_SEQ_CST);
+	/* Again, for a call in between found nobody asleep. */
+	if (!is_wanted(self, sys_now_ns()) && !__atomic_load_n(&self->awake->stopping, __ATOMIC_SEQ_CST))
+		(void)sys_futex_wait(&self->asleep, 1, SLEEP_MS);
+	__atomic_store_n(&self->asleep, 0, __ATOMIC_SEQ_CST);
+}
+
+static void call(struct awake_thread *thread)
+{
+	if (__atomic_load_n(&thread->asleep, __ATOMIC_SEQ_CST) &&
+	    __atomic_exchange_n(&thread->asleep, 0, __ATOMIC_SEQ_CST))
+		sys_futex_wake(&thread->asleep);
 }
 
 static void *awake_main(void *argument)
 {
-	const struct awake_thread *self = argument;
-	struct awake *awake = self->awake;
+	struct awake_thread *self = argument;
 	const struct sched_param parameters = { 0 };
 	uint64_t spun_ns = 0; /* when it last did, without a sleep since; 0: never */
 
@@ -40,14 +45,11 @@ static void *awake_main(void *argument)
 	/* Without it this would take the CPU from others. */
 	if (sched_setscheduler(0, SCHED_IDLE, &parameters) < 0)
 		return NULL;
-	for (;;) {
-		uint32_t calls = __atomic_load_n(&awake->calls, __ATOMIC_SEQ_CST);
-		uint64_t noted_ns = __atomic_load_n(&awake->noted_ns, __ATOMIC_SEQ_CST), now_ns = sys_now_ns();
+	while (!__atomic_load_n(&self->awake->stopping, __ATOMIC_SEQ_CST)) {
+		uint64_t now_ns = sys_now_ns();
 
-		if (__atomic_load_n(&awake->stopping, __ATOMIC_SEQ_CST))
-			return NULL;
-		if (now_ns >= noted_ns + AWAKE_NS) {
-			sleep_until_called(awake, calls);
+		if (!is_wanted(self, now_ns)) {
+			sleep_until_called(self);
 			spun_ns = 0;
 		} else if (spun_ns && now_ns > spun_ns + WANTED_NS) {
 			/* It does not halt anyway, and in a control group of its own this would have its share of it. */
@@ -56,9 +58,10 @@ static void *awake_main(void *argument)
 		} else {
 			spun_ns = now_ns;
 			for (unsigned i = 0; i < PAUSES; i++)
-				pause_cpu();
+				sys_pause_cpu();
 		}
 	}
+	return NULL;
 }
 
 void awake_start(struct awake *awake, unsigned cpu_count)
@@ -74,27 +77,39 @@ void awake_start(struct awake *awake, unsigned cpu_count)
 		struct awake_thread *thread = &awake->threads[awake->count];
 
 		*thread = (struct awake_thread){ .awake = awake, .cpu = cpu };
-		if (pthread_create(&thread->thread, &attributes, awake_main, thread) == 0)
-			awake->count++;
+		if (pthread_create(&thread->thread, &attributes, awake_main, thread) != 0)
+			break;
+		awake->count++;
 	}
 	pthread_attr_destroy(&attributes);
 }
 
-void awake_note(struct awake *awake, uint64_t now_ns)
+void awake_note(struct awake *awake, uint64_t now_ns, unsigned cpu)
 {
 	uint64_t before_ns = __atomic_exchange_n(&awake->noted_ns, now_ns, __ATOMIC_SEQ_CST);
 
-	if (now_ns < before_ns + AWAKE_NS && __atomic_load_n(&awake->asleep, __ATOMIC_SEQ_CST) > 0) {
-		__atomic_fetch_add(&awake->calls, 1, __ATOMIC_SEQ_CST);
-		sys_futex_wake(&awake->calls);
-	}
+	if (cpu < awake->count)
+		WRITE_ONCE(awake->threads[cpu].busy_ns, now_ns);
+	for (unsigned i = 0; i < awake->count && now_ns < before_ns + AWAKE_NS; i++)
+		if (i != cpu)
+			call(&awake->threads[i]);
+}
+
+uint64_t awake_busy_cpus(const struct awake *awake, uint64_t now_ns)
+{
+	uint64_t cpus = 0;
+
+	for (unsigned i = 0; i < awake->count; i++)
+		if (now_ns < READ_ONCE(awake->threads[i].busy_ns) + AWAKE_BUSY_NS)
+			cpus |= 1ULL << i;
+	return cpus;
 }
 
 void awake_stop(struct awake *awake)
 {
 	__atomic_store_n(&awake->stopping, true, __ATOMIC_SEQ_CST);
-	__atomic_fetch_add(&awake->calls, 1, __ATOMIC_SEQ_CST);
-	sys_futex_wake(&awake->calls);
+	for (unsigned i = 0; i < awake->count; i++)
+		call(&awake->threads[i]);
 	for (unsigned i = 0; i < awake->count; i++)
 		pthread_join(awake->threads[i].thread, NULL);
 	awake->count = 0;

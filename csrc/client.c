@@ -17,6 +17,9 @@
 #include "fault_point.h"
 #include "fill.h"
 #include "sys.h"
+
+#define GATE_TRIES 8   /* between two looks at the clock */
+#define GATE_PAUSES 8  /* between two tries: less than a tenth of a microsecond */
 #include "worker.h"
 
 #define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
@@ -323,6 +326,21 @@ bool client_arena_is_sane(const struct engine_arena *arena)
 	return true;
 }
 
+void client_lock_gate(struct client *client, uint64_t spin_ns)
+{
+	uint64_t until_ns = sys_now_ns() + spin_ns;
+
+	do {
+		for (unsigned i = 0; i < GATE_TRIES; i++) {
+			if (pthread_mutex_trylock(&client->gate) == 0)
+				return;
+			for (unsigned k = 0; k < GATE_PAUSES; k++)
+				sys_pause_cpu();
+		}
+	} while (READ_ONCE(client->stand_by) && sys_now_ns() < until_ns);
+	pthread_mutex_lock(&client->gate);
+}
+
 void client_wake(struct client *client) { sys_eventfd_signal(client->wake_fd); }
 
 void client_forget_slots(struct client *client, uint64_t page, uint64_t pages)
@@ -514,7 +532,7 @@ bool client_is_answered(const struct client *client, uint32_t number)
 	return (int32_t)(done - number) > 0;
 }
 
-uint32_t client_post(struct client *client, const struct vswap_command *command)
+uint32_t client_enqueue(struct client *client, const struct vswap_command *command)
 {
 	uint32_t number = client->posted++;
 	struct vswap_command *slot = &client->ring->commands[number % VSWAP_RING_COMMANDS];
@@ -522,8 +540,20 @@ uint32_t client_post(struct client *client, const struct vswap_command *command)
 	memcpy(slot, command, offsetof(struct vswap_command, runs) +
 				      command->run_count * sizeof command->runs[0]);
 	__atomic_store_n(&client->ring->posted, client->posted, __ATOMIC_SEQ_CST);
+	return number;
+}
+
+void client_wake_agent(const struct client *client)
+{
 	if (__atomic_load_n(&client->ring->agent_sleeping, __ATOMIC_SEQ_CST))
 		sys_futex_wake(&client->ring->posted);
+}
+
+uint32_t client_post(struct client *client, const struct vswap_command *command)
+{
+	uint32_t number = client_enqueue(client, command);
+
+	client_wake_agent(client);
 	return number;
 }
 

@@ -223,6 +223,10 @@ struct client *client_get_pid(struct engine *engine, pid_t pid);
 struct client *client_get_index(struct engine *engine, unsigned index);
 void client_put(struct client *client);
 
+/* Take the gate. While one thread faults often (worker.h: stand_by), whoever waits tries for this long before it sleeps: to
+ * wake it takes longer than the gate is mostly held, for those who open it, too. */
+void client_lock_gate(struct client *client, uint64_t spin_ns);
+
 /* Open /proc files and pidfd of client->pid. 0 or -errno: -EPERM when it is not to be trusted with what can be
  * read there, for it executes, or has just executed, another program. */
 int client_open_proc(struct client *client);
@@ -268,6 +272,10 @@ unsigned client_list_cold(struct engine *engine, const struct group *group, unsi
 
 /* Post a command. Returns its number. */
 uint32_t client_post(struct client *client, const struct vswap_command *command);
+/* The same in two steps: whoever is woken may have the CPU at once, and who waits for the gate waits for it, too. The
+ * second needs no gate. */
+uint32_t client_enqueue(struct client *client, const struct vswap_command *command);
+void client_wake_agent(const struct client *client);
 bool client_is_answered(const struct client *client, uint32_t number);
 /* From now on command `number` is under way, which populates. `command` may lie in memory of the client's. */
 void client_populates(struct client *client, uint32_t number, const struct vswap_command *command);

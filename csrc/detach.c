@@ -119,7 +119,7 @@ int engine_client_detach(struct engine *engine, int32_t pid, int timeout_ms)
 	result = leave(client, sys_now_ns() + (uint64_t)timeout_ms * 1000000UL, (unsigned)timeout_ms);
 	if (result < 0) {
 		set_leaving(client, false);
-		engine_kick_look(engine);
+		work_ask(&engine->looking);
 	} else {
 		crash_point(CRASH_DETACH_LEFT);
 		sys_futex_wake(&client->ring->posted);

@@ -80,60 +80,18 @@ int engine_event_next(struct engine *engine, struct engine_event *ret_event)
 	return 1;
 }
 
-void engine_kick_evictors(struct engine *engine)
+void engine_want_room(struct engine *engine, const struct group *group)
 {
-	SCOPED_LOCK(&engine->work_lock);
-	engine->evict_requests++;
-	pthread_cond_broadcast(&engine->evict_work);
-}
-
-void engine_kick_writers(struct engine *engine)
-{
-	SCOPED_LOCK(&engine->work_lock);
-	engine->write_requests++;
-	pthread_cond_broadcast(&engine->write_work);
-}
-
-void engine_kick_look(struct engine *engine)
-{
-	SCOPED_LOCK(&engine->work_lock);
-	engine->look_requests++;
-	pthread_cond_broadcast(&engine->look_work);
+	if (group_is_streaming(group) || READ_ONCE(group->waiting) > 0 ||
+	    group_room_bytes(group) < (int64_t)group_reserve_bytes(group) / 2)
+		work_ask(&engine->evicting);
+	else
+		work_ask_one(&engine->evicting, engine->evictor_count);
 }
 
 uint64_t engine_fill_bytes_per_ms(const struct engine *engine)
 {
 	return FILL_BYTES_PER_MS * min_of(engine->cpu_count, (uint32_t)FILL_CPUS_MAX);
-}
-
-void engine_kick_host(struct engine *engine)
-{
-	SCOPED_LOCK(&engine->work_lock);
-	engine->host_requests++;
-	pthread_cond_broadcast(&engine->host_work);
-}
-
-void engine_kick_recompressor(struct engine *engine)
-{
-	SCOPED_LOCK(&engine->work_lock);
-	engine->recompress_requests++;
-	pthread_cond_broadcast(&engine->recompress_work);
-}
-
-void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,
-			      uint64_t *seen, unsigned ms)
-{
-	struct timespec deadline;
-
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	deadline.tv_nsec += (long)ms * 1000000L;
-	deadline.tv_sec += deadline.tv_nsec / 1000000000L;
-	deadline.tv_nsec %= 1000000000L;
-	SCOPED_LOCK(&engine->work_lock);
-	while (*seen == *requests && !READ_ONCE(engine->stopping))
-		if (pthread_cond_clockwait(work, &engine->work_lock, CLOCK_MONOTONIC, &deadline) != 0)
-			break;
-	*seen = *requests;
 }
 
 void engine_room_made(struct engine *engine, struct group *group)
@@ -273,16 +231,15 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 		evictors = engine->cpu_count;
 	evictors = min_of(evictors, (uint32_t)EVICTORS_MAX);
 	pthread_mutex_init(&engine->registry, NULL);
-	pthread_mutex_init(&engine->work_lock, NULL);
 	pthread_mutex_init(&engine->event_lock, NULL);
 	pthread_mutex_init(&engine->region_scratch_lock, NULL);
 	block_cache_init(&engine->expand_blocks, FILL_PAGES_MAX * PAGE_BYTES);
 	block_cache_init(&engine->read_blocks, READ_BLOCK_BYTES);
-	pthread_cond_init(&engine->evict_work, NULL);
-	pthread_cond_init(&engine->write_work, NULL);
-	pthread_cond_init(&engine->look_work, NULL);
-	pthread_cond_init(&engine->recompress_work, NULL);
-	pthread_cond_init(&engine->host_work, NULL);
+	work_init(&engine->evicting);
+	work_init(&engine->writing);
+	work_init(&engine->looking);
+	work_init(&engine->recompressing);
+	work_init(&engine->pressing);
 	host_create(&engine->host);
 	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -296,10 +253,10 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 		result = make_pool(engine, config->pool_capacity_bytes);
 	if (result == 0 && engine->is_successor)
 		result = recover_engine(engine);
-	if (result == 0)
-		result = start_threads(engine, evictors);
-	if (result == 0)
+	if (result == 0) {
 		awake_start(&engine->awake, engine->cpu_count);
+		result = start_threads(engine, evictors);
+	}
 	if (result < 0) {
 		if (!message[0])
 			snprintf(message, 256, "the engine cannot start: %s", strerror(-result));
@@ -354,11 +311,11 @@ void engine_destroy(struct engine *engine)
 	if (!engine)
 		return;
 	__atomic_store_n(&engine->stopping, true, __ATOMIC_RELEASE);
-	engine_kick_evictors(engine);
-	engine_kick_writers(engine);
-	engine_kick_look(engine);
-	engine_kick_recompressor(engine);
-	engine_kick_host(engine);
+	work_ask(&engine->evicting);
+	work_ask(&engine->writing);
+	work_ask(&engine->looking);
+	work_ask(&engine->recompressing);
+	work_ask(&engine->pressing);
 	for (unsigned i = 0; i < engine->evictor_count; i++)
 		pthread_join(engine->evictors[i], NULL);
 	for (unsigned i = 0; i < BACKENDS_MAX; i++)
@@ -860,7 +817,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 	 * served already. */
 	if (result < 0 && !forked)
 		client_bury(client);
-	engine_kick_look(engine);
+	work_ask(&engine->looking);
 	client_put(client);
 	return result;
 }

@@ -21,6 +21,7 @@
 #include "engine.h"
 #include "host.h"
 #include "spill.h"
+#include "work.h"
 
 #define EVICTORS_MAX 4
 #define EVENTS_MAX 256
@@ -79,9 +80,8 @@ struct engine {
 	struct awake awake;
 	pthread_t evictors[EVICTORS_MAX], look_thread, recompressor_thread;
 	unsigned evictor_count;
-	pthread_mutex_t work_lock; /* evictors and writers wait here */
-	pthread_cond_t evict_work, write_work, look_work, recompress_work, host_work;
-	uint64_t evict_requests, write_requests, look_requests, recompress_requests, host_requests;
+	/* Evictors look at all groups, writers at all pools, look.c at all clients, recompress.c and host.c at all there is. */
+	struct work evicting, writing, looking, recompressing, pressing;
 	struct host host;
 	uint32_t recompress_age_ms; /* 0: never */
 	bool tiering;               /* tier.h */
@@ -115,26 +115,15 @@ int backend_adopt(struct engine *engine, unsigned number);
  * done; may_be_done: the daemon before may have), and its arena registered. 0 or -errno. */
 int client_arm_descriptors(struct client *client, bool events, bool may_be_done);
 
-/* Ask for work: evictors look at all groups; writers look at all pools. */
-void engine_kick_evictors(struct engine *engine);
-void engine_kick_writers(struct engine *engine);
+/* A group is short of room: one evictor is asked, and all of them where that is too slow. */
+void engine_want_room(struct engine *engine, const struct group *group);
 /* As fast as all programs together can fill memory. */
 uint64_t engine_fill_bytes_per_ms(const struct engine *engine);
-/* A client is new: do not sleep over its first megabytes. */
-void engine_kick_look(struct engine *engine);
-/* The reserve is another, or the end. */
-void engine_kick_host(struct engine *engine);
-/* The end: it has nothing else to be woken for. */
-void engine_kick_recompressor(struct engine *engine);
 /* Hand the fault threads synthetic faults for swapped pages of the next clusters, once those of the last are answered; at
  * the end from the begin again. The gate is held. */
 void engine_ask_for_pages(struct client *client, uint64_t *cursor);
 /* The same for pages of [first, end) alone. */
 void engine_ask_for_range(struct client *client, uint64_t *cursor, uint64_t first_page, uint64_t end_page);
-
-/* Wait until *requests is not *seen, the engine stops, or `ms` have passed. */
-void engine_wait_for_requests(struct engine *engine, pthread_cond_t *work, const uint64_t *requests,
-			      uint64_t *seen, unsigned ms);
 
 /* Faults of this group that wait for room may try again. */
 void engine_room_made(struct engine *engine, struct group *group);

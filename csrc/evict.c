@@ -36,6 +36,7 @@
 
 #define ANSWER_MS 100 /* an agent that takes longer has its batch parked */
 #define READ_TRIES 1000
+#define GATE_SPIN_NS 20000 /* a fault takes less; what takes longer has an agent wait for this CPU, maybe */
 
 #define SCAN_BYTES_MAX (1ULL << 30) /* address space looked at in one scan */
 
@@ -365,7 +366,7 @@ static uint32_t post_move(struct client *client, struct choice *choice)
 	return client_post(client, &choice->command);
 }
 
-/* Step 7: have the window emptied; it is free once that is answered (client_reap_releases). */
+/* Step 7: have the window emptied; it is free once that is answered (client_reap_releases). The agent is still to be woken. */
 static void release(struct client *client, const struct choice *choice)
 {
 	struct vswap_command command = { .operation = VSWAP_RELEASE, .window = choice->window,
@@ -375,7 +376,7 @@ static void release(struct client *client, const struct choice *choice)
 	__atomic_store_n(&client->record->batches[choice->window].phase, BATCH_RELEASING,
 			 __ATOMIC_RELEASE);
 	crash_point(CRASH_EVICT_RELEASING);
-	batch->release_number = client_post(client, &command);
+	batch->release_number = client_enqueue(client, &command);
 	batch->releasing = true;
 	crash_point(CRASH_EVICT_RELEASED);
 }
@@ -416,8 +417,10 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 		.resident_pages = (uint32_t)__builtin_popcountll(moved),
 	};
 	crash_point(CRASH_EVICT_STAGED);
-	if (moved == 0)
+	if (moved == 0) {
 		release(client, choice); /* nothing to store; zero pages may lie there */
+		client_wake_agent(client);
+	}
 	*ret_moved = moved;
 	return 0;
 }
@@ -671,7 +674,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 		store_pages(client, evictor, choice, moved, &stored);
 	}
 	crash_point(CRASH_EVICT_STORED);
-	pthread_mutex_lock(&client->gate);
+	client_lock_gate(client, GATE_SPIN_NS);
 	if (result < 0 && !client->dead) {
 		/* Still in staging, served from there if at all possible; never touched again by us. */
 		stop_eviction(client, -result);
@@ -689,8 +692,10 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 	group_pool_changed(client->group);
 	counter_add(client->engine, evicted_pages, __builtin_popcountll(moved));
 	__atomic_fetch_add(&client->group->evicted_pages, (uint64_t)__builtin_popcountll(moved), __ATOMIC_RELAXED);
+	if (posted)
+		client_wake_agent(client);
 	if (posted && client_wait(client, number, ANSWER_MS) == 0) {
-		pthread_mutex_lock(&client->gate);
+		client_lock_gate(client, GATE_SPIN_NS);
 		client_reap_releases(client);
 		pthread_mutex_unlock(&client->gate);
 		engine_room_made(client->engine, client->group);
@@ -724,7 +729,7 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 	int window, result;
 
 	*ret_result = (struct evict_result){ 0 };
-	pthread_mutex_lock(&client->gate);
+	client_lock_gate(client, GATE_SPIN_NS);
 	client_reap_releases(client);
 	result = may_evict(client);
 	window = find_window(client);
@@ -747,6 +752,7 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 		moved = 0;
 		take_back(client, choice.window, ~moved);
 		release(client, &choice);
+		client_wake_agent(client);
 		result = -EAGAIN;
 	} else if (choice.page_count > 0) {
 		uint32_t number;
@@ -933,6 +939,7 @@ void evict_recover_release(struct client *client, unsigned windows)
 			struct choice choice = choice_of(client, w);
 
 			release(client, &choice);
+			client_wake_agent(client);
 		}
 	}
 }

@@ -325,7 +325,7 @@ static void set_waiting(struct client *client)
 	__atomic_fetch_add(&client->group->waiting, waiting ? 1 : -1, __ATOMIC_RELAXED);
 	if (waiting) {
 		counter_add(client->engine, faults_deferred, client->deferred_count);
-		engine_kick_evictors(client->engine);
+		work_ask(&client->engine->evicting);
 	}
 }
 
@@ -431,5 +431,5 @@ void fault_serve(struct client *client, struct fill_scratch *scratch)
 	set_waiting(client);
 	client_metadata_changed(client);
 	if (!group_has_room(client->group, 1))
-		engine_kick_evictors(client->engine);
+		engine_want_room(client->engine, client->group);
 }

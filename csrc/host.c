@@ -392,8 +392,8 @@ static unsigned tick(struct engine *engine)
 	WRITE_ONCE(host->available_bytes, look.available.bytes);
 	WRITE_ONCE(host->available_reserve_bytes, look.reserve_bytes);
 	if (kick) {
-		engine_kick_evictors(engine);
-		engine_kick_writers(engine);
+		work_ask(&engine->evicting);
+		work_ask(&engine->writing);
 	}
 	if (kick || host->is_short)
 		return TICK_MS;
@@ -408,7 +408,7 @@ void *host_thread_main(void *argument)
 
 	name_this_thread("vswap-host");
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
-		engine_wait_for_requests(engine, &engine->host_work, &engine->host_requests, &seen, tick(engine));
+		work_wait(&engine->pressing, &seen, &engine->stopping, tick(engine));
 	return NULL;
 }
 
@@ -451,6 +451,6 @@ int engine_set_host_reserve(struct engine *engine, uint64_t reserve_bytes, const
 		host->cgroups[host->cgroup_count++] = cgroup;
 	}
 	pthread_mutex_unlock(&host->lock);
-	engine_kick_host(engine);
+	work_ask(&engine->pressing);
 	return 0;
 }

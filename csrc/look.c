@@ -394,6 +394,7 @@ static uint64_t look_at_all(struct engine *engine)
 {
 	uint64_t now = sys_now_ns(), next_ms = LOOK_MS_MAX;
 
+	sys_keep_off_cpus(awake_busy_cpus(&engine->awake, now));
 	for (unsigned i = 0; i < READ_ONCE(engine->clients_end); i++) {
 		struct client *client = client_get_index(engine, i);
 
@@ -405,10 +406,10 @@ static uint64_t look_at_all(struct engine *engine)
 		}
 		look_at_client(client, now);
 		if (READ_ONCE(client->parked))
-			engine_kick_evictors(engine);
+			work_ask(&engine->evicting);
 		next_ms = min_of(next_ms, interval_ms(engine, client->group));
 		if (!group_has_room(client->group, 1))
-			engine_kick_evictors(engine);
+			engine_want_room(engine, client->group);
 		client_put(client);
 	}
 	note_sums(engine);
@@ -424,7 +425,6 @@ void *look_thread_main(void *argument)
 	/* Programs that fill all CPUs must not make it late: so much more is beyond the limit then. */
 	sys_hurry_this_thread();
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE))
-		engine_wait_for_requests(engine, &engine->look_work, &engine->look_requests, &seen,
-					 (unsigned)look_at_all(engine));
+		work_wait(&engine->looking, &seen, &engine->stopping, (unsigned)look_at_all(engine));
 	return NULL;
 }

@@ -14,7 +14,7 @@
 #define GHOST_TIME_BITS 20
 #define GHOST_TIME_PAGES 16 /* unit of time: so many pages evicted */
 
-#define PROBATION_PART 32 /* one in so many resident pages */
+#define PROBATION_PART 128 /* one in so many resident pages */
 #define PROBATION_PAGES_MIN 512
 
 static uint64_t hash_of(unsigned client, uint64_t page)

@@ -161,7 +161,7 @@ static void note_stuck(struct engine *engine, struct group *group, bool progress
 		WRITE_ONCE(group->stuck_since_ns, 0);
 	} else if (since == 0) {
 		WRITE_ONCE(group->stuck_since_ns, now);
-		engine_kick_writers(engine);
+		work_ask(&engine->writing);
 	} else if (now > since + OUT_OF_MEMORY_NS &&
 		   /* one of the evictors, not each of them */
 		   __atomic_compare_exchange_n(&group->stuck_since_ns, &since, now, false,
@@ -232,7 +232,7 @@ static bool pool_has_room(struct engine *engine, struct group *group, struct cli
 	}
 	give_up_spilled_copies(engine, group);
 	if (writeback_is_possible(engine, group)) {
-		engine_kick_writers(engine);
+		work_ask(&engine->writing);
 		sys_sleep_ms(1);
 		/* Only copies of resident pages are left: the cap was lowered, or they are all over its slabs. */
 		if (client_is_warm(client))
@@ -339,10 +339,10 @@ void *evictor_main(void *argument)
 		struct group *group = pick_group(engine, &cursor);
 
 		if (!group) {
-			engine_wait_for_requests(engine, &engine->evict_work, &engine->evict_requests,
-						 &seen, IDLE_MS);
+			work_wait(&engine->evicting, &seen, &engine->stopping, IDLE_MS);
 			continue;
 		}
+		sys_keep_off_cpus(awake_busy_cpus(&engine->awake, sys_now_ns()));
 		reclaim_group(engine, group, &evictor);
 		pthread_mutex_lock(&engine->registry);
 		group->users--;

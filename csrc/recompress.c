@@ -308,8 +308,7 @@ void *recompressor_main(void *argument)
 		unsigned idle_ms = engine->recompress_age_ms ? min_of(IDLE_MS, engine->recompress_age_ms) : IDLE_MS;
 
 		if (!examine_all(recompressor, &since_cpu_ns))
-			engine_wait_for_requests(engine, &engine->recompress_work, &engine->recompress_requests,
-						 &seen, idle_ms);
+			work_wait(&engine->recompressing, &seen, &engine->stopping, idle_ms);
 	}
 	codec_scratch_destroy(recompressor->codec);
 	free(recompressor);

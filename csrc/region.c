@@ -263,7 +263,7 @@ static int wait_for_room(struct client *client)
 			progress = READ_ONCE(group->progress);
 			since = sys_now_ns();
 		}
-		engine_kick_writers(client->engine);
+		work_ask(&client->engine->writing);
 		sys_sleep_ms(1);
 	}
 	return 0;

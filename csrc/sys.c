@@ -651,6 +651,24 @@ void sys_pin_this_thread(unsigned cpu)
 	(void)sched_setaffinity(0, sizeof set, &set);
 }
 
+void sys_keep_off_cpus(uint64_t cpus)
+{
+	static __thread cpu_set_t allowed;
+	static __thread uint64_t kept_off;
+	cpu_set_t rest;
+
+	if (cpus == kept_off)
+		return;
+	if (kept_off == 0 && sched_getaffinity(0, sizeof allowed, &allowed) < 0)
+		return;
+	rest = allowed;
+	for (unsigned cpu = 0; cpu < 64; cpu++)
+		if (cpus >> cpu & 1)
+			CPU_CLR(cpu, &rest);
+	if (sched_setaffinity(0, sizeof rest, CPU_COUNT(&rest) ? &rest : &allowed) == 0)
+		kept_off = cpus;
+}
+
 void sys_prefer_this_thread(void)
 {
 	(void)setpriority(PRIO_PROCESS, 0, DAEMON_NICE); /* Linux: of this thread alone */

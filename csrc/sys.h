@@ -151,8 +151,22 @@ int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pa
 /* Pss_Anon of a process in bytes. Walks its page tables. */
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);
 
+/* Of a loop that waits for another CPU. */
+static inline void sys_pause_cpu(void)
+{
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
+
 /* A hint: it goes on where it is when that CPU is not to be had. */
 void sys_pin_this_thread(unsigned cpu);
+
+/* Keep the calling thread off these CPUs, a mask of the first 64, until another call says otherwise: a hint, and none
+ * where it may use no other. */
+void sys_keep_off_cpus(uint64_t cpus);
 
 /* Let the calling thread, and those it starts, go before ordinary ones, where that is allowed. */
 void sys_prefer_this_thread(void);

@@ -17,6 +17,7 @@
 #define STACK_BYTES (128 * 1024)
 #define STAND_BY_MS 60000
 #define CPU_UNKNOWN (-1)
+#define GATE_SPIN_NS 150000 /* longer than a MOVE of 64 scattered pages */
 
 /* So many faults are looked at before it is decided again who waits. One thread faults when at most so many of them
  * came from another thread than the one before. */
@@ -71,7 +72,8 @@ void worker_note_faults(struct client *client, const struct uffd_msg *messages, 
 	if (client->worker_count > 1 && client->fault_count >= SAMPLE_FAULTS)
 		decide(client);
 	if (client->stand_by)
-		awake_note(&client->engine->awake, now_ns);
+		awake_note(&client->engine->awake, now_ns,
+			   group_is_streaming(client->group) ? AWAKE_CPU_NONE : client->fault_cpu);
 }
 
 void worker_stop_all(struct client *client)
@@ -170,7 +172,7 @@ static void *worker_main(void *argument)
 		client_free_forgotten(client);
 		settle_on_cpu(&worker);
 		wait_for_work(&worker);
-		pthread_mutex_lock(&client->gate);
+		client_lock_gate(client, GATE_SPIN_NS);
 		waits = client->fork_pending || client_is_shut(client);
 		if (!waits && !client->stopping) {
 			scratch.pages = block_take(blocks); /* not before: who waits for the gate needs none */

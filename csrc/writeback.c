@@ -377,7 +377,7 @@ static void *writer_main(void *argument)
 			} while (!is_stopping(writer) && (wrote || moved));
 			(void)drain_in_background(engine, writer->backend);
 		}
-		engine_wait_for_requests(engine, &engine->write_work, &engine->write_requests, &seen, IDLE_MS);
+		work_wait(&engine->writing, &seen, &engine->stopping, IDLE_MS);
 	}
 	return NULL;
 }
@@ -418,7 +418,7 @@ void writer_destroy(struct writer *writer)
 	if (!writer)
 		return;
 	__atomic_store_n(&writer->stopping, true, __ATOMIC_RELEASE);
-	engine_kick_writers(writer->engine);
+	work_ask(&writer->engine->writing);
 	pthread_join(writer->thread, NULL);
 	free(writer->objects);
 	free(writer);

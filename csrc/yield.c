@@ -256,7 +256,7 @@ static int want_room(struct yield *yield)
 	if (yield->starved_since_ns == 0 || progress != yield->progress)
 		yield->starved_since_ns = now;
 	yield->progress = progress;
-	engine_kick_evictors(yield->client->engine);
+	work_ask(&yield->client->engine->evicting);
 	return now - yield->starved_since_ns > STARVED_NS ? -ENOMEM : -EAGAIN;
 }
 
