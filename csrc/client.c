@@ -337,7 +337,7 @@ void client_lock_gate(struct client *client, uint64_t spin_ns)
 			for (unsigned k = 0; k < GATE_PAUSES; k++)
 				sys_pause_cpu();
 		}
-	} while (READ_ONCE(client->stand_by) && sys_now_ns() < until_ns);
+	} while (READ_ONCE(client->keeps_cpu) && sys_now_ns() < until_ns);
 	pthread_mutex_lock(&client->gate);
 }
 

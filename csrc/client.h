@@ -173,6 +173,8 @@ struct client {
 	unsigned fault_count;   /* since it was decided who stands by */
 	unsigned fault_changes; /* of those: by another thread than the one before */
 	unsigned fault_reads_dense; /* reads that brought one less than AWAKE_NS after the one before */
+	unsigned device_reads;  /* that were begun since it was decided who stands by */
+	bool keeps_cpu;         /* the thread that faults hardly leaves its CPU: no stream is filled ahead for it, no device is waited for */
 	uint64_t fault_ns;      /* the last read that brought one */
 
 	struct cold_list cold;     /* clusters with objects in the pool */
@@ -223,7 +225,7 @@ struct client *client_get_pid(struct engine *engine, pid_t pid);
 struct client *client_get_index(struct engine *engine, unsigned index);
 void client_put(struct client *client);
 
-/* Take the gate. While one thread faults often (worker.h: stand_by), whoever waits tries for this long before it sleeps: to
+/* Take the gate. While one thread faults again and again (keeps_cpu), whoever waits tries for this long before it sleeps: to
  * wake it takes longer than the gate is mostly held, for those who open it, too. */
 void client_lock_gate(struct client *client, uint64_t spin_ns);
 

@@ -80,13 +80,16 @@ int engine_event_next(struct engine *engine, struct engine_event *ret_event)
 	return 1;
 }
 
-void engine_want_room(struct engine *engine, const struct group *group)
+void engine_want_room(const struct client *client)
 {
-	if (group_is_streaming(group) || READ_ONCE(group->waiting) > 0 ||
-	    group_room_bytes(group) < (int64_t)group_reserve_bytes(group) / 2)
-		work_ask(&engine->evicting);
-	else
+	struct engine *engine = client->engine;
+	const struct group *group = client->group;
+
+	if (READ_ONCE(client->keeps_cpu) && READ_ONCE(group->waiting) == 0 &&
+	    group_room_bytes(group) >= (int64_t)group_reserve_bytes(group) / 2)
 		work_ask_one(&engine->evicting, engine->evictor_count);
+	else
+		work_ask(&engine->evicting);
 }
 
 uint64_t engine_fill_bytes_per_ms(const struct engine *engine)

@@ -115,8 +115,8 @@ int backend_adopt(struct engine *engine, unsigned number);
  * done; may_be_done: the daemon before may have), and its arena registered. 0 or -errno. */
 int client_arm_descriptors(struct client *client, bool events, bool may_be_done);
 
-/* A group is short of room: one evictor is asked, and all of them where that is too slow. */
-void engine_want_room(struct engine *engine, const struct group *group);
+/* The client's group is short of room. One evictor is enough for one thread that faults at random, until it falls behind. */
+void engine_want_room(const struct client *client);
 /* As fast as all programs together can fill memory. */
 uint64_t engine_fill_bytes_per_ms(const struct engine *engine);
 /* Hand the fault threads synthetic faults for swapped pages of the next clusters, once those of the last are answered; at

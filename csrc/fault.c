@@ -431,5 +431,5 @@ void fault_serve(struct client *client, struct fill_scratch *scratch)
 	set_waiting(client);
 	client_metadata_changed(client);
 	if (!group_has_room(client->group, 1))
-		engine_want_room(client->engine, client->group);
+		engine_want_room(client);
 }

@@ -232,6 +232,7 @@ static int range_submit(struct client *client, unsigned i, unsigned r)
 	if (result < 0)
 		return result;
 	client->io_requests++;
+	client->device_reads++;
 	read->pending++;
 	counter_add(client->engine, spill_read_ranges, 1);
 	return 0;

@@ -409,7 +409,7 @@ static uint64_t look_at_all(struct engine *engine)
 			work_ask(&engine->evicting);
 		next_ms = min_of(next_ms, interval_ms(engine, client->group));
 		if (!group_has_room(client->group, 1))
-			engine_want_room(engine, client->group);
+			engine_want_room(client);
 		client_put(client);
 	}
 	note_sums(engine);

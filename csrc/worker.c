@@ -48,7 +48,8 @@ static void decide(struct client *client)
 	if (cpu >= 0)
 		WRITE_ONCE(client->fault_cpu, (unsigned)cpu);
 	set_stand_by(client, cpu >= 0 && !client->stopping);
-	client->fault_count = client->fault_changes = client->fault_reads_dense = 0;
+	WRITE_ONCE(client->keeps_cpu, client->stand_by && !group_is_streaming(client->group) && client->device_reads == 0);
+	client->fault_count = client->fault_changes = client->fault_reads_dense = client->device_reads = 0;
 }
 
 void worker_note_faults(struct client *client, const struct uffd_msg *messages, uint32_t count, uint64_t now_ns)
@@ -72,8 +73,7 @@ void worker_note_faults(struct client *client, const struct uffd_msg *messages, 
 	if (client->worker_count > 1 && client->fault_count >= SAMPLE_FAULTS)
 		decide(client);
 	if (client->stand_by)
-		awake_note(&client->engine->awake, now_ns,
-			   group_is_streaming(client->group) ? AWAKE_CPU_NONE : client->fault_cpu);
+		awake_note(&client->engine->awake, now_ns, client->keeps_cpu ? client->fault_cpu : AWAKE_CPU_NONE);
 }
 
 void worker_stop_all(struct client *client)
