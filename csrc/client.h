@@ -169,6 +169,7 @@ struct client {
 	unsigned worker_count;  /* fault threads, detached */
 	uint32_t stand_by;      /* futex; 1: all but the first of them wait until it is 0 */
 	unsigned fault_cpu;     /* where the thread that faults was seen last */
+	unsigned fault_cpu_age; /* decisions since then */
 	uint32_t fault_thread;  /* the last one */
 	unsigned fault_count;   /* since it was decided who stands by */
 	unsigned fault_changes; /* of those: by another thread than the one before */

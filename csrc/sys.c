@@ -709,9 +709,14 @@ void sys_refuse_core_dumps(void)
 	(void)prctl(PR_SET_DUMPABLE, 0);
 }
 
+int sys_nice_now(void)
+{
+	return getpriority(PRIO_PROCESS, 0);
+}
+
 int sys_nice(int nice)
 {
-	int before = getpriority(PRIO_PROCESS, 0);
+	int before = sys_nice_now();
 
 	(void)setpriority(PRIO_PROCESS, 0, nice); /* a hint */
 	return before;
@@ -731,6 +736,20 @@ uint64_t sys_thread_cpu_ns(void)
 
 	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
 	return (uint64_t)used.tv_sec * 1000000000ULL + (uint64_t)used.tv_nsec;
+}
+
+int sys_thread_waited_ns(uint64_t *ret_ns)
+{
+	char text[64];
+	unsigned long long waited_ns;
+	int result = sys_read_text("/proc/thread-self/schedstat", text, sizeof text);
+
+	if (result < 0)
+		return result;
+	if (sscanf(text, "%*u %llu", &waited_ns) != 1)
+		return -ENODATA;
+	*ret_ns = waited_ns;
+	return 0;
 }
 
 uint64_t sys_now_ns(void)

@@ -176,12 +176,15 @@ void sys_hurry_this_thread(void);
 /* What this process has and will map stays in RAM once it was touched: programs wait for it. False: not allowed
  * (CAP_IPC_LOCK, RLIMIT_MEMLOCK), nothing is locked, and a kernel that swaps may swap it. Not inherited by a fork. */
 bool sys_lock_memory(void);
-int sys_nice(int nice); /* of this thread; returns what it was */
+int sys_nice_now(void); /* of this thread */
+int sys_nice(int nice); /* the same from now on, where that is allowed; returns what it was */
 void sys_refuse_core_dumps(void); /* of this process, from now on */
 
 uint64_t sys_now_ns(void); /* monotonic */
 uint64_t sys_now_coarse_ms(void); /* the same, some milliseconds late, and cheaper */
 uint64_t sys_thread_cpu_ns(void); /* used by this thread */
+/* How long it had to wait for a CPU, ever. 0, or -errno where the kernel does not say. */
+int sys_thread_waited_ns(uint64_t *ret_ns);
 void sys_sleep_ms(unsigned milliseconds);
 void sys_eventfd_signal(int fd);
 void sys_eventfd_drain(int fd);

@@ -17,11 +17,15 @@
 #define STACK_BYTES (128 * 1024)
 #define STAND_BY_MS 60000
 #define CPU_UNKNOWN (-1)
+#define GENTLE_TURNS 256
+#define GENTLE_WAIT_NS 10000 /* a turn: more than the program mostly takes between two faults */
+#define GENTLE_REST_NS 250000000ULL
 #define GATE_SPIN_NS 150000 /* longer than a MOVE of 64 scattered pages */
 
 /* So many faults are looked at before it is decided again who waits. One thread faults when at most so many of them
  * came from another thread than the one before. */
 #define SAMPLE_FAULTS 16
+#define CPU_SAMPLES 4 /* in a row of one thread, for which its CPU is asked once */
 #define CHANGES_STAY_MAX 4 /* of a client whose workers stand by */
 #define CHANGES_MAX 1      /* of one whose workers all wait */
 
@@ -38,13 +42,22 @@ static void set_stand_by(struct client *client, bool stand_by)
 		sys_futex_wake(&client->stand_by);
 }
 
+/* Asking takes as long as most of a fault. */
+static int cpu_of_fault_thread(struct client *client)
+{
+	if (client->stand_by && client->fault_changes == 0 && ++client->fault_cpu_age < CPU_SAMPLES)
+		return (int)client->fault_cpu;
+	client->fault_cpu_age = 0;
+	return sys_thread_cpu(client->pid, (pid_t)client->fault_thread);
+}
+
 static void decide(struct client *client)
 {
 	unsigned changes_max = client->stand_by ? CHANGES_STAY_MAX : CHANGES_MAX;
 	int cpu = CPU_UNKNOWN;
 
 	if (client->fault_changes <= changes_max && client->fault_reads_dense >= SAMPLE_FAULTS / 2)
-		cpu = sys_thread_cpu(client->pid, (pid_t)client->fault_thread);
+		cpu = cpu_of_fault_thread(client);
 	if (cpu >= 0)
 		WRITE_ONCE(client->fault_cpu, (unsigned)cpu);
 	set_stand_by(client, cpu >= 0 && !client->stopping);
@@ -91,11 +104,48 @@ struct worker {
 	struct client *client;
 	unsigned number, count;
 	int cpu; /* pinned to; CPU_UNKNOWN: to none */
+	int nice;       /* of all threads like it */
+	bool is_gentle; /* it has that of ordinary threads */
+	unsigned turns; /* since it was looked at what it has waited for the CPU */
+	uint64_t waited_ns, gentle_next_ns;
 };
 
 static bool stands_by(const struct worker *worker)
 {
 	return worker->number > 0 && __atomic_load_n(&worker->client->stand_by, __ATOMIC_ACQUIRE);
+}
+
+static void set_gentle(struct worker *worker, bool gentle)
+{
+	(void)sys_nice(gentle ? max_of(worker->nice, 0) : worker->nice);
+	worker->is_gentle = gentle;
+	worker->turns = 0;
+}
+
+/*
+ * Whoever goes before the program has the CPU in the middle of the fault, before the program's thread has gone to sleep: that is
+ * one switch more, 1.3 us of 10. Where the two have a CPU to themselves it need not go before anybody. Whether they do is
+ * tried: a thread that has to wait for the CPU goes before others again, for a while.
+ */
+static void settle_nice(struct worker *worker, bool keeps_cpu)
+{
+	uint64_t waited_ns, before_ns = worker->waited_ns;
+
+	if (worker->is_gentle ? keeps_cpu && ++worker->turns < GENTLE_TURNS
+			      : !keeps_cpu || sys_now_ns() < worker->gentle_next_ns)
+		return;
+	if (!keeps_cpu || sys_thread_waited_ns(&waited_ns) < 0) {
+		set_gentle(worker, false);
+		worker->gentle_next_ns = sys_now_ns() + GENTLE_REST_NS;
+		return;
+	}
+	worker->waited_ns = waited_ns;
+	if (worker->is_gentle && waited_ns - before_ns > GENTLE_TURNS * GENTLE_WAIT_NS) {
+		set_gentle(worker, false);
+		worker->gentle_next_ns = sys_now_ns() + GENTLE_REST_NS;
+	} else {
+		set_gentle(worker, true);
+	}
 }
 
 /* A hint: any CPU is right, this one is fast. */
@@ -109,6 +159,7 @@ static void settle_on_cpu(struct worker *worker)
 		sys_pin_this_thread(cpu);
 		worker->cpu = (int)cpu;
 	}
+	settle_nice(worker, follows && READ_ONCE(client->keeps_cpu));
 }
 
 /* `retry` is what the last look under the gate saw; -1: wait for an event. */
@@ -165,6 +216,7 @@ static void *worker_main(void *argument)
 
 	free(argument);
 	name_this_thread("vswap-fault");
+	worker.nice = sys_nice_now();
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
 		struct fill_scratch scratch = { NULL };
 		bool waits;

@@ -208,11 +208,41 @@ static void test_who_keeps_off(void)
 	CHECK(CPU_EQUAL(&now, &all));
 }
 
+/* Spins, and says how long it had to wait for its CPU meanwhile. */
+static void *spin(void *argument)
+{
+	uint64_t *waited_ns = argument, before_ns, end_ns = test_now_ns() + 100000000;
+
+	sys_pin_this_thread((unsigned)sched_getcpu());
+	CHECK(sys_thread_waited_ns(&before_ns) == 0);
+	while (test_now_ns() < end_ns)
+		;
+	CHECK(sys_thread_waited_ns(waited_ns) == 0 && *waited_ns >= before_ns);
+	*waited_ns -= before_ns;
+	return NULL;
+}
+
+static void test_who_waits_for_a_cpu(void)
+{
+	cpu_set_t all = allowed_now();
+	uint64_t waited_ns[2] = { 0 };
+	pthread_t threads[2];
+
+	sys_pin_this_thread((unsigned)sched_getcpu()); /* and the two that it starts */
+	for (unsigned i = 0; i < 2; i++)
+		CHECK(pthread_create(&threads[i], NULL, spin, &waited_ns[i]) == 0);
+	for (unsigned i = 0; i < 2; i++)
+		CHECK(pthread_join(threads[i], NULL) == 0);
+	CHECK(sched_setaffinity(0, sizeof all, &all) == 0);
+	CHECK(waited_ns[0] + waited_ns[1] > 50000000 && waited_ns[0] + waited_ns[1] < PATIENCE_NS);
+}
+
 int main(void)
 {
 	test_who_is_asked();
 	test_a_wait_ends();
 	test_who_is_kept_awake();
 	test_who_keeps_off();
+	test_who_waits_for_a_cpu();
 	return 0;
 }
