@@ -388,6 +388,7 @@ static void serve(struct client *client, struct fill_scratch *scratch)
 	for (uint32_t i = 0; i < count; i++)
 		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
 			answer_message(client, scratch, &messages[i], now);
+	worker_decide(client);
 	forget_messages(client, count);
 	if (client->remap_count > 0 && !sys_userfaultfd_is_changing(client->events_fd)) {
 		remap_settle(client);

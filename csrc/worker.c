@@ -17,9 +17,9 @@
 #define STACK_BYTES (128 * 1024)
 #define STAND_BY_MS 60000
 #define CPU_UNKNOWN (-1)
-#define GENTLE_TURNS 256
+#define GENTLE_TURNS 128
 #define GENTLE_WAIT_NS 10000 /* a turn: more than the program mostly takes between two faults */
-#define GENTLE_REST_NS 250000000ULL
+#define GENTLE_REST_NS 64000000ULL
 #define GATE_SPIN_NS 150000 /* longer than a MOVE of 64 scattered pages */
 
 /* So many faults are looked at before it is decided again who waits. One thread faults when at most so many of them
@@ -51,11 +51,13 @@ static int cpu_of_fault_thread(struct client *client)
 	return sys_thread_cpu(client->pid, (pid_t)client->fault_thread);
 }
 
-static void decide(struct client *client)
+void worker_decide(struct client *client)
 {
 	unsigned changes_max = client->stand_by ? CHANGES_STAY_MAX : CHANGES_MAX;
 	int cpu = CPU_UNKNOWN;
 
+	if (client->worker_count <= 1 || client->fault_count < SAMPLE_FAULTS)
+		return;
 	if (client->fault_changes <= changes_max && client->fault_reads_dense >= SAMPLE_FAULTS / 2)
 		cpu = cpu_of_fault_thread(client);
 	if (cpu >= 0)
@@ -83,8 +85,6 @@ void worker_note_faults(struct client *client, const struct uffd_msg *messages, 
 	client->fault_count += faults;
 	client->fault_reads_dense += now_ns - client->fault_ns < AWAKE_NS;
 	client->fault_ns = now_ns;
-	if (client->worker_count > 1 && client->fault_count >= SAMPLE_FAULTS)
-		decide(client);
 	if (client->stand_by)
 		awake_note(&client->engine->awake, now_ns, client->keeps_cpu ? client->fault_cpu : AWAKE_CPU_NONE);
 }

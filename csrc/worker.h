@@ -9,7 +9,7 @@
  * brings so many pages, or matters so little, that it is better done beside the thread than in its place.
  * docs/decisions/0013 has the figures.
  *
- * Locking    worker_note_faults: the gate. The rest: any thread.
+ * Locking    worker_note_faults, worker_decide: the gate. The rest: any thread.
  */
 #ifndef VSWAP_WORKER_H
 #define VSWAP_WORKER_H
@@ -21,8 +21,9 @@ struct uffd_msg;
 
 /* Start a client's fault threads, if it has none: 0, -ESRCH when it is buried, -EAGAIN: no thread to be had. The gate is held. */
 int worker_start_all(struct client *client);
-/* These messages were read: who faults? */
+/* These messages were read: who faults? And, once they are answered, for it may take as long as a fault: who waits for the next? */
 void worker_note_faults(struct client *client, const struct uffd_msg *messages, uint32_t count, uint64_t now_ns);
+void worker_decide(struct client *client);
 /* The client is `stopping`: nobody stands by any longer. */
 void worker_stop_all(struct client *client);
 
