@@ -17,11 +17,10 @@
 #include "fault_point.h"
 #include "fill.h"
 #include "sys.h"
-
-#define GATE_TRIES 8   /* between two looks at the clock */
-#define GATE_PAUSES 8  /* between two tries: less than a tenth of a microsecond */
 #include "worker.h"
 
+#define GATE_TRIES 8  /* between two looks at the clock */
+#define GATE_PAUSES 8 /* between two tries: about a tenth of a microsecond */
 #define AGENT_LOOK_MS 50 /* how often a waiter looks whether the agent is still there */
 #define FREED_AT_ONCE 64 /* clusters */
 #define ARENA_BYTES_MAX (1UL << 30)

@@ -15,6 +15,9 @@
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include "base.h"
 #include "fault_point.h"
@@ -130,7 +133,6 @@ static struct io_request *ring_reap(struct io_uring *ring, bool wait)
 /* A ring is mapped where another one was before: the kernel orders the two, by system calls of liburing's own that
  * ThreadSanitizer does not see. */
 #if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
 static char mappings;
 #define RINGS_UNMAPPED() __tsan_release(&mappings)
 #define RINGS_MAPPED() __tsan_acquire(&mappings)

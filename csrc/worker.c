@@ -120,6 +120,16 @@ static void set_gentle(struct worker *worker, bool gentle)
 	(void)sys_nice(gentle ? max_of(worker->nice, 0) : worker->nice);
 	worker->is_gentle = gentle;
 	worker->turns = 0;
+	if (!gentle)
+		worker->gentle_next_ns = sys_now_ns() + GENTLE_REST_NS;
+}
+
+/* Since the last call, or ever. */
+static uint64_t waited_ns(struct worker *worker)
+{
+	uint64_t before_ns = worker->waited_ns;
+
+	return sys_thread_waited_ns(&worker->waited_ns) < 0 ? UINT64_MAX : worker->waited_ns - before_ns;
 }
 
 /*
@@ -129,22 +139,15 @@ static void set_gentle(struct worker *worker, bool gentle)
  */
 static void settle_nice(struct worker *worker, bool keeps_cpu)
 {
-	uint64_t waited_ns, before_ns = worker->waited_ns;
-
-	if (worker->is_gentle ? keeps_cpu && ++worker->turns < GENTLE_TURNS
-			      : !keeps_cpu || sys_now_ns() < worker->gentle_next_ns)
-		return;
-	if (!keeps_cpu || sys_thread_waited_ns(&waited_ns) < 0) {
+	if (!worker->is_gentle) {
+		if (keeps_cpu && sys_now_ns() >= worker->gentle_next_ns && waited_ns(worker) != UINT64_MAX)
+			set_gentle(worker, true);
+	} else if (!keeps_cpu) {
 		set_gentle(worker, false);
-		worker->gentle_next_ns = sys_now_ns() + GENTLE_REST_NS;
-		return;
-	}
-	worker->waited_ns = waited_ns;
-	if (worker->is_gentle && waited_ns - before_ns > GENTLE_TURNS * GENTLE_WAIT_NS) {
-		set_gentle(worker, false);
-		worker->gentle_next_ns = sys_now_ns() + GENTLE_REST_NS;
-	} else {
-		set_gentle(worker, true);
+	} else if (++worker->turns >= GENTLE_TURNS) {
+		worker->turns = 0;
+		if (waited_ns(worker) > GENTLE_TURNS * GENTLE_WAIT_NS)
+			set_gentle(worker, false);
 	}
 }
 
@@ -256,7 +259,7 @@ static int start_one(struct client *client, const pthread_attr_t *attributes, un
 
 	if (!worker)
 		return -ENOMEM;
-	*worker = (struct worker){ client, number, count, CPU_UNKNOWN };
+	*worker = (struct worker){ .client = client, .number = number, .count = count, .cpu = CPU_UNKNOWN };
 	client_get_index(client->engine, client->index);
 	if (pthread_create(&thread, attributes, worker_main, worker) == 0)
 		return 0;
