@@ -327,16 +327,18 @@ bool client_arena_is_sane(const struct engine_arena *arena)
 
 void client_lock_gate(struct client *client, uint64_t spin_ns)
 {
-	uint64_t until_ns = sys_now_ns() + spin_ns;
+	uint64_t until_ns;
 
-	do {
+	if (pthread_mutex_trylock(&client->gate) == 0)
+		return;
+	until_ns = sys_now_ns() + spin_ns;
+	while (READ_ONCE(client->keeps_cpu) && sys_now_ns() < until_ns)
 		for (unsigned i = 0; i < GATE_TRIES; i++) {
-			if (pthread_mutex_trylock(&client->gate) == 0)
-				return;
 			for (unsigned k = 0; k < GATE_PAUSES; k++)
 				sys_pause_cpu();
+			if (pthread_mutex_trylock(&client->gate) == 0)
+				return;
 		}
-	} while (READ_ONCE(client->keeps_cpu) && sys_now_ns() < until_ns);
 	pthread_mutex_lock(&client->gate);
 }
 

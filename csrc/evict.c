@@ -367,7 +367,7 @@ static uint32_t post_move(struct client *client, struct choice *choice)
 }
 
 /* Step 7: have the window emptied; it is free once that is answered (client_reap_releases). The agent is still to be woken. */
-static void release(struct client *client, const struct choice *choice)
+static void enqueue_release(struct client *client, const struct choice *choice)
 {
 	struct vswap_command command = { .operation = VSWAP_RELEASE, .window = choice->window,
 					 .protection = choice->protection };
@@ -379,6 +379,12 @@ static void release(struct client *client, const struct choice *choice)
 	batch->release_number = client_enqueue(client, &command);
 	batch->releasing = true;
 	crash_point(CRASH_EVICT_RELEASED);
+}
+
+static void release(struct client *client, const struct choice *choice)
+{
+	enqueue_release(client, choice);
+	client_wake_agent(client);
 }
 
 /* What is in staging stays there, and is served from there. */
@@ -417,10 +423,8 @@ static int finish_move(struct client *client, struct choice *choice, uint32_t nu
 		.resident_pages = (uint32_t)__builtin_popcountll(moved),
 	};
 	crash_point(CRASH_EVICT_STAGED);
-	if (moved == 0) {
+	if (moved == 0)
 		release(client, choice); /* nothing to store; zero pages may lie there */
-		client_wake_agent(client);
-	}
 	*ret_moved = moved;
 	return 0;
 }
@@ -680,7 +684,7 @@ static void store_and_release(struct client *client, struct evictor *evictor,
 		stop_eviction(client, -result);
 	} else if (!client->dead) {
 		settle_batch(client, choice, &stored);
-		release(client, choice);
+		enqueue_release(client, choice);
 		number = batch->release_number;
 		posted = true;
 	} else {
@@ -752,7 +756,6 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 		moved = 0;
 		take_back(client, choice.window, ~moved);
 		release(client, &choice);
-		client_wake_agent(client);
 		result = -EAGAIN;
 	} else if (choice.page_count > 0) {
 		uint32_t number;
@@ -939,7 +942,6 @@ void evict_recover_release(struct client *client, unsigned windows)
 			struct choice choice = choice_of(client, w);
 
 			release(client, &choice);
-			client_wake_agent(client);
 		}
 	}
 }

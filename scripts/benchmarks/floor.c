@@ -9,6 +9,7 @@
  *   step, p50_ns, p99_ns      of `count` measurements; for steps that are done for many pages at once: for each page
  *
  *   round_trip_same  a fault, seen by who faults: poll and read in another process, on the same CPU, COPY of a page that is ready
+ *   round_trip_nice  ... by one that goes before the program (nice -10): docs/decisions/0013
  *   round_trip_other ... on another CPU, that was asleep
  *   touch            a first touch of memory that nobody watches, in order, and all of the page written
  *   copy             COPY of 64 pages at once for which nobody waits
@@ -38,6 +39,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -190,7 +192,7 @@ static _Noreturn void answer_faults(int fd, const uint8_t *ready)
 	}
 }
 
-static void measure_round_trip(const char *step, const int cpus[2], bool same)
+static void measure_round_trip(const char *step, const int cpus[2], bool same, int nice)
 {
 	uint8_t *area = map(FAULTS * PAGE, MAP_PRIVATE), *ready = map(PAGE, MAP_PRIVATE);
 	int fd = userfaultfd_open();
@@ -200,8 +202,10 @@ static void measure_round_trip(const char *step, const int cpus[2], bool same)
 	userfaultfd_watch(fd, area, FAULTS * PAGE);
 	use_cpu(cpus[0]);
 	pid = fork_to(cpus[same ? 0 : 1]);
-	if (pid == 0)
+	if (pid == 0) {
+		(void)setpriority(PRIO_PROCESS, 0, nice); /* root may */
 		answer_faults(fd, ready);
+	}
 	usleep(20000);
 	for (uint64_t i = 0; i < FAULTS; i++) {
 		volatile uint8_t *page = area + i * 4099 % FAULTS * PAGE; /* an odd number: each once */
@@ -446,8 +450,9 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	find_cpus(cpus);
-	measure_round_trip("round_trip_same", cpus, true);
-	measure_round_trip("round_trip_other", cpus, false);
+	measure_round_trip("round_trip_same", cpus, true, 0);
+	measure_round_trip("round_trip_nice", cpus, true, -10);
+	measure_round_trip("round_trip_other", cpus, false, 0);
 	measure_touch_and_copy();
 	measure_codec();
 	measure_wake(cpus);

@@ -63,6 +63,17 @@ static void until_waiting(unsigned count)
 	}
 }
 
+/* One is at work, and stays there. */
+static void until_held(void)
+{
+	uint64_t end_ns = test_now_ns() + PATIENCE_NS;
+
+	while (READ_ONCE(office.held) != 1) {
+		CHECK(test_now_ns() < end_ns);
+		usleep(100);
+	}
+}
+
 /* So many turns in all since the last call, and no more. */
 static void expect_turns(unsigned count)
 {
@@ -96,7 +107,7 @@ static void test_who_is_asked(void)
 	/* While one is at work nobody else is asked, and it has a turn more for all that came meanwhile. */
 	WRITE_ONCE(office.hold, true);
 	work_ask_one(&office.work, THREADS);
-	until_waiting(THREADS - 1);
+	until_held();
 	work_ask_one(&office.work, THREADS);
 	work_ask_one(&office.work, THREADS);
 	usleep(QUIET_US);
@@ -139,6 +150,22 @@ static void fault_until_awake(struct awake *awake, unsigned cpu, unsigned other)
 	}
 }
 
+/* Faults go on on this CPU until its thread sleeps. False when there was a pause between two of them: that says nothing. */
+static bool fault_until_asleep(struct awake *awake, unsigned cpu)
+{
+	uint64_t end_ns = test_now_ns() + PATIENCE_NS, before_ns = sys_now_ns(), now_ns;
+	bool paused = false;
+
+	do {
+		now_ns = sys_now_ns();
+		CHECK(now_ns < end_ns);
+		paused |= now_ns - before_ns >= AWAKE_NS;
+		awake_note(awake, now_ns, cpu);
+		before_ns = now_ns;
+	} while (!READ_ONCE(awake->threads[cpu].asleep));
+	return !paused && sys_now_ns() - before_ns < AWAKE_NS;
+}
+
 static void until_asleep(struct awake *awake)
 {
 	uint64_t end_ns = test_now_ns() + PATIENCE_NS;
@@ -167,7 +194,9 @@ static void test_who_is_kept_awake(void)
 	until_asleep(&awake);
 
 	fault_until_awake(&awake, 1, 0);
-	CHECK(awake_busy_cpus(&awake, sys_now_ns()) & 2);
+	now_ns = sys_now_ns();
+	awake_note(&awake, now_ns, 1);
+	CHECK(awake_busy_cpus(&awake, now_ns) & 2);
 	usleep(2 * AWAKE_BUSY_NS / 1000);
 	until_asleep(&awake);
 
@@ -175,6 +204,14 @@ static void test_who_is_kept_awake(void)
 	fault_until_awake(&awake, AWAKE_CPU_NONE, 0);
 	fault_until_awake(&awake, AWAKE_CPU_NONE, 1);
 	CHECK(awake_busy_cpus(&awake, sys_now_ns()) == 0);
+
+	/* One that runs where faults come from now on goes to sleep, for all that they go on. */
+	until_asleep(&awake);
+	fault_until_awake(&awake, AWAKE_CPU_NONE, 0);
+	for (uint64_t end_ns = test_now_ns() + PATIENCE_NS; !fault_until_asleep(&awake, 0);) {
+		CHECK(test_now_ns() < end_ns);
+		fault_until_awake(&awake, AWAKE_CPU_NONE, 0);
+	}
 	awake_stop(&awake);
 }
 
