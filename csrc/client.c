@@ -12,6 +12,7 @@
 
 #include "base.h"
 #include "checkpoint.h"
+#include "cow.h"
 #include "crash_point.h"
 #include "engine_internal.h"
 #include "fault_point.h"
@@ -54,6 +55,7 @@ static void client_free(struct client *client)
 	range_set_clear(&client->quarantine);
 	range_set_clear(&client->armed);
 	probation_clear(&client->probation);
+	cow_forget(client);
 	cold_destroy(&client->cold);
 	cold_destroy(&client->cold_raw);
 	free(client->parked);
@@ -400,6 +402,7 @@ void client_bury(struct client *client)
 	__atomic_store_n(&client->stopping, true, __ATOMIC_RELEASE);
 	__atomic_store_n(&client->dead, true, __ATOMIC_SEQ_CST);
 	WRITE_ONCE(client->agent_gone, true);
+	cow_note_end(client);
 	client_set_phase(client, CLIENT_DEAD);
 	crash_point(CRASH_CLIENT_DEAD);
 	(void)slot_clusters_free(engine->slots, client->forgotten, UINT32_MAX, client_free_copy, client);

@@ -188,13 +188,19 @@ struct client {
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
 	int64_t growth_pages;        /* between the last two readings of Pss, and no fault told of it */
 	/* cow.c */
-	bool pss;           /* has forked relatives: resident is Pss */
+	bool pss;           /* has, or had, forked relatives: resident is Pss */
+	struct family *family; /* those of them that live; NULL: none, or nobody knows */
+	bool is_unread;     /* its Pss, since it was forked */
+	uint32_t forks;     /* of it, and its own */
 	bool is_alone;      /* at the last reading nothing was shared */
 	bool is_protecting; /* what was shared then is protected */
+	uint64_t alone_since_ns; /* 0: it is not, or not yet seen */
+	uint32_t alone_faults;   /* since then, of writes to what is still protected */
 	int64_t copied_pages; /* let through since then */
 	uint64_t pss_next_ns;
 	uint64_t pss_round; /* the group's, of the last reading */
-	int64_t pss_above_resident; /* pages, at the last reading */
+	int64_t pss_above_resident; /* pages, at the last reading or fork */
+	int64_t shared_pages; /* about so many then */
 	uint32_t pss_cost_factor; /* the next reading is so many times later than the last one took */
 	uint64_t faults, evicted_pages;
 	int64_t metadata_seen;

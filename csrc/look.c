@@ -97,7 +97,7 @@ void look_protect_zero_pages(const struct client *client, uint64_t start, uint64
  * pieces join the regions; a piece that is not (registration takes shared memory too) is let go. Never
  * more than such a piece: an UNREGISTER of anonymous memory would make swapped pages read as zeros.
  */
-static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end)
+static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end, bool is_new)
 {
 	struct mapping mapping;
 	uint64_t bytes = 0;
@@ -114,6 +114,8 @@ static uint64_t adopt_pieces(struct client *client, uint64_t start, uint64_t end
 		else {
 			remap_armed(client, first, last);
 			look_protect_zero_pages(client, first, last);
+			if (is_new)
+				cow_note_registered(client, first, last);
 			if (range_set_add(&client->regions, first, last, mapping.executable ? 1 : 0,
 					  REGIONS_MAX) == 0)
 				bytes += last - first;
@@ -145,7 +147,7 @@ static uint64_t register_region(struct client *client, uint64_t start, uint64_t 
 	if (sys_userfaultfd_register(client->events_fd, start, end - start) < 0)
 		return 0;
 	crash_point(CRASH_REGISTERED);
-	return adopt_pieces(client, start, end);
+	return adopt_pieces(client, start, end, !covered);
 }
 
 /* But for what is being given up (yield.h). */

@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "base.h"
+#include "cow.h"
 #include "engine_internal.h"
 #include "evict.h"
 #include "sys.h"
@@ -260,7 +261,7 @@ static uint64_t torture_hand(const struct client *client)
 /* Relatives let go what they share in turns, for it takes room in the pool, and in memory until all of them have. */
 static unsigned batches_a_turn(const struct client *client)
 {
-	return READ_ONCE(client->pss) && !READ_ONCE(client->is_alone) ? BATCHES_A_TURN_SHARED : BATCHES_A_TURN;
+	return READ_ONCE(client->pss) && !cow_is_alone(client) ? BATCHES_A_TURN_SHARED : BATCHES_A_TURN;
 }
 
 /* The host will see it, but a moment later. */
@@ -374,7 +375,8 @@ int reclaim_pageout(struct client *client, uint64_t start, uint64_t end, int tim
 	pthread_mutex_unlock(&client->gate);
 	while (!result.wrapped && hand_is_within(client, start, end) && !is_late) {
 		/* A page that forked relatives share takes room in the pool, and stays resident with them. */
-		bool makes_worse = READ_ONCE(client->pss) && group_room_bytes(client->group) < 0;
+		bool makes_worse = READ_ONCE(client->pss) && !cow_is_alone(client) &&
+				   group_room_bytes(client->group) < 0;
 
 		error = -EAGAIN;
 		if (!makes_worse && pool_has_room(client->engine, client->group, client))

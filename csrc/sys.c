@@ -38,6 +38,7 @@ struct ioctl_pagemap_scan {
 	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
 #define IOCTL_PAGEMAP_SCAN _IOWR('f', 16, struct ioctl_pagemap_scan)
+#define PAGE_IS_WRITTEN (1ULL << 1) /* and what was never protected */
 #define PAGE_IS_PRESENT (1ULL << 3)
 #define PAGE_IS_SWAPPED (1ULL << 4)
 #define PAGE_IS_ZERO_PAGE (1ULL << 5)
@@ -451,6 +452,12 @@ int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_ra
 		    uint64_t *ret_walk_end)
 {
 	return scan(pagemap_fd, start, end, ranges, max, 0, PAGE_IS_PRESENT, PAGE_IS_ZERO_PAGE, 0, ret_walk_end);
+}
+
+int sys_unprotected_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+			   uint64_t *ret_walk_end)
+{
+	return scan(pagemap_fd, start, end, ranges, max, 0, PAGE_IS_THERE, PAGE_IS_WRITTEN, 0, ret_walk_end);
 }
 
 bool sys_page_is_present(int pagemap_fd, uint64_t address)

@@ -75,6 +75,7 @@ struct page_range {
  * There      these, and the shared zero page
  * Mapped     what is in memory now: what is to be evicted. The zero page, too
  * Zero       the shared zero page alone
+ * Unprotected  what is there and may be written to without a fault
  */
 int sys_resident_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges,
 			unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
@@ -84,6 +85,9 @@ int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
 int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
 		    uint64_t *ret_walk_end);
+
+int sys_unprotected_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
+			   uint64_t *ret_walk_end);
 
 /* True when the page is there, the zero page included. */
 bool sys_page_is_present(int pagemap_fd, uint64_t address);

@@ -63,13 +63,6 @@ def _wait_spilled(socket_path: str, count_bytes: int, seconds_max: float = 60.0)
             time.sleep(0.05)  # polling another process's state
 
 
-def _wait_filled(program: LimitedProgram, seconds_max: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds_max
-    while b"filled" not in os.pread(program._files["stderr"].fileno(), 4096, 0):  # noqa: SLF001
-        assert time.monotonic() < deadline and program.process.poll() is None, "the program did not fill its memory"
-        time.sleep(0.05)  # polling another process's state
-
-
 def _full_segments(spill: Path, count: int) -> list[int]:
     """So many that are full of whole pages: half-full ones are soon compacted, and what is in their places is nothing.
 
@@ -97,7 +90,7 @@ def test_flipped_bits_cost_their_pages_alone(tmp_path: Path, encrypt: bool) -> N
     extent_bytes = _PAGE_BYTES + 64 * encrypt  # a sealed one has its tag behind it
     with LimitedProgram(24 * MIB, argv, options=options) as program:
         _wait_spilled(program.socket_path, (flips + 1) * _SEGMENT_BYTES)
-        _wait_filled(program)
+        program.wait_said(b"filled")
         segments = _full_segments(spill, flips)
         with spill.open("r+b") as file:
             for bit, segment in enumerate(segments):  # noise is stored raw: whole pages behind a header of 64 bytes
@@ -124,7 +117,7 @@ def test_misdirected_segment_gives_no_page_of_another(tmp_path: Path, encrypt: b
     options = ["--private", "--pool", "1M", "--spill", f"{spill}:256M", *["--encrypt"] * encrypt]
     with LimitedProgram(24 * MIB, argv, options=options) as program:
         _wait_spilled(program.socket_path, 6 * _SEGMENT_BYTES)
-        _wait_filled(program)
+        program.wait_said(b"filled")
         source, target = _full_segments(spill, 2)
         with spill.open("r+b") as file:
             file.seek(source * _SEGMENT_BYTES)

@@ -435,6 +435,76 @@ def test_writes_to_what_a_fork_shares_wait_for_room() -> None:
     assert result.stats["counters"]["evicted_shared"] > 0, result.stats["counters"]
 
 
+# What was written to since the last fork is shared anew by the next, while all of it is in memory; each waits until it is
+# protected (bit 57 of pagemap). The last child looks at everything. Then it is alone, all of it still protected, and writes to
+# all of it.
+_FORKS_AGAIN = """
+import ctypes, mmap, numpy, os, sys, time
+pages, turns, fifo = 240 * 256, 4, sys.argv[1]
+memory = mmap.mmap(-1, pages * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+words = numpy.frombuffer(memory, dtype=numpy.uint64).reshape(pages, 512)
+values = numpy.random.default_rng(1).integers(0, 2**64, (pages, 100), dtype=numpy.uint64)
+words[:, :100] = values
+words[:, 1] = 0
+first = ctypes.addressof(ctypes.c_char.from_buffer(memory)) // 4096
+def wait_until_protected(seconds_max=20):
+    deadline, pagemap = time.monotonic() + seconds_max, os.open("/proc/self/pagemap", os.O_RDONLY)
+    while True:
+        entries = numpy.frombuffer(os.pread(pagemap, pages * 8, first * 8), dtype=numpy.uint64)
+        there = entries[entries >> numpy.uint64(63) != 0]
+        if (there >> numpy.uint64(57) & numpy.uint64(1)).sum() > 0.9 * len(there): break
+        assert time.monotonic() < deadline, "not protected"
+        time.sleep(0.01)
+    os.close(pagemap)
+def is_as_it_was(turn): return (words[:, 1] == turn).all() and (words[:, 2:100] == values[:, 2:]).all()
+for turn in range(turns):
+    begin, go = os.pipe()
+    words[:, 2].sum() # all of it is in memory, and no room for copies
+    child = os.fork()
+    if child == 0:
+        os.read(begin, 1)
+        wait_until_protected()
+        os._exit(0 if turn < turns - 1 or is_as_it_was(turn) else 1)
+    wait_until_protected()
+    words[:, 1] = turn + 1
+    os.write(go, b"x")
+    os.close(begin), os.close(go)
+    assert os.waitpid(child, 0)[1] == 0, turn
+assert is_as_it_was(turns)
+child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("alone", file=sys.stderr, flush=True)
+open(fifo).read()
+words[:, 1] += 1
+print("written", file=sys.stderr, flush=True)
+open(fifo).read()
+"""
+
+
+def test_forks_again_and_again_and_then_is_alone(tmp_path: Path) -> None:
+    """Each time all is protected, in the child, too; and not for long once the last child has ended."""
+    limit, demand, fifo = 400 * MIB, 574 * MIB, tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with LimitedProgram(limit, [*python_argv(_FORKS_AGAIN), str(fifo)]) as program:
+        program.wait_said(b"alone")
+        time.sleep(1.5)  # longer than it stays protected
+        with ControlClient(program.socket_path, 30.0) as control:
+            before = control.status(30.0)["counters"]["faults"]
+            fifo.write_text("go on\n")
+            program.wait_said(b"written")
+            status = control.status(30.0)
+        [client] = status["clients"]
+        [anonymous] = re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{client['pid']}/status").read_text())
+        fifo.write_text("go on\n")
+        result = program.wait()
+    assert result.status == 0, result.describe()
+    assert result.samples.peak_bytes < (limit + demand) / 2, result.describe()
+    assert status["counters"]["faults"] - before < 100, "each write to what is protected is a fault"
+    assert abs(client["resident_bytes"] - int(anonymous) * 1024) < 2 * MIB, "all of it is its own"
+
+
 # What is large is not handed out before the process is managed: next to nothing is resident here.
 _LARGE_MAPPING = """
 import mmap
@@ -548,7 +618,7 @@ def test_out_of_memory_is_a_clear_end(verify_memory: str) -> None:
     result = run_limited("24M", argv, options=["--private", "--no-spill"])
     # vswapctl ends as the command did: killed.
     assert result.status in (137, -9), result.describe()
-    lines = [line for line in result.stderr.decode().splitlines() if line.startswith("vswapctl:")]
+    lines = [line for line in "".splitlines() if line.startswith("vswapctl:")]
     assert len(lines) == 1, result.describe()
     assert "memory" in lines[0]
     assert result.samples.peak_bytes <= 40 * MIB, result.describe()

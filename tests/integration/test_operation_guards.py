@@ -54,10 +54,24 @@ _GUARDS = [
     ),
     Guard(
         "wiped-in-the-child",
-        "fault.c",
-        "\tstruct address_space_name now;\n\n\treturn child->record",
-        "\tstruct address_space_name now;\n\n\treturn true || child->record",
+        "fork.c",
+        "\treturn child->record->map.cluster_count == 0",
+        "\treturn true || child->record->map.cluster_count == 0",
         "madvise_wipeonfork_while_out",
+    ),
+    Guard(
+        "wiped-where-nothing-is-resident",
+        "fork.c",
+        "\t\t    !mapping_was_copied(parent, child, &mapping))\n\t\t\treturn false;\n",
+        "\t\t    !mapping_was_copied(parent, child, &mapping))\n\t\t\treturn true;\n",
+        "madvise_wipeonfork_while_out",
+    ),
+    Guard(
+        "wiped-where-a-page-is-resident",
+        "fork.c",
+        "\treturn outcome == FILL_PRESENT;\n",
+        "\treturn outcome == FILL_PRESENT || outcome == FILL_DONE;\n",
+        "madvise_wipeonfork_half_out",
     ),
     Guard(
         "not-passed-on-to-the-child",

@@ -112,6 +112,13 @@ _RACES = [
         tuple((*_TORTURE, "--crash", f"EVENT_BEGUN:{call}") for call in (20, 100, 200, 300)),
         (Guard("replay", "fault.c", (("\t\tapply_events(client, i, i + 1);\n", ""),)),),
     ),
+    # A fork that a daemon had begun with is begun again: what the first one put into the child is no sign of anything.
+    Race(
+        "wiped",
+        6,
+        tuple((*_TORTURE, "--crash", f"FORK_{point}:3") for point in ("SHARED", "COMPLETE")),
+        (Guard("once", "fork.c", (("!parent->recovering && all_was_copied", "all_was_copied"),)),),
+    ),
     # A store into a slot that a forked relative has, too.
     Race(
         "fork",

@@ -151,6 +151,13 @@ class LimitedProgram:
         """The daemon's socket, once the command runs."""
         return self.sampler.wait_connected()
 
+    def wait_said(self, what: bytes, seconds_max: float = 60.0) -> None:
+        """Until the program has written that to its standard error. AssertionError."""
+        deadline = time.monotonic() + seconds_max
+        while what not in (said := os.pread(self._files["stderr"].fileno(), 1 << 20, 0)):
+            assert time.monotonic() < deadline and self.process.poll() is None, said
+            time.sleep(0.02)  # polling another process's output
+
     def wait(self, seconds_max: float | None = None) -> LimitedResult:
         """Until it has ended. TimeoutError, after it was ended by force."""
         try:

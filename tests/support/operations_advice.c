@@ -185,6 +185,23 @@ static void madvise_wipeonfork_while_out(void)
 	area_free(&other);
 }
 
+/* What is resident has never been out. */
+static void madvise_wipeonfork_half_out(void)
+{
+	struct area area = area_map(AREA_PAGES), other = area_map(AREA_PAGES);
+
+	area_write(&area, 0, HALF, 0);
+	area_write(&other, 0, HALF, 0);
+	bring_out(area.at, HALF);
+	bring_out(other.at, HALF);
+	area_write(&area, HALF, area.pages - HALF, 0);
+	area_write(&other, HALF, other.pages - HALF, 0);
+	advise(&area, 0, area.pages, MADV_WIPEONFORK);
+	check_in_child(&area, &other);
+	area_free(&area);
+	area_free(&other);
+}
+
 static void madvise_dontfork(void)
 {
 	struct area area = area_make(AREA_PAGES), other = area_make(AREA_PAGES);
@@ -327,6 +344,7 @@ const struct row advice_rows[] = {
 	{ "madvise_populate_write", madvise_populate_write, 0 },
 	{ "madvise_wipeonfork", madvise_wipeonfork, 0 },
 	{ "madvise_wipeonfork_while_out", madvise_wipeonfork_while_out, 0 },
+	{ "madvise_wipeonfork_half_out", madvise_wipeonfork_half_out, 0 },
 	{ "madvise_dontfork", madvise_dontfork, 0 },
 	{ "madvise_hugepage", madvise_hugepage, 0 },
 	{ "madvise_hugepage_first", madvise_hugepage_first, 0 },

@@ -13,6 +13,7 @@
  *   zap     give up much memory at once, while it is being evicted
  *   sparse  touch memory for the first time between pages that are being moved out
  *   freed   give pages up that are out, again and again; for daemons that die
+ *   wiped   a child finds zeros in memory of which a part was out, and another never, when they parted; for daemons that die
  *   fork    parent and child write to pages that were out when they parted, and have them evicted again
  */
 #define _GNU_SOURCE
@@ -33,6 +34,7 @@
 #define WAIT_MS_MAX 2000
 
 static const char *scenario;
+static uint8_t *large; /* enough of it to be managed */
 
 static _Noreturn void wrong(size_t page, uint64_t found, uint64_t expected)
 {
@@ -269,17 +271,56 @@ static unsigned part(unsigned round)
 	return 1;
 }
 
+/* Has just been written to for the first time: it has no slot. */
+static void write_anew(uint8_t *area, size_t page, uint64_t version)
+{
+	madvise(area + page * PAGE, PAGE, MADV_DONTNEED);
+	write_page(area, page, version);
+}
+
+static unsigned wiped(unsigned round)
+{
+	enum { PAGES = 256 };
+	static uint8_t *area;
+	int status = 0;
+	pid_t pid;
+
+	if (!area) {
+		area = map(NULL, PAGES);
+		madvise(area, PAGES * PAGE, MADV_WIPEONFORK);
+	}
+	for (size_t i = 0; i < PAGES; i++)
+		write_page(area, i, round);
+	if (!wait_until_out(area, PAGES, PAGES * 3 / 4))
+		return 0;
+	for (size_t i = 1; i < PAGES; i += 2)
+		write_anew(area, i, round);
+	write_anew(large, 0, round);
+	pid = fork();
+	for (size_t i = 0; i < PAGES; i++)
+		if (pid == 0)
+			check_zero(area, i);
+		else
+			check_page(area, i, round);
+	if (pid == 0)
+		_exit(0);
+	if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
+		_exit(WIFEXITED(status) ? WEXITSTATUS(status) : 4);
+	return 1;
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
 		const char *name;
 		unsigned (*run)(unsigned round); /* 0: it did not come about */
 	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "zap", zap },
-			  { "sparse", sparse }, { "freed", freed }, { "fork", part } };
+			  { "sparse", sparse }, { "freed", freed }, { "wiped", wiped }, { "fork", part } };
 	unsigned rounds = argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 0, came = 0;
 
 	scenario = argc > 1 ? argv[1] : "";
-	memset(map(NULL, 512), 1, 512 * PAGE); /* large enough to be managed */
+	large = map(NULL, 512);
+	memset(large, 1, 512 * PAGE);
 	usleep(100000);
 	for (size_t s = 0; s < sizeof scenarios / sizeof *scenarios; s++)
 		if (strcmp(scenarios[s].name, scenario) == 0)
