@@ -190,7 +190,7 @@ struct client {
 	/* cow.c */
 	bool pss;           /* has, or had, forked relatives: resident is Pss */
 	struct family *family; /* those of them that live; NULL: none, or nobody knows */
-	bool is_unread;     /* its Pss, since it was forked */
+	uint64_t counted_with; /* token of its parent, since it was forked and until its Pss is read; 0: it counts itself */
 	uint32_t forks;     /* of it, and its own */
 	bool is_alone;      /* at the last reading nothing was shared */
 	bool is_protecting; /* what was shared then is protected */

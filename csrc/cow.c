@@ -17,13 +17,13 @@
 #define ALONE_PART 64u /* Pss and resident size are not read in the same moment */
 #define ALONE_NS 1000000000ULL /* so long it stays protected */
 #define ALONE_FAULT_PAGES 64u  /* pages that are unprotected in the time of a fault */
-#define UNREAD_NS 500000000ULL
+#define UNCOUNTED_NS 500000000ULL
 #define RANGES_MAX 64u
 
 /* Clients of which all others were forked from one, as we saw. */
 struct family {
 	uint32_t living;     /* that have not ended */
-	uint32_t unread;     /* of these: what they share counts with others until it is read */
+	uint32_t uncounted;  /* of these: what they share counts with their parents until Pss is read */
 	uint32_t references; /* clients that name it */
 };
 
@@ -52,29 +52,41 @@ static void note_growth(struct client *client, int64_t pages, uint64_t cost_ns)
 						round_cost_ns(client->group, cost_ns) * client->pss_cost_factor);
 }
 
-/* A child that was forked counts for itself from now on. True: until now it did not. */
-static bool end_unread(struct client *client)
+/* A child counts itself from now on. Who counted it until now, 0 if it did. */
+static uint64_t end_counted_with(struct client *client)
 {
-	bool was_unread = __atomic_exchange_n(&client->is_unread, false, __ATOMIC_RELAXED);
+	uint64_t token = __atomic_exchange_n(&client->counted_with, 0, __ATOMIC_RELAXED);
 
-	if (was_unread)
-		__atomic_fetch_sub(&client->family->unread, 1, __ATOMIC_RELAXED);
-	return was_unread;
+	if (token)
+		__atomic_fetch_sub(&client->family->uncounted, 1, __ATOMIC_RELAXED);
+	return token;
 }
 
-/* So many pages of what its parent counted. It is about to be read, too, and then all is exact. */
-static void take_from_parent(struct client *child, int64_t pages)
+/* So many pages of what a child's parent counted for it. It is about to be read, too, and then all is exact. */
+static void take_from_parent(struct client *child, uint64_t token, int64_t pages)
 {
-	struct client *parent = client_get(child->engine, READ_ONCE(child->relative));
+	struct client *parent = client_get(child->engine, token);
 
 	if (!parent)
 		return;
-	if (READ_ONCE(parent->family) == READ_ONCE(child->family)) {
-		WRITE_ONCE(parent->pss_above_resident, READ_ONCE(parent->pss_above_resident) - pages);
-		look_set_resident(parent, max_of(READ_ONCE(parent->resident_pages) - pages, (int64_t)0),
-				  READ_ONCE(parent->growth_pages));
-	}
+	WRITE_ONCE(parent->pss_above_resident, READ_ONCE(parent->pss_above_resident) - pages);
+	look_set_resident(parent, max_of(READ_ONCE(parent->resident_pages) - pages, (int64_t)0),
+			  READ_ONCE(parent->growth_pages));
 	client_put(parent);
+}
+
+/* Its parent has ended first: nobody counts what they shared. */
+static void count_orphan(struct client *client)
+{
+	uint64_t token = READ_ONCE(client->counted_with);
+	struct client *parent = token ? client_get(client->engine, token) : NULL;
+
+	if (token && (!parent || READ_ONCE(parent->dead)) && end_counted_with(client)) {
+		WRITE_ONCE(client->pss_above_resident, 0);
+		WRITE_ONCE(client->pss_next_ns, 0);
+	}
+	if (parent)
+		client_put(parent);
 }
 
 /*
@@ -85,7 +97,7 @@ static void take_from_parent(struct client *child, int64_t pages)
 static void read_pss(struct client *client, uint64_t resident)
 {
 	int64_t before = READ_ONCE(client->resident_pages), copied = READ_ONCE(client->copied_pages), pages, growth;
-	uint64_t bytes, size, resident_before = resident, since_ns = sys_now_ns();
+	uint64_t bytes, size, resident_before = resident, since_ns = sys_now_ns(), parent;
 	uint32_t forks = READ_ONCE(client->forks);
 
 	if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &bytes) < 0) {
@@ -101,8 +113,9 @@ static void read_pss(struct client *client, uint64_t resident)
 	pages = min_of(pages + max_of(READ_ONCE(client->resident_pages) - before, (int64_t)0), (int64_t)resident);
 	growth = max_of(pages - READ_ONCE(client->resident_pages), (int64_t)0);
 	WRITE_ONCE(client->pss_above_resident, pages - (int64_t)resident);
-	if (end_unread(client)) { /* its parent's until now: no growth */
-		take_from_parent(client, growth);
+	parent = end_counted_with(client);
+	if (parent) { /* no growth */
+		take_from_parent(client, parent, growth);
 		growth = 0;
 	}
 	WRITE_ONCE(client->shared_pages, 2 * ((int64_t)resident - pages)); /* a page shared by two counts half in each */
@@ -118,8 +131,8 @@ static bool must_wait(const struct client *client, uint64_t now)
 {
 	const struct family *family = READ_ONCE(client->family);
 
-	return family && READ_ONCE(family->unread) > 0 && !READ_ONCE(client->is_unread) &&
-	       now < READ_ONCE(client->pss_next_ns) + UNREAD_NS;
+	return family && READ_ONCE(family->uncounted) > 0 && !READ_ONCE(client->counted_with) &&
+	       now < READ_ONCE(client->pss_next_ns) + UNCOUNTED_NS;
 }
 
 /* A copy counts half with each of two relatives: one is read with the other. */
@@ -161,6 +174,7 @@ void cow_look(struct client *client, uint64_t resident)
 {
 	const struct family *family = READ_ONCE(client->family);
 
+	count_orphan(client);
 	if (family && READ_ONCE(family->living) == 1)
 		look_alone(client, resident);
 	else if (is_reading_due(client))
@@ -254,9 +268,9 @@ static void join_family(struct client *parent, struct client *child)
 		return;
 	__atomic_fetch_add(&parent->family->living, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&parent->family->references, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&parent->family->unread, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&parent->family->uncounted, 1, __ATOMIC_RELAXED);
 	WRITE_ONCE(child->family, parent->family);
-	WRITE_ONCE(child->is_unread, true);
+	WRITE_ONCE(child->counted_with, parent->record->token);
 }
 
 static bool protect_ranges(struct client *parent, struct client *child, const struct page_range *ranges, int count)
@@ -333,7 +347,7 @@ void cow_note_end(struct client *client)
 {
 	if (!client->family)
 		return;
-	(void)end_unread(client);
+	(void)end_counted_with(client);
 	__atomic_fetch_sub(&client->family->living, 1, __ATOMIC_RELAXED);
 }
 

@@ -22,6 +22,7 @@
 #define CHILD_DEATH_MS 1000
 #define CHILD_FIND_TRIES 100
 #define WIPED_RANGES_MAX 16u /* of a mapping, to be tried */
+#define WIPED_TRIES 16u      /* in each of them */
 
 /* Its process, found by the token on its beacon page: a PID, -EAGAIN while an event of its own is unread, -ESRCH. */
 static pid_t find_child(int child_fd, uint64_t beacon, uint64_t token)
@@ -113,28 +114,32 @@ static bool has_slots(const struct client *child, const struct mapping *mapping)
  * put in its place says which, for then the kernel refuses it; and where it does not, zeros are what the child is to find, as what
  * has no slot and is not there is zeros, whatever else happened to it. The second time it would be refused, too.
  */
-static bool page_was_copied(struct client *child, uint64_t address)
+static enum fill_outcome try_page(struct client *child, uint64_t address)
 {
-	enum fill_outcome outcome;
-	uint64_t done;
+	enum fill_outcome outcome = sys_userfaultfd_zero(child->events_fd, address, PAGE_BYTES, &(uint64_t){ 0 });
 
-	if (slot_peek(child->engine->slots, &child->record->map, page_of(address)).tag != SLOT_NONE)
-		return false;
-	outcome = sys_userfaultfd_zero(child->events_fd, address, PAGE_BYTES, &done);
 	if (outcome == FILL_DONE)
 		child->zero_mapped_pages++;
-	return outcome == FILL_PRESENT;
+	return outcome;
+}
+
+static bool has_no_slot(const struct client *child, uint64_t address)
+{
+	return slot_peek(child->engine->slots, &child->record->map, page_of(address)).tag == SLOT_NONE;
 }
 
 static bool mapping_was_copied(const struct client *parent, struct client *child, const struct mapping *mapping)
 {
 	struct page_range ranges[WIPED_RANGES_MAX];
-	uint64_t end;
+	uint64_t end, step;
 	int count = sys_mapped_ranges(parent->pagemap_fd, mapping->start, mapping->end, ranges, WIPED_RANGES_MAX, 0, &end);
 
-	for (int i = 0; i < count; i++)
-		if (page_was_copied(child, ranges[i].start))
-			return true;
+	for (int i = 0; i < count; i++) {
+		step = max_of(page_of(ranges[i].end - ranges[i].start) / WIPED_TRIES, 1UL) * PAGE_BYTES;
+		for (uint64_t at = ranges[i].start; at < ranges[i].end; at += step)
+			if (has_no_slot(child, at))
+				return try_page(child, at) == FILL_PRESENT;
+	}
 	return false;
 }
 

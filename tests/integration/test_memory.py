@@ -618,7 +618,7 @@ def test_out_of_memory_is_a_clear_end(verify_memory: str) -> None:
     result = run_limited("24M", argv, options=["--private", "--no-spill"])
     # vswapctl ends as the command did: killed.
     assert result.status in (137, -9), result.describe()
-    lines = [line for line in "".splitlines() if line.startswith("vswapctl:")]
+    lines = [line for line in result.stderr.decode().splitlines() if line.startswith("vswapctl:")]
     assert len(lines) == 1, result.describe()
     assert "memory" in lines[0]
     assert result.samples.peak_bytes <= 40 * MIB, result.describe()

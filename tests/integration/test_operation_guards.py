@@ -69,8 +69,8 @@ _GUARDS = [
     Guard(
         "wiped-where-a-page-is-resident",
         "fork.c",
-        "\treturn outcome == FILL_PRESENT;\n",
-        "\treturn outcome == FILL_PRESENT || outcome == FILL_DONE;\n",
+        "return try_page(child, at) == FILL_PRESENT;\n",
+        "return try_page(child, at) <= FILL_PRESENT;\n",
         "madvise_wipeonfork_half_out",
     ),
     Guard(
