@@ -771,7 +771,7 @@ static void store_arena(struct client *client, const struct engine_arena *arena)
 /* A client is armed once; a forked one has its userfaultfd already. The gate is held. */
 static bool may_arm(const struct client *client, const struct engine_arena *arena, int events_fd, int trash_fd)
 {
-	return !client->dead && client->trash_fd < 0 && client->ring && client_arena_is_sane(arena) && trash_fd >= 0 &&
+	return client->trash_fd < 0 && client->ring && client_arena_is_sane(arena) && trash_fd >= 0 &&
 	       (client->events_fd < 0) == (events_fd >= 0);
 }
 
@@ -784,7 +784,7 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 
 	if (client) {
 		pthread_mutex_lock(&client->gate);
-		result = may_arm(client, arena, events_fd, trash_fd) ? 0 : -EINVAL;
+		result = client->dead ? -ESRCH : may_arm(client, arena, events_fd, trash_fd) ? 0 : -EINVAL;
 	}
 	if (result < 0) {
 		if (events_fd >= 0)

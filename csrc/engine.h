@@ -201,7 +201,7 @@ struct engine_arena {
 /*
  * The agent sent ARM. Takes over the descriptors in every case (events_fd is -1 for FORKED), does
  * the UFFDIO_API handshake, registers the arena, and starts serving. Afterwards the client is
- * managed: its regions are registered when its group comes near its limit.
+ * managed: its regions are registered when its group comes near its limit. -ESRCH: its process has ended.
  */
 int engine_client_arm(struct engine *engine, uint64_t token, const struct engine_arena *arena,
 		      int events_fd, int trash_fd);

@@ -128,6 +128,11 @@ async def send_message(sock: trio.socket.SocketType, data: bytes, descriptors: S
         raise WireError("the peer does not read")
 
 
+def _is_of_ended(error: BaseException) -> bool:
+    """Whether the engine said that the process has ended."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ESRCH
+
+
 def is_userfaultfd(descriptor: int) -> bool:
     """Whether a received descriptor is what it should be, before C code uses ioctls on it."""
     try:
@@ -185,8 +190,9 @@ class ClientServer:
                 await self._arm(sock, peer, hello=hello, token=token, arena=arena, descriptors=descriptors)
             await self._hold(sock)
         except (WireError, trio.TooSlowError) as error:
-            # Most often the process has just ended.
-            report = self._log.info if not processes.exists(peer.pid) else self._log.warning
+            # Most often the process has just ended, though it may be there until somebody waits for it.
+            has_ended = not processes.exists(peer.pid) or _is_of_ended(error)
+            report = self._log.info if has_ended else self._log.warning
             report("handshake given up", pid=peer.pid, uid=peer.uid, reason=str(error))
         finally:
             await self._lost(token)

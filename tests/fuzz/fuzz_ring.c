@@ -211,6 +211,8 @@ void engine_ask_for_range(struct client *c, uint64_t *cursor, uint64_t first_pag
 void reclaim_kill_largest(struct engine *e, struct group *g) { (void)e, (void)g; }
 void fill_free_reads(struct client *c) { (void)c; }
 void cow_let_through(struct client *c, uint64_t page, uint64_t count) { (void)c, (void)page, (void)count; }
+void cow_note_end(struct client *c) { (void)c; }
+void cow_forget(struct client *c) { (void)c; }
 void worker_stop_all(struct client *c) { (void)c; }
 void io_queue_destroy(struct io_queue *queue) { (void)queue; }
 void spill_free(struct spill *spill, uint64_t extent, unsigned units) { (void)spill, (void)extent, (void)units; }

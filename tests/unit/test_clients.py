@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -198,6 +199,20 @@ async def test_wrong_number_of_descriptors_ends_the_client(count: int) -> None:
         assert plane.engine.clients() == []
         assert open_descriptors() == before
         assert plane.log.worst() == ["handshake given up"]
+
+
+@pytest.mark.parametrize(("refusal", "worst"), [(errno.ESRCH, []), (errno.EINVAL, ["handshake given up"])])
+async def test_child_that_has_ended_meanwhile_is_nobodys_business(refusal: int, worst: list[str]) -> None:
+    async with control_plane() as plane:
+        plane.engine.refuse["client_arm"] = refusal
+        plane.add_group()
+        agent = plane.agent()
+        await agent.hello()
+        await agent.welcome()
+        await agent.arm()
+        assert await agent.ready() == wire.REFUSED_KERNEL
+        await agent.wait_closed()
+        assert plane.log.worst() == worst
 
 
 async def test_descriptors_of_another_kind_are_refused() -> None:
