@@ -27,12 +27,14 @@ struct family {
 	uint32_t references; /* clients that name it */
 };
 
-bool cow_is_alone(const struct client *client)
+static bool is_last_of_family(const struct client *client)
 {
 	const struct family *family = READ_ONCE(client->family);
 
-	return READ_ONCE(client->is_alone) || (family && READ_ONCE(family->living) == 1);
+	return family && READ_ONCE(family->living) == 1;
 }
+
+bool cow_is_alone(const struct client *client) { return READ_ONCE(client->is_alone) || is_last_of_family(client); }
 
 /* Each client that is due has all of its group read, so the time until then follows what all of that takes. */
 static uint64_t round_cost_ns(struct group *group, uint64_t cost_ns)
@@ -172,10 +174,8 @@ static void look_shared(struct client *client, uint64_t resident)
 
 void cow_look(struct client *client, uint64_t resident)
 {
-	const struct family *family = READ_ONCE(client->family);
-
 	count_orphan(client);
-	if (family && READ_ONCE(family->living) == 1)
+	if (is_last_of_family(client))
 		look_alone(client, resident);
 	else if (is_reading_due(client))
 		read_pss(client, resident);

@@ -13,8 +13,8 @@
  *             page table says is not protected is protected again, in both.
  * No more     once nothing is shared any longer all is unprotected, in one walk over the page table. Who forks once forks again:
  *             that waits for some time, or until the faults of writes meanwhile have taken as long.
- * Locking     cow_look and cow_is_due are the look thread's, without the gate; the others are called with the gate held, or
- *             both gates.
+ * Locking     cow_look and cow_is_due are the look thread's, without the gate; cow_is_alone is anybody's, and cow_forget that of who
+ *             has the last reference. The others are called with the gate held, or both gates.
  */
 #ifndef VSWAP_COW_H
 #define VSWAP_COW_H

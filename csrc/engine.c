@@ -768,11 +768,15 @@ static void store_arena(struct client *client, const struct engine_arena *arena)
 			       2 * REGIONS_MAX);
 }
 
-/* A client is armed once; a forked one has its userfaultfd already. The gate is held. */
-static bool may_arm(const struct client *client, const struct engine_arena *arena, int events_fd, int trash_fd)
+/* 0 or -errno. A client is armed once; a forked one has its userfaultfd already. The gate is held. */
+static int check_arm(const struct client *client, const struct engine_arena *arena, int events_fd, int trash_fd)
 {
-	return client->trash_fd < 0 && client->ring && client_arena_is_sane(arena) && trash_fd >= 0 &&
-	       (client->events_fd < 0) == (events_fd >= 0);
+	bool may_arm = client->trash_fd < 0 && client->ring && client_arena_is_sane(arena) && trash_fd >= 0 &&
+		       (client->events_fd < 0) == (events_fd >= 0);
+
+	if (client->dead)
+		return -ESRCH;
+	return may_arm ? 0 : -EINVAL;
 }
 
 int engine_client_arm(struct engine *engine, uint64_t token, const struct engine_arena *arena,
@@ -780,11 +784,11 @@ int engine_client_arm(struct engine *engine, uint64_t token, const struct engine
 {
 	struct client *client = client_get(engine, token);
 	bool forked = events_fd < 0;
-	int result = -ENOENT;
+	int result = -ESRCH; /* it was begun, and is buried */
 
 	if (client) {
 		pthread_mutex_lock(&client->gate);
-		result = client->dead ? -ESRCH : may_arm(client, arena, events_fd, trash_fd) ? 0 : -EINVAL;
+		result = check_arm(client, arena, events_fd, trash_fd);
 	}
 	if (result < 0) {
 		if (events_fd >= 0)

@@ -21,6 +21,7 @@
 
 #define CHILD_DEATH_MS 1000
 #define CHILD_FIND_TRIES 100
+#define CHANGING_TRIES 3u    /* a millisecond apart */
 #define WIPED_RANGES_MAX 16u /* of a mapping, to be tried */
 #define WIPED_TRIES 16u      /* in each of them */
 
@@ -156,21 +157,41 @@ static bool all_was_copied(const struct client *parent, struct client *child)
 	return result == 0;
 }
 
-/*
- * What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
- * no such advice but in smaps, which is a walk over all of the parent's page tables: so that is read only where there is
- * anything to lose, and where a look at the child does not say that nothing was wiped. A parent that has ended since, or
- * executes something else, says nothing: then the child is asked, and until it has answered gets none of its pages.
- */
-static bool forget_wiped(const struct client *parent, struct client *child)
+/* The same by smaps, whose walk is over all of the parent's page tables; what was wiped is forgotten. */
+static bool forget_advised(const struct client *parent, struct client *child)
 {
 	struct address_space_name now;
 
+	return parent->pid > 0 && sys_visit_wiped(parent->pid, forget_range, child) == 0 &&
+	       sys_name_address_space(parent->pid, &now) == 0 &&
+	       memcmp(&now, &parent->address_space, sizeof now) == 0;
+}
+
+/* An event of the parent's is unread; its own fork counts as one until the thread that forked has run again. */
+static bool has_changed(const struct client *parent)
+{
+	for (unsigned tries = 0; sys_userfaultfd_is_changing(parent->events_fd); tries++) {
+		if (tries == CHANGING_TRIES)
+			return true;
+		sys_sleep_ms(1);
+	}
+	return false;
+}
+
+/*
+ * What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
+ * no such advice but in smaps, so that is read only where there is anything to lose, and where a look at the child does not
+ * say that nothing was wiped. A parent that has ended since, or executes something else, says nothing, nor does one that has
+ * unmapped or moved something since: its event is unread, for the gate is held. Then the child is asked, and until it has
+ * answered gets none of its pages.
+ */
+static bool forget_wiped(const struct client *parent, struct client *child)
+{
+	if (child->record->map.cluster_count == 0)
+		return true;
 	/* A predecessor may have looked at this child. */
-	return child->record->map.cluster_count == 0 || (!parent->recovering && all_was_copied(parent, child)) ||
-	       (parent->pid > 0 && sys_visit_wiped(parent->pid, forget_range, child) == 0 &&
-		sys_name_address_space(parent->pid, &now) == 0 &&
-		memcmp(&now, &parent->address_space, sizeof now) == 0);
+	return ((!parent->recovering && all_was_copied(parent, child)) || forget_advised(parent, child)) &&
+	       !has_changed(parent);
 }
 
 void fork_ask_child(struct client *child)

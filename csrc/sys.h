@@ -85,7 +85,6 @@ int sys_mapped_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_
 		      unsigned max, uint64_t max_pages, uint64_t *ret_walk_end);
 int sys_zero_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
 		    uint64_t *ret_walk_end);
-
 int sys_unprotected_ranges(int pagemap_fd, uint64_t start, uint64_t end, struct page_range *ranges, unsigned max,
 			   uint64_t *ret_walk_end);
 

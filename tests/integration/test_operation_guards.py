@@ -55,8 +55,8 @@ _GUARDS = [
     Guard(
         "wiped-in-the-child",
         "fork.c",
-        "\treturn child->record->map.cluster_count == 0",
-        "\treturn true || child->record->map.cluster_count == 0",
+        "\tif (child->record->map.cluster_count == 0)\n",
+        "\tif (true || child->record->map.cluster_count == 0)\n",
         "madvise_wipeonfork_while_out",
     ),
     Guard(

@@ -119,6 +119,13 @@ _RACES = [
         tuple((*_TORTURE, "--crash", f"FORK_{point}:3") for point in ("SHARED", "COMPLETE")),
         (Guard("once", "fork.c", (("!parent->recovering && all_was_copied", "all_was_copied"),)),),
     ),
+    # What the parent has unmapped since is in none of its mappings, where the advice would be seen.
+    Race(
+        "parted",
+        10,
+        ((*_TORTURE, "--delay", "sys/mapping:1:3:all"),),
+        (Guard("unread", "fork.c", (("\t       !has_changed(parent);\n", "\t       (has_changed(parent), true);\n"),)),),
+    ),
     # A store into a slot that a forked relative has, too.
     Race(
         "fork",

@@ -14,6 +14,7 @@
  *   sparse  touch memory for the first time between pages that are being moved out
  *   freed   give pages up that are out, again and again; for daemons that die
  *   wiped   a child finds zeros in memory of which a part was out, and another never, when they parted; for daemons that die
+ *   parted  the same, and the parent unmaps it as soon as they have parted
  *   fork    parent and child write to pages that were out when they parted, and have them evicted again
  */
 #define _GNU_SOURCE
@@ -278,17 +279,15 @@ static void write_anew(uint8_t *area, size_t page, uint64_t version)
 	write_page(area, page, version);
 }
 
-static unsigned wiped(unsigned round)
+/* A child finds zeros; the parent, what it has, unless it unmaps that at once. */
+static unsigned wipe(unsigned round, bool unmaps)
 {
 	enum { PAGES = 256 };
-	static uint8_t *area;
+	uint8_t *area = map(NULL, PAGES);
 	int status = 0;
 	pid_t pid;
 
-	if (!area) {
-		area = map(NULL, PAGES);
-		madvise(area, PAGES * PAGE, MADV_WIPEONFORK);
-	}
+	madvise(area, PAGES * PAGE, MADV_WIPEONFORK);
 	for (size_t i = 0; i < PAGES; i++)
 		write_page(area, i, round);
 	if (!wait_until_out(area, PAGES, PAGES * 3 / 4))
@@ -297,17 +296,24 @@ static unsigned wiped(unsigned round)
 		write_anew(area, i, round);
 	write_anew(large, 0, round);
 	pid = fork();
+	if (pid > 0 && unmaps)
+		munmap(area, PAGES * PAGE);
 	for (size_t i = 0; i < PAGES; i++)
 		if (pid == 0)
 			check_zero(area, i);
-		else
+		else if (!unmaps)
 			check_page(area, i, round);
 	if (pid == 0)
 		_exit(0);
 	if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
 		_exit(WIFEXITED(status) ? WEXITSTATUS(status) : 4);
+	if (!unmaps)
+		munmap(area, PAGES * PAGE);
 	return 1;
 }
+
+static unsigned wiped(unsigned round) { return wipe(round, false); }
+static unsigned parted(unsigned round) { return wipe(round, true); }
 
 int main(int argc, char **argv)
 {
@@ -315,7 +321,8 @@ int main(int argc, char **argv)
 		const char *name;
 		unsigned (*run)(unsigned round); /* 0: it did not come about */
 	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "zap", zap },
-			  { "sparse", sparse }, { "freed", freed }, { "wiped", wiped }, { "fork", part } };
+			  { "sparse", sparse }, { "freed", freed }, { "wiped", wiped }, { "parted", parted },
+			  { "fork", part } };
 	unsigned rounds = argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 0, came = 0;
 
 	scenario = argc > 1 ? argv[1] : "";
