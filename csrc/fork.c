@@ -167,9 +167,26 @@ static bool forget_advised(const struct client *parent, struct client *child)
 	       memcmp(&now, &parent->address_space, sizeof now) == 0;
 }
 
-/* An event of the parent's is unread; its own fork counts as one until the thread that forked has run again. */
-static bool has_changed(const struct client *parent)
+/* Was an unmapping or a move read together with the fork, behind it? */
+static bool is_changed_behind(const struct client *parent, int child_fd)
 {
+	const struct uffd_msg *messages = parent->record->messages;
+	uint32_t count = fault_message_count(parent->record), i = 0;
+
+	while (i < count && (messages[i].event != UFFD_EVENT_FORK || (int)messages[i].arg.fork.ufd != child_fd))
+		i++;
+	for (; i < count; i++)
+		if (messages[i].event == UFFD_EVENT_UNMAP || messages[i].event == UFFD_EVENT_REMAP)
+			return true;
+	return false;
+}
+
+/* The parent's mappings are no more what they were when it forked, or may not be: an event is unread. Its own fork counts as one
+ * until the thread that forked has run again. */
+static bool has_changed(const struct client *parent, int child_fd)
+{
+	if (is_changed_behind(parent, child_fd))
+		return true;
 	for (unsigned tries = 0; sys_userfaultfd_is_changing(parent->events_fd); tries++) {
 		if (tries == CHANGING_TRIES)
 			return true;
@@ -182,7 +199,7 @@ static bool has_changed(const struct client *parent)
  * What the parent has advised WIPEONFORK for is zeros in the child: it has no slots there. The kernel tells of
  * no such advice but in smaps, so that is read only where there is anything to lose, and where a look at the child does not
  * say that nothing was wiped. A parent that has ended since, or executes something else, says nothing, nor does one that has
- * unmapped or moved something since: its event is unread, for the gate is held. Then the child is asked, and until it has
+ * unmapped or moved something since. Then the child is asked, and until it has
  * answered gets none of its pages.
  */
 static bool forget_wiped(const struct client *parent, struct client *child)
@@ -191,7 +208,7 @@ static bool forget_wiped(const struct client *parent, struct client *child)
 		return true;
 	/* A predecessor may have looked at this child. */
 	return ((!parent->recovering && all_was_copied(parent, child)) || forget_advised(parent, child)) &&
-	       !has_changed(parent);
+	       !has_changed(parent, child->events_fd);
 }
 
 void fork_ask_child(struct client *child)

@@ -188,7 +188,7 @@ def test_largest_group_gives_to_a_hog(host_with: Callable[..., _Host]) -> None:
 
 
 def test_what_is_idle_gives_first(host_with: Callable[..., _Host]) -> None:
-    """Though it is the smaller one, and can give all that is missing: the other has it back at once, and that is seen."""
+    """Though it is the smaller one; it can give all that is missing. The other has it back at once, and that is seen."""
     host = host_with("--spill", "{directory}/spill:1G")
     with host.program("256M", 150, busy=150) as hot, host.program("160M", 110) as idle, host.hog(more=24):
         host.wait(_has_enough)

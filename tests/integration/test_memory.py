@@ -435,9 +435,9 @@ def test_writes_to_what_a_fork_shares_wait_for_room() -> None:
     assert result.stats["counters"]["evicted_shared"] > 0, result.stats["counters"]
 
 
-# What was written to since the last fork is shared anew by the next, while all of it is in memory; each waits until it is
-# protected (bit 57 of pagemap). The last child looks at everything. Then it is alone, all of it still protected, and writes to
-# all of it.
+# What was written to since the last fork is shared anew by the next, while all of it is in memory; each waits until
+# it is protected (bit 57 of pagemap). The last child looks at everything. Then it is alone, all of it still
+# protected, and writes to all of it.
 _FORKS_AGAIN = """
 import ctypes, mmap, numpy, os, sys, time
 pages, turns, fifo = 240 * 256, 4, sys.argv[1]

@@ -124,7 +124,14 @@ _RACES = [
         "parted",
         10,
         ((*_TORTURE, "--delay", "sys/mapping:1:3:all"),),
-        (Guard("unread", "fork.c", (("\t       !has_changed(parent);\n", "\t       (has_changed(parent), true);\n"),)),),
+        (Guard("unread", "fork.c", (("\t       !has_changed(parent, child->events_fd);\n", "\t       true;\n"),)),),
+    ),
+    # The same, and the daemon has read that it was unmapped together with the fork.
+    Race(
+        "beside",
+        10,
+        ((*_TORTURE, "--delay", "fault/read:1:5:all"),),
+        (Guard("behind", "fork.c", (("\tif (is_changed_behind(parent, child_fd))\n\t\treturn true;\n", ""),)),),
     ),
     # A store into a slot that a forked relative has, too.
     Race(

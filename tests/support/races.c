@@ -15,6 +15,7 @@
  *   freed   give pages up that are out, again and again; for daemons that die
  *   wiped   a child finds zeros in memory of which a part was out, and another never, when they parted; for daemons that die
  *   parted  the same, and the parent unmaps it as soon as they have parted
+ *   beside  ... as they part, by another thread
  *   fork    parent and child write to pages that were out when they parted, and have them evicted again
  */
 #define _GNU_SOURCE
@@ -279,41 +280,61 @@ static void write_anew(uint8_t *area, size_t page, uint64_t version)
 	write_page(area, page, version);
 }
 
-/* A child finds zeros; the parent, what it has, unless it unmaps that at once. */
-static unsigned wipe(unsigned round, bool unmaps)
+enum { WIPED_PAGES = 256 };
+
+static void *unmap_in_a_moment(void *area)
 {
-	enum { PAGES = 256 };
-	uint8_t *area = map(NULL, PAGES);
+	usleep(1000); /* longer than fork copies, shorter than the daemon is late */
+	munmap(area, WIPED_PAGES * PAGE);
+	return NULL;
+}
+
+/* A child finds zeros; the parent, what it has, unless it unmaps that: `unmap`, in the parent or beside it. */
+static unsigned wipe(unsigned round, void *(*unmap)(void *area), bool is_beside)
+{
+	uint8_t *area = map(NULL, WIPED_PAGES);
+	pthread_t thread;
 	int status = 0;
 	pid_t pid;
 
-	madvise(area, PAGES * PAGE, MADV_WIPEONFORK);
-	for (size_t i = 0; i < PAGES; i++)
+	madvise(area, WIPED_PAGES * PAGE, MADV_WIPEONFORK);
+	for (size_t i = 0; i < WIPED_PAGES; i++)
 		write_page(area, i, round);
-	if (!wait_until_out(area, PAGES, PAGES * 3 / 4))
+	if (!wait_until_out(area, WIPED_PAGES, WIPED_PAGES * 3 / 4))
 		return 0;
-	for (size_t i = 1; i < PAGES; i += 2)
+	for (size_t i = 1; i < WIPED_PAGES; i += 2)
 		write_anew(area, i, round);
 	write_anew(large, 0, round);
+	if (is_beside && pthread_create(&thread, NULL, unmap, area) != 0)
+		_exit(6);
 	pid = fork();
-	if (pid > 0 && unmaps)
-		munmap(area, PAGES * PAGE);
-	for (size_t i = 0; i < PAGES; i++)
+	if (pid > 0 && unmap && !is_beside)
+		unmap(area);
+	for (size_t i = 0; i < WIPED_PAGES; i++)
 		if (pid == 0)
 			check_zero(area, i);
-		else if (!unmaps)
+		else if (!unmap)
 			check_page(area, i, round);
 	if (pid == 0)
 		_exit(0);
+	if (is_beside)
+		pthread_join(thread, NULL);
 	if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status) || WEXITSTATUS(status) != 0)
 		_exit(WIFEXITED(status) ? WEXITSTATUS(status) : 4);
-	if (!unmaps)
-		munmap(area, PAGES * PAGE);
+	if (!unmap)
+		munmap(area, WIPED_PAGES * PAGE);
 	return 1;
 }
 
-static unsigned wiped(unsigned round) { return wipe(round, false); }
-static unsigned parted(unsigned round) { return wipe(round, true); }
+static void *unmap_at_once(void *area)
+{
+	munmap(area, WIPED_PAGES * PAGE);
+	return NULL;
+}
+
+static unsigned wiped(unsigned round) { return wipe(round, NULL, false); }
+static unsigned parted(unsigned round) { return wipe(round, unmap_at_once, false); }
+static unsigned beside(unsigned round) { return wipe(round, unmap_in_a_moment, true); }
 
 int main(int argc, char **argv)
 {
@@ -322,7 +343,7 @@ int main(int argc, char **argv)
 		unsigned (*run)(unsigned round); /* 0: it did not come about */
 	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "zap", zap },
 			  { "sparse", sparse }, { "freed", freed }, { "wiped", wiped }, { "parted", parted },
-			  { "fork", part } };
+			  { "beside", beside }, { "fork", part } };
 	unsigned rounds = argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 0, came = 0;
 
 	scenario = argc > 1 ? argv[1] : "";
