@@ -114,11 +114,11 @@ uint64_t group_reserve_bytes(const struct group *group)
 
 bool group_has_room(const struct group *group, unsigned reserves)
 {
+	uint64_t limit = READ_ONCE(group->limit_bytes), usage = group_usage_bytes(group);
 	uint64_t growth = (uint64_t)max_of(READ_ONCE(group->growth_pages), (int64_t)0) * PAGE_BYTES;
-	uint64_t wanted = reserves * group_reserve_bytes(group) +
-			  min_of(growth, READ_ONCE(group->limit_bytes) / 8);
+	uint64_t reserve = reserves * group_reserve_bytes(group);
 
-	return group_room_bytes(group) >= (int64_t)wanted;
+	return limit >= usage + reserve + min_of(growth, limit / 8) && lowered_limit_bytes(group) >= usage + reserve;
 }
 
 bool group_is_streaming(const struct group *group)

@@ -110,7 +110,7 @@ void group_uncharge(struct group *group, uint64_t pages);
  */
 uint64_t group_register_bytes(const struct group *group);
 uint64_t group_reserve_bytes(const struct group *group);
-/* Room for so many reserves, and for what its clients are expected to grow by unseen. */
+/* Room for so many reserves; below its own limit also for what its clients are expected to grow by unseen. */
 bool group_has_room(const struct group *group, unsigned reserves);
 
 /*

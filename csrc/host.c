@@ -160,13 +160,13 @@ static bool may_give(struct engine *engine, const struct group *group, uint64_t 
 	return is_pool_only(&engine->host, group) ? writeback_is_possible(engine, group) : !host_is_useless(engine, group);
 }
 
-/* What of a group does not go for this, whatever the shortage. */
+/* What of a group does not go for this, whatever the shortage. Evictors go on until two reserves are free below the limit. */
 static uint64_t floor_bytes(const struct group *group)
 {
 	uint64_t fixed = READ_ONCE(group->unmanaged_bytes) +
 			 (uint64_t)max_of(READ_ONCE(group->metadata_bytes), (int64_t)0);
 
-	return fixed + READ_ONCE(group->limit_bytes) / FLOOR_PART;
+	return fixed + READ_ONCE(group->limit_bytes) / FLOOR_PART + 2 * group_reserve_bytes(group);
 }
 
 static uint64_t givable_bytes(const struct host *host, const struct group *group)
