@@ -239,6 +239,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	block_cache_init(&engine->expand_blocks, FILL_PAGES_MAX * PAGE_BYTES);
 	block_cache_init(&engine->read_blocks, READ_BLOCK_BYTES);
 	work_init(&engine->evicting);
+	pageouts_init(&engine->pageouts);
 	work_init(&engine->writing);
 	work_init(&engine->looking);
 	work_init(&engine->recompressing);
@@ -875,7 +876,7 @@ static int page_out(struct engine *engine, int32_t pid, uint64_t start, uint64_t
 			look_discover(client);
 		pthread_mutex_unlock(&client->gate);
 	}
-	result = reclaim_pageout(client, start, end, timeout_ms);
+	result = pageout_range(client, start, end, timeout_ms);
 	client_put(client);
 	return result;
 }

@@ -20,6 +20,7 @@
 #include "client.h"
 #include "engine.h"
 #include "host.h"
+#include "pageout.h"
 #include "spill.h"
 #include "work.h"
 
@@ -82,6 +83,7 @@ struct engine {
 	unsigned evictor_count;
 	/* Evictors look at all groups, writers at all pools, look.c at all clients, recompress.c and host.c at all there is. */
 	struct work evicting, writing, looking, recompressing, pressing;
+	struct pageouts pageouts;
 	struct host host;
 	uint32_t recompress_age_ms; /* 0: never */
 	bool tiering;               /* tier.h */
@@ -189,9 +191,8 @@ void look_protect_zero_pages(const struct client *client, uint64_t start, uint64
 void look_set_resident(struct client *client, int64_t pages, int64_t growth_pages);
 /* reclaim.c */
 void *evictor_main(void *engine);
-/* Evict everything evictable of one client between two addresses, once; some pages behind `end` may be among them. 0 when
- * that is done, or the client or its agent is gone; -ETIMEDOUT, most often for want of room; -ENOMEM. */
-int reclaim_pageout(struct client *client, uint64_t start, uint64_t end, int timeout_ms);
+/* The pool is at its cap: have something leave it. True when eviction from this client may go on. */
+bool reclaim_pool_has_room(struct engine *engine, struct group *group, struct client *client);
 /* The end of a group that finds no room for OUT_OF_MEMORY_NS: SIGKILL to its largest member. */
 #define OUT_OF_MEMORY_NS 3000000000ULL
 void reclaim_kill_largest(struct engine *engine, struct group *group);

@@ -38,7 +38,8 @@
 #define ZERO_GAP_PAGES 8     /* more of them are cheaper by themselves */
 #define STREAM_RUNS_LET_IN 4 /* one in so many */
 
-static const uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];
+/* Never written to. Not const: that would be in the file, and in RAM, where this is one zero page mapped everywhere. */
+static uint8_t zero_pages[FILL_PAGES_MAX * PAGE_BYTES];
 
 /* ---- streams ---- */
 

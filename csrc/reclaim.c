@@ -216,8 +216,7 @@ static bool drop_copies(struct group *group, struct client *client)
 	return dropped;
 }
 
-/* The pool is at its cap: have something leave it. True when eviction may go on. */
-static bool pool_has_room(struct engine *engine, struct group *group, struct client *client)
+bool reclaim_pool_has_room(struct engine *engine, struct group *group, struct client *client)
 {
 	uint64_t cap = group_pool_cap_bytes(group);
 
@@ -281,7 +280,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 		struct evict_result result;
 		bool torture = group->flags & ENGINE_GROUP_TORTURE;
 
-		if (!pool_has_room(engine, group, client) || is_pressed_for_nothing(engine, group))
+		if (!reclaim_pool_has_room(engine, group, client) || is_pressed_for_nothing(engine, group))
 			break;
 		if (torture && !is_short(group)) {
 			pthread_mutex_lock(&client->gate);
@@ -340,6 +339,8 @@ void *evictor_main(void *argument)
 		struct group *group = pick_group(engine, &cursor);
 
 		if (!group) {
+			if (pageout_turn(engine, &evictor))
+				continue;
 			work_wait(&engine->evicting, &seen, &engine->stopping, IDLE_MS);
 			continue;
 		}
@@ -348,45 +349,8 @@ void *evictor_main(void *argument)
 		pthread_mutex_lock(&engine->registry);
 		group->users--;
 		pthread_mutex_unlock(&engine->registry);
+		(void)pageout_turn(engine, &evictor);
 	}
 	evictor_destroy(&evictor);
 	return NULL;
-}
-
-/* Where the next batch begins; what takes pages in between may have moved it. */
-static bool hand_is_within(struct client *client, uint64_t start, uint64_t end)
-{
-	SCOPED_LOCK(&client->gate);
-	return client->hand >= start && client->hand < end;
-}
-
-int reclaim_pageout(struct client *client, uint64_t start, uint64_t end, int timeout_ms)
-{
-	struct evictor evictor = { 0 };
-	uint64_t deadline_ns = sys_now_ns() + (uint64_t)timeout_ms * 1000000;
-	struct evict_result result = { 0 };
-	bool is_late = false;
-	int error = 0;
-
-	if (evictor_create(&evictor) < 0)
-		return -ENOMEM;
-	pthread_mutex_lock(&client->gate);
-	client->hand = start;
-	pthread_mutex_unlock(&client->gate);
-	while (!result.wrapped && hand_is_within(client, start, end) && !is_late) {
-		/* A page that forked relatives share takes room in the pool, and stays resident with them. */
-		bool makes_worse = READ_ONCE(client->pss) && !cow_is_alone(client) &&
-				   group_room_bytes(client->group) < 0;
-
-		error = -EAGAIN;
-		if (!makes_worse && pool_has_room(client->engine, client->group, client))
-			error = evict_batch(client, &evictor, true, &result);
-		if (error == -EAGAIN)
-			sys_sleep_ms(1);
-		else if (error < 0)
-			break;
-		is_late = sys_now_ns() >= deadline_ns;
-	}
-	evictor_destroy(&evictor);
-	return is_late && !result.wrapped ? -ETIMEDOUT : 0;
 }

@@ -37,6 +37,7 @@
 
 struct shelf_range {
 	uint64_t start, end;
+	bool is_of_file; /* now: what is not in memory is no hole */
 };
 
 /* Where memory was shelved; a fork's child has the same. Some of it may be unmapped by now. */
@@ -64,17 +65,17 @@ static bool mapping_read(const char *line, struct mapping *ret)
 	unsigned long start, end;
 	int fields = sscanf(line, "%lx-%lx %4s %*s %*s %lu %15s", &start, &end, ret->protection, &ret->inode, name);
 
-	ret->range = (struct shelf_range){ start, end };
+	ret->range = (struct shelf_range){ start, end, ret->inode != 0 };
 	ret->is_named = name[0] == '[' && strcmp(name, "[heap]") != 0;
 	return fields >= 4;
 }
 
-/* Private anonymous memory that may be replaced? */
+/* Private memory that may be replaced: anonymous, or a program's data? */
 static bool is_idle_memory(const struct mapping *mapping)
 {
 	uint64_t bytes = mapping->range.end - mapping->range.start;
 
-	return strcmp(mapping->protection, "rw-p") == 0 && mapping->inode == 0 && !mapping->is_named &&
+	return strcmp(mapping->protection, "rw-p") == 0 && !mapping->is_named &&
 	       bytes >= RANGE_BYTES_MIN && bytes <= RANGE_BYTES_MAX &&
 	       !holds(&mapping->range, __builtin_thread_pointer()) &&
 	       !holds(&mapping->range, __builtin_frame_address(0));
@@ -169,13 +170,16 @@ static int write_all(int fd, uint64_t address, uint64_t bytes, uint64_t offset)
 }
 
 /*
- * Copy the pages of a range that are there to `offset` of the file. What was never touched stays a hole; *ret_end is the end
- * of the last page that is there, behind which the mapping stays what it is.
+ * Copy the pages of a range that are there to `offset` of the file. What was never touched of anonymous memory stays a hole;
+ * *ret_end is the end of the last page that is there, behind which the mapping stays what it is.
  */
 static int copy_range(int fd, int pagemap_fd, struct shelf_range range, uint64_t offset, uint64_t *ret_end)
 {
 	uint64_t entries[RUN_PAGES_MAX], pages, i, first;
 
+	*ret_end = range.end;
+	if (range.is_of_file)
+		return write_all(fd, range.start, range.end - range.start, offset);
 	*ret_end = range.start;
 	for (uint64_t at = range.start; at < range.end; at += pages * PAGE_BYTES) {
 		pages = min_of((range.end - at) / PAGE_BYTES, (uint64_t)RUN_PAGES_MAX);
@@ -220,7 +224,7 @@ static int shelve_ranges(int fd, int pagemap_fd, const struct shelf_range *range
 
 	for (int i = 0; i < count; i++) {
 		int result = copy_range(fd, pagemap_fd, ranges[i], offset, &end);
-		struct shelf_range copied = { ranges[i].start, end };
+		struct shelf_range copied = { ranges[i].start, end, true };
 
 		if (result < 0)
 			return result;

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""What is to go out because somebody asked: by all evictors at once, to the end, whoever ends or forks meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.puppets import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from support.puppets import Puppet
+
+_MIB = 1 << 20
+_LIMIT_BYTES = 256 * _MIB
+_PAGES = 24576  # 96 MiB
+
+
+@pytest.fixture
+def stage(stage_programs: Mapping[str, str], client_library: str, tmp_path: Path) -> Stage:
+    return Stage(stage_programs, client_library, tmp_path, pages=_PAGES, limit_bytes=_LIMIT_BYTES)
+
+
+def _wait_managed(stage: Stage, puppet: Puppet) -> None:
+    deadline = time.monotonic() + 30
+    while not stage.is_managed(puppet):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # polling another process's state
+
+
+def _evictors_ns() -> dict[str, int]:
+    """What each evictor of a daemon that this process has started has had of a CPU, by thread."""
+    parents, found = {os.getpid()}, {}
+    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parts[2])):
+        try:
+            pid, parent = int(stat.parts[2]), int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent not in parents:
+                continue
+            parents.add(pid)
+            for task in stat.parent.glob("task/*"):
+                if (task / "comm").read_text() == "vswap-evict\n":
+                    found[task.name] = int((task / "schedstat").read_text().split()[0])
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def test_all_evictors_do_it(stage: Stage) -> None:
+    """Who asks does nothing of it. Without their help one CPU compresses, and the others wait."""
+    with stage:
+        [puppet] = stage.puppets
+        puppet.write("text", 1, 0, _PAGES)
+        _wait_managed(stage, puppet)
+        before = _evictors_ns()
+        assert len(before) == os.cpu_count()
+        assert stage.page_out(puppet)["swapped"] == _PAGES
+        spent = [now - before[thread] for thread, now in _evictors_ns().items()]
+        assert min(spent) > sum(spent) / len(spent) / 4, spent
+        puppet.check("text", 1, 0, _PAGES)
+        stage.end(puppet)
+    assert stage.status == 0, stage.log
+
+
+def test_what_forked_relatives_share_goes_out_at_the_end_too(stage: Stage) -> None:
+    """A batch that finds it busy puts the hand back, maybe after another evictor has been around."""
+    with stage:
+        [parent] = stage.puppets
+        parent.write("text", 1, 0, _PAGES)
+        _wait_managed(stage, parent)
+        child = stage.fork(parent)
+        _wait_managed(stage, child)
+        assert stage.page_out(parent)["swapped"] == _PAGES
+        assert stage.page_out(child)["swapped"] == _PAGES
+        for puppet in (child, parent):
+            puppet.check("text", 1, 0, _PAGES)
+            stage.end(puppet)
+    assert stage.status == 0, stage.log
+
+
+@pytest.mark.parametrize("after_ms", [0, 5, 20, 60, 150])
+def test_program_that_ends_meanwhile(stage: Stage, after_ms: int) -> None:
+    """Nobody waits for it any longer, and the evictors are there for others."""
+    with stage:
+        [first] = stage.puppets
+        first.write("text", 1, 0, _PAGES)
+        _wait_managed(stage, first)
+        second = stage.fork(first)
+        _wait_managed(stage, second)
+        ends = threading.Timer(after_ms / 1000, lambda: stage.kill(first))
+        begun = time.monotonic()
+        stage.order(f"pageout {first.pid} 20000", ends.start)
+        assert time.monotonic() - begun < 10
+        ends.join()
+        assert stage.page_out(second)["swapped"] == _PAGES
+        second.check("text", 1, 0, _PAGES)
+        stage.end(second)
+    assert stage.status == 0, stage.log
+
+
+def test_one_that_cannot_go_on_leaves_the_evictors_to_others(stage: Stage) -> None:
+    """While one of them tries, and the request waits for its time to be over, a program beyond its limit swaps on."""
+    with stage:
+        [puppet] = stage.puppets
+        puppet.write("random", 1, 0, _PAGES)
+        _wait_managed(stage, puppet)
+        stage.order("budget 1")
+        stage.order(f"limit {_LIMIT_BYTES} {4 * _MIB}")
+        with pytest.raises(TimeoutError):
+            stage.order(f"pageout {puppet.pid} 1000", lambda: puppet.write("zero", 0, 0, _PAGES // 2))
+        stage.order("budget 0")
+        assert stage.page_out(puppet)["swapped"] == _PAGES
+        puppet.check("zero", 0, 0, _PAGES // 2)
+        puppet.check("random", 1, _PAGES // 2, _PAGES // 2)
+        stage.end(puppet)
+    assert stage.status == 0, stage.log
