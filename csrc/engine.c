@@ -176,6 +176,8 @@ static int start_threads(struct engine *engine, uint32_t evictor_count)
 		error = pthread_create(&engine->recompressor_thread, &attributes, recompressor_main, engine);
 	if (error == 0)
 		error = pthread_create(&engine->host.thread, &attributes, host_thread_main, engine);
+	if (error == 0)
+		error = pthread_create(&engine->members_thread, &attributes, members_thread_main, engine);
 	for (engine->evictor_count = 0; error == 0 && engine->evictor_count < evictor_count;
 	     engine->evictor_count += error == 0)
 		error = pthread_create(&engine->evictors[engine->evictor_count], &attributes,
@@ -244,6 +246,7 @@ int engine_create(const struct engine_config *config, struct engine **ret_engine
 	work_init(&engine->looking);
 	work_init(&engine->recompressing);
 	work_init(&engine->pressing);
+	work_init(&engine->counting);
 	host_create(&engine->host);
 	message[0] = '\0';
 	engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -320,6 +323,7 @@ void engine_destroy(struct engine *engine)
 	work_ask(&engine->looking);
 	work_ask(&engine->recompressing);
 	work_ask(&engine->pressing);
+	work_ask(&engine->counting);
 	for (unsigned i = 0; i < engine->evictor_count; i++)
 		pthread_join(engine->evictors[i], NULL);
 	for (unsigned i = 0; i < BACKENDS_MAX; i++)
@@ -327,6 +331,7 @@ void engine_destroy(struct engine *engine)
 	pthread_join(engine->recompressor_thread, NULL);
 	pthread_join(engine->look_thread, NULL);
 	pthread_join(engine->host.thread, NULL);
+	pthread_join(engine->members_thread, NULL);
 	destroy_clients(engine);
 	awake_stop(&engine->awake);
 	host_destroy(&engine->host);
@@ -338,6 +343,7 @@ void engine_destroy(struct engine *engine)
 		if (engine->groups[i]) {
 			pool_destroy(engine->groups[i]->pool);
 			ghosts_destroy(&engine->groups[i]->ghosts);
+			members_destroy(engine->groups[i]->members);
 			free(engine->groups[i]);
 		}
 	for (unsigned i = 0; i < BACKENDS_MAX; i++)
@@ -521,18 +527,8 @@ int engine_group_destroy(struct engine *engine, int number)
 	pthread_mutex_unlock(&engine->registry);
 	pool_destroy(group->pool);
 	ghosts_destroy(&group->ghosts);
+	members_destroy(group->members);
 	free(group);
-	return 0;
-}
-
-int engine_group_set_unmanaged(struct engine *engine, int number, uint64_t bytes)
-{
-	SCOPED_LOCK(&engine->registry);
-	struct group *group = group_at(engine, number);
-
-	if (!group)
-		return -ENOENT;
-	WRITE_ONCE(group->unmanaged_bytes, bytes);
 	return 0;
 }
 

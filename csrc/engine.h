@@ -99,8 +99,14 @@ int engine_group_destroy(struct engine *engine, int group);
  * connection that the group belongs to, -1 for none. */
 int engine_group_label(struct engine *engine, int group, const char *label, int session_fd);
 
-/* Anonymous memory of members that are not clients (too small, static): charged to the budget. */
-int engine_group_set_unmanaged(struct engine *engine, int group, uint64_t bytes);
+/*
+ * Charge to the budget what processes below `root` take that are no clients (too small, static), again and again from now on
+ * (members.h); not those of `excluded`, nor what is below them. Copied. In a successor to be called again.
+ */
+int engine_group_set_members(struct engine *engine, int group, int32_t root, const int32_t *excluded, uint32_t count);
+/* This process is about to become a client: it is no longer charged like that. Otherwise it would be counted twice until the
+ * next look, which near the limit means needless eviction or worse. */
+void engine_note_client(struct engine *engine, int32_t pid);
 
 /* ---- backends ---- */
 

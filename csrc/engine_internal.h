@@ -20,6 +20,7 @@
 #include "client.h"
 #include "engine.h"
 #include "host.h"
+#include "members.h"
 #include "pageout.h"
 #include "spill.h"
 #include "work.h"
@@ -82,8 +83,13 @@ struct engine {
 	pthread_t evictors[EVICTORS_MAX], look_thread, recompressor_thread;
 	unsigned evictor_count;
 	/* Evictors look at all groups, writers at all pools, look.c at all clients, recompress.c and host.c at all there is. */
-	struct work evicting, writing, looking, recompressing, pressing;
+	struct work evicting, writing, looking, recompressing, pressing, counting;
 	struct pageouts pageouts;
+	/* members.h; the registry lock */
+	pthread_t members_thread;
+	uint64_t members_generation;
+	pid_t members_noted[MEMBERS_NOTED_MAX]; /* that became clients since the look that is under way began */
+	unsigned members_noted_count;
 	struct host host;
 	uint32_t recompress_age_ms; /* 0: never */
 	bool tiering;               /* tier.h */

@@ -32,6 +32,8 @@
 #define GROUP_HOST_SLACK_PART 16
 #define GROUP_HOST_HOLD_NS 30000000000ULL /* so long one from which nothing came gives nothing */
 
+struct members;
+
 struct group {
 	int number;
 	char name[32];
@@ -52,6 +54,7 @@ struct group {
 	uint64_t swapped_pages_max;
 	uint64_t faults;
 
+	struct members *members;   /* NULL: its clients alone; registry lock */
 	uint32_t client_count;     /* registry lock */
 	uint32_t users;            /* evictors and writer at work on it; registry lock */
 	uint32_t unregistered;     /* clients whose memory is not registered yet, at the last look */

@@ -46,6 +46,12 @@ void shelve_wait(const int *fds, unsigned count);
 /* The same, for one of these signals, which are blocked. Its number, or -errno. */
 int shelve_wait_signal(const int *signals, unsigned count);
 
+/*
+ * In a process with other threads: once the first one, the interpreter's, has not run for REST_LOOKS calls, what is mapped of
+ * the interpreter's own code is unmapped; the page cache keeps it. From one thread only, again and again.
+ */
+void shelve_rest(void);
+
 /* Have the kernel begin to write the file, and drop from RAM what it has written already: called twice, a moment apart, it
  * leaves what has been written to by this process. What is needed again is read, a page at a time. Any thread; blocks while
  * the device does. */

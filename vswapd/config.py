@@ -64,12 +64,9 @@ REPLY_BYTES_MAX = 64 * MIB  # 4096 clients with everything about them take 2 MiB
 SEND_SECONDS_MAX = 30.0
 NOTICES_QUEUED_MAX = 64
 
-# ---- members of a group that are not clients ----
+# ---- groups ----
 
-SCAN_SECONDS = 0.5
-SCAN_SECONDS_NEAR = 0.1  # while usage is above SCAN_NEAR_SHARE of the limit
-SCAN_NEAR_SHARE = 0.75
-SCAN_COST_FACTOR = 20  # never spend more than 1 / 20 of the time scanning
+DOOMED_SECONDS = 0.5  # between two attempts to destroy one
 MEMBERS_MAX = 65536
 PSS_FROM_BYTES = 1 * MIB  # smaller processes are counted by RSS: cheaper, and the error is small
 

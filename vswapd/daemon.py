@@ -147,7 +147,7 @@ class Daemon:
         """Serve until `wait_stop` (async; gets the nursery for its own tasks) returns."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.keep_running, self._watch_events)
-            nursery.start_soon(self.keep_running, self.groups.watch_members)
+            nursery.start_soon(self.keep_running, self.groups.watch_doomed)
             nursery.start_soon(self.keep_running, self.acceptor.run, listener)
             nursery.start_soon(self.keep_running, self._keep_stored)
             nursery.start_soon(self.keep_running, self.control.operations.run_jobs)

@@ -223,9 +223,16 @@ class Engine:
         """What a successor's control plane is to know of the group."""
         _check(lib.engine_group_label(self._handle, group, label.encode(), session_fd), "group")
 
-    def group_set_unmanaged(self, group: int, count_bytes: int) -> None:
-        """Charge the anonymous memory of members that are not clients."""
-        _check(lib.engine_group_set_unmanaged(self._handle, group, count_bytes), "group")
+    def group_set_members(self, group: int, root_pid: int, excluded: Iterable[int]) -> None:
+        """From now on charge the anonymous memory of what descends from a process and is no client, without those
+        that are excluded and what descends from them.
+        """
+        pids = sorted(excluded)
+        _check(lib.engine_group_set_members(self._handle, group, root_pid, pids, len(pids)), "group")
+
+    def note_client(self, pid: int) -> None:
+        """A process is about to become a client: from then on it is not charged as one that is none."""
+        lib.engine_note_client(self._handle, pid)
 
     # ---- backends ----
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""groups — who shares which budget, and what their unmanaged members cost.
+"""groups — who shares which budget.
 
 A group is made by a control request and belongs to the user who made it. Its *members* are the
 processes below its root process, clients or not; `vswapctl run` is that root (a subreaper, so that
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import errno
 import json
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vswapd import config, policy, processes, wire
+from vswapd import config, processes, wire
 from vswapd.records import GROUP_NO_RECOMPRESS, GROUP_NO_SPILL, GROUP_REGIONS, GROUP_TORTURE
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ class Group:
     excluded: frozenset[int] = frozenset()
     doomed: bool = False
     session_fd: int = -1  # the connection that it ends with
-    sizes: dict[int, int] = field(default_factory=dict)  # unmanaged members' memory in the last scan
-    charged: dict[int, int] = field(default_factory=dict)  # ... and what of it counts
 
     def admits(self, peer: Peer) -> bool:
         """Whether `peer` may come into it: its owner, root, or a member that changed its user."""
@@ -94,7 +91,9 @@ class GroupRegistry:
         self._groups: dict[str, Group] = {}
         self._changed = trio.lowlevel.ParkingLot()
         for record in engine.groups():  # of the daemon before
-            self._groups[record.name] = Group.from_record(record)
+            group = Group.from_record(record)
+            self._groups[group.name] = group
+            self._set_members(group)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(tuple(self._groups.values()))
@@ -142,6 +141,7 @@ class GroupRegistry:
                 self._engine.group_set_spill_limit(number, spill_limit_bytes)
             group = Group(unique, number, owner_uid, root_pid, excluded, session_fd=session_fd)
             self._engine.group_label(number, group.label(), session_fd)
+            self._set_members(group)
             self._groups[unique] = group
             return group
         raise GroupError(f"the name {name} is taken; choose another")
@@ -150,8 +150,18 @@ class GroupRegistry:
         """A process was detached: it, and what is below it, no group is charged for."""
         for group in self:
             if group.has_member(pid):
-                group.excluded |= {pid}
+                # Without those that have ended: a number may be another's one day.
+                group.excluded = frozenset(filter(processes.exists, group.excluded)) | {pid}
                 self._engine.group_label(group.number, group.label(), group.session_fd)
+                self._set_members(group)
+
+    def _set_members(self, group: Group) -> None:
+        if group.root_pid:
+            self._engine.group_set_members(group.number, group.root_pid, group.excluded)
+
+    def note_client(self, pid: int) -> None:
+        """A process is about to become a client."""
+        self._engine.note_client(pid)
 
     def statistics(self, group: Group) -> GroupStatistics | None:
         """What the engine says about the group now."""
@@ -213,56 +223,14 @@ class GroupRegistry:
             # Not every end of a client is announced at the very instant: look again now and then.
             await self.wait_change(min(remaining, 0.1))
 
-    # ---- members that are not clients ----
-
-    def scan(self) -> float:
-        """Charge every group for its unmanaged members. Returns seconds until the next scan."""
-        started = time.monotonic()
-        rooted = [group for group in self if group.root_pid]
-        if rooted:
-            clients = self._engine.clients()
-            all_parents = None if processes.has_children_lists() else processes.parents()
-            for group in rooted:
-                managed = {client.pid for client in clients}
-                pending = sum(client.pid == 0 and client.group == group.number for client in clients)
-                self._scan_group(group, managed, pending, all_parents)
-        shares = [
-            record.usage_bytes / record.limit_bytes for record in self._engine.groups() if record.limit_bytes
-        ]
-        return policy.scan_seconds(shares, time.monotonic() - started)
-
-    def _scan_group(
-        self, group: Group, managed: set[int], pending: int, all_parents: dict[int, int] | None
-    ) -> None:
-        group.excluded = frozenset(filter(processes.exists, group.excluded))  # a number may be another's one day
-        members = processes.tree(group.root_pid, group.excluded, all_parents)
-        sizes = {pid: processes.anonymous_bytes(pid) for pid in members if pid not in managed}
-        group.charged = policy.unmanaged_sizes(sizes, group.sizes, members, managed, pending)
-        group.sizes = sizes
-        self._charge(group)
-
-    def note_managed(self, pid: int) -> None:
-        """A process is about to become a client. From then on the engine counts its memory; until the
-        next scan it would be counted twice, which near the limit means needless eviction or worse."""
-        for group in self:
-            if pid in group.sizes:
-                del group.sizes[pid]
-                if group.charged.pop(pid, 0):
-                    self._charge(group)
-
-    def _charge(self, group: Group) -> None:
-        try:
-            self._engine.group_set_unmanaged(group.number, sum(group.charged.values()))
-        except OSError as error:
-            self._log.error("unmanaged memory not charged", group=group.name, error=str(error))
-
-    async def watch_members(self) -> None:
-        """Scan for ever."""
+    async def watch_doomed(self) -> None:
+        """For ever: destroy those that nobody has any more, but something was still at work on."""
         while True:
-            seconds = self.scan()
-            self._destroy_doomed()  # something was still at work on one
-            await self.wait_scan(seconds)
+            await self.wait_doomed()
+            self._destroy_doomed()
 
-    async def wait_scan(self, seconds: float) -> None:
-        """Until it is time for the next scan."""
-        await trio.sleep(seconds)
+    async def wait_doomed(self) -> None:
+        """Until it is time to look at doomed groups again: there are some."""
+        while not any(group.doomed for group in self):
+            await self._changed.park()
+        await trio.sleep(config.DOOMED_SECONDS)

@@ -8,11 +8,6 @@ from __future__ import annotations
 
 from vswapd import config
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from collections.abc import Set as AbstractSet
-
 
 def _clamp(value: float, low: float, high: float) -> float:
     return max(low, min(high, value))
@@ -53,44 +48,6 @@ def spill_size_bytes(free_bytes: int, limit_bytes: int, ram_bytes: int) -> int:
     )
     size = size // config.MIB * config.MIB
     return size if size >= config.SPILL_BYTES_MIN else 0
-
-
-# ---- members of a group that are not clients ----
-
-
-def unmanaged_sizes(
-    sizes: Mapping[int, int],
-    sizes_before: Mapping[int, int],
-    parents: Mapping[int, int],
-    managed: AbstractSet[int],
-    forks_pending: int,
-) -> dict[int, int]:
-    """What each of a group's members that are not clients is charged with.
-
-    `sizes`, `sizes_before`: anonymous memory by process, in this scan and in the one before;
-    `managed`: processes that are clients; `forks_pending`: clients whose process is not known yet.
-
-    A process counts with the smaller of two scans in a row: a child between vfork and exec shows
-    the memory of its parent as its own, and charging that for an instant could end the group. The
-    children of managed processes that have not said hello are counted by the engine already; they
-    are the largest ones among the candidates, as a fork starts with all its parent has.
-    """
-    unmanaged = {
-        pid: min(size, sizes_before.get(pid, 0)) for pid, size in sizes.items() if pid not in managed
-    }
-    if forks_pending:
-        candidates = (pid for pid in unmanaged if parents.get(pid) in managed)
-        for pid in sorted(candidates, key=unmanaged.__getitem__, reverse=True)[:forks_pending]:
-            del unmanaged[pid]
-    return unmanaged
-
-
-def scan_seconds(shares: Iterable[float], cost_seconds: float) -> float:
-    """Time to the next scan of the members; `shares`: usage / limit of each group, `cost_seconds`:
-    what the last scan took."""
-    near = any(share >= config.SCAN_NEAR_SHARE for share in shares)
-    base = config.SCAN_SECONDS_NEAR if near else config.SCAN_SECONDS
-    return max(base, cost_seconds * config.SCAN_COST_FACTOR)
 
 
 # ---- latencies ----

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """processes — what /proc says about processes, read directly.
 
-A few dozen µs a process matter here, as groups are scanned several times a second; psutil would take
-ten times that. A process may end between any two reads: functions that read one answer None or an
+A process may end between any two reads: functions that read one answer None or an
 empty value then, and raise nothing.
 """
 
@@ -113,29 +112,15 @@ def _children(pid: int) -> Iterator[int]:
         yield from map(int, read(f"/proc/{pid}/task/{thread}/children").split())
 
 
-def parents() -> dict[int, int]:
-    """Parent of every process: one pass over /proc, where the kernel lists no children."""
-    return {int(name): parent(int(name)) for name in os.listdir("/proc") if name.isdigit()}
-
-
-def has_children_lists() -> bool:
-    """CONFIG_PROC_CHILDREN."""
-    return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
-
-
-def tree(root: int, excluded: AbstractSet[int], all_parents: dict[int, int] | None = None) -> dict[int, int]:
-    """{pid: parent} of all that descends from `root` (without it), nothing below an excluded one.
-
-    `all_parents`: the answer of parents(), where has_children_lists() is false.
+def tree(root: int, excluded: AbstractSet[int]) -> dict[int, int]:
+    """{pid: parent} of all that descends from `root` (without it), nothing below an excluded one. Empty where the kernel
+    lists no children (CONFIG_PROC_CHILDREN).
     """
-    below: dict[int, list[int]] = {}
-    for child, above in (all_parents or {}).items():
-        below.setdefault(above, []).append(child)
     found: dict[int, int] = {}
     stack = [root]
     while stack and len(found) < config.MEMBERS_MAX:
         pid = stack.pop()
-        for child in below.get(pid, ()) if all_parents is not None else _children(pid):
+        for child in _children(pid):
             if child not in found and child not in excluded:
                 found[child] = pid
                 stack.append(child)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from benchmarks import vmstat
@@ -243,6 +244,39 @@ def test_who_waits_maps_nothing() -> None:
         program.process.terminate()
         assert program.process.wait(10) == -signal.SIGTERM
     assert all(size < MIB for size in mapped.values()), f"{mapped} bytes of files are mapped"
+
+
+def _interpreter_bytes(pid: int) -> int:
+    """What a process has mapped of the interpreter's own code, and of what that refers to."""
+    found, size = False, 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            name = words[5].rpartition("/")[2] if len(words) > 5 else ""
+            found = name.startswith(("python", "libpython")) and words[1] in ("r-xp", "r--p")
+        elif found and words[0] in ("Rss:", "Anonymous:"):
+            size += (1 if words[0] == "Rss:" else -1) * int(words[1]) << 10
+    return size
+
+
+def test_daemon_of_a_program_that_goes_on_maps_no_interpreter() -> None:
+    """Its data plane is all that runs, while nobody asks (as what samples a LimitedProgram does)."""
+    code = "data = bytearray(b'x') * (96 << 20)\nwhile True: sum(data[::4096])"
+    command = [command_path("vswapctl"), "run", "--private", "--limit", "64M", "--", sys.executable, "-c", code]
+    with subprocess.Popen(command) as run:
+        try:
+            deadline = time.monotonic() + 30
+            while len(found := [p for p in psutil.Process(run.pid).children(recursive=True) if p.name() == "vswapd"]) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            daemon = max(found, key=psutil.Process.create_time)  # the other one is its supervisor
+            time.sleep(2)  # it has started by then
+            while (mapped := _interpreter_bytes(daemon.pid)) > MIB // 4:
+                assert time.monotonic() < deadline, f"{mapped} bytes"
+                time.sleep(0.5)  # polling another process's state
+        finally:
+            run.terminate()
+        assert run.wait(10) == -signal.SIGTERM
 
 
 def test_without_the_right_to_lock(verify_memory: str) -> None:

@@ -150,9 +150,11 @@ class FakeEngine:
     def client_label(self, token: int, socket_fd: int, uid: int) -> None:
         """As Engine has it."""
 
-    def group_set_unmanaged(self, group: int, count_bytes: int) -> None:
-        self._call("group_set_unmanaged", group, count_bytes)
-        self.set_group(group, unmanaged_bytes=count_bytes)
+    def group_set_members(self, group: int, root_pid: int, excluded: Iterable[int]) -> None:
+        self._call("group_set_members", group, root_pid, set(excluded))
+
+    def note_client(self, pid: int) -> None:
+        self._call("note_client", pid)
 
     # ---- backends ----
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,41 +44,6 @@ def test_spill_leaves_room_on_the_file_system() -> None:
     assert policy.spill_size_bytes(1 << 40, 100 * MIB, 50 * MIB) == 400 * MIB
     assert policy.spill_size_bytes(1 << 40, 100 * MIB, 500 * MIB) == 2000 * MIB
     assert policy.spill_size_bytes(MIB // 2, 100 * MIB, 500 * MIB) == 0
-
-
-def _unmanaged_bytes(*arguments: Any) -> int:
-    return sum(policy.unmanaged_sizes(*arguments).values())
-
-
-def test_unmanaged_members_count_once_seen_twice() -> None:
-    sizes = {1: 10, 2: 20, 3: 30}
-    assert _unmanaged_bytes(sizes, {}, {}, set(), 0) == 0
-    assert _unmanaged_bytes(sizes, sizes, {}, set(), 0) == 60
-    assert _unmanaged_bytes(sizes, sizes, {}, {2}, 0) == 40
-
-
-def test_memory_shown_between_vfork_and_exec_is_not_charged() -> None:
-    """Parent 1 (managed) vforks 2, which shows its 500 MiB as its own, then execs something small."""
-    parents = {2: 1}
-    before: dict[int, int] = {}
-    during = {2: 500 * MIB}
-    after = {2: MIB}
-    assert _unmanaged_bytes(during, before, parents, {1}, 0) == 0
-    assert _unmanaged_bytes(after, during, parents, {1}, 0) == MIB
-
-
-def test_forked_children_without_hello_are_the_engines() -> None:
-    parents = {2: 1, 3: 1, 4: 9}
-    sizes = {2: 100, 3: 5, 4: 1000}
-    # One fork of the managed process 1 is pending: its largest child, not the largest member.
-    assert _unmanaged_bytes(sizes, sizes, parents, {1}, 1) == 1005
-    assert _unmanaged_bytes(sizes, sizes, parents, {1}, 5) == 1000
-
-
-def test_scans_are_rarer_far_from_the_limit_and_when_they_cost_much() -> None:
-    assert policy.scan_seconds([0.1, 0.2], 0.0) == config.SCAN_SECONDS
-    assert policy.scan_seconds([0.1, 0.9], 0.0) == config.SCAN_SECONDS_NEAR
-    assert policy.scan_seconds([], 0.1) == pytest.approx(2.0)
 
 
 def test_percentiles() -> None:

@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * test_members — which processes are below one, and what those are charged that are no clients.
+ *
+ * Build: tests/csrc/test_members.c and the data plane; -Icsrc; threads
+ */
+#define _GNU_SOURCE
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "members.h"
+
+#define MIB (1ULL << 20)
+#define CHILD_BYTES (8 * MIB)
+
+/* ---- what is charged ---- */
+
+static struct process_tree tree_of(const struct process *processes, unsigned count)
+{
+	struct process_tree tree = { .processes = calloc(count + 1, sizeof *processes), .count = count };
+
+	CHECK(tree.processes);
+	memcpy(tree.processes, processes, count * sizeof *processes);
+	process_tree_sort(&tree);
+	return tree;
+}
+
+/* What they are charged when they were like `before` at the look before. */
+static uint64_t charge(const struct process *now, unsigned count, const struct process *before, unsigned before_count,
+		       const pid_t *clients, unsigned client_count, unsigned pending)
+{
+	struct process_tree tree = tree_of(now, count), last = tree_of(before, before_count);
+	uint64_t sum = members_charge(&tree, &last, clients, client_count, pending), check = 0;
+
+	for (unsigned i = 0; i < tree.count; i++)
+		check += tree.processes[i].charged;
+	CHECK(check == sum);
+	process_tree_destroy(&tree);
+	process_tree_destroy(&last);
+	return sum;
+}
+
+static void test_who_is_seen_twice_counts(void)
+{
+	const struct process three[] = { { .pid = 3, .bytes = 30 }, { .pid = 1, .bytes = 10 }, { .pid = 2, .bytes = 20 } };
+	const pid_t client[] = { 2 };
+
+	CHECK(charge(three, 3, three, 0, client, 0, 0) == 0);
+	CHECK(charge(three, 3, three, 3, client, 0, 0) == 60);
+	CHECK(charge(three, 3, three, 3, client, 1, 0) == 40);
+}
+
+/* A client, 1, has vforked 2, which shows its memory as its own and then executes something small. */
+static void test_between_vfork_and_exec(void)
+{
+	const struct process during[] = { { .pid = 2, .parent = 1, .bytes = 500 * MIB } };
+	const struct process after[] = { { .pid = 2, .parent = 1, .bytes = MIB } };
+	const pid_t client[] = { 1 };
+
+	CHECK(charge(during, 1, during, 0, client, 1, 0) == 0);
+	CHECK(charge(after, 1, during, 1, client, 1, 0) == MIB);
+	CHECK(charge(during, 1, after, 1, client, 1, 0) == MIB);
+}
+
+/* The largest child of a client, not the largest of all. */
+static void test_forked_children_without_hello(void)
+{
+	const struct process three[] = { { .pid = 2, .parent = 1, .bytes = 100 }, { .pid = 3, .parent = 1, .bytes = 5 },
+					 { .pid = 4, .parent = 9, .bytes = 1000 } };
+	const pid_t client[] = { 1 };
+
+	CHECK(charge(three, 3, three, 3, client, 1, 0) == 1105);
+	CHECK(charge(three, 3, three, 3, client, 1, 1) == 1005);
+	CHECK(charge(three, 3, three, 3, client, 1, 5) == 1000);
+}
+
+/* ---- the tree ---- */
+
+/* The first of so many, each the parent of the next; all have memory, say so, and wait for a signal. */
+static void be_children(int ready, unsigned count)
+{
+	volatile char *memory;
+
+	while (--count > 0 && fork() == 0)
+		;
+	memory = malloc(CHILD_BYTES);
+	for (size_t i = 0; memory && i < CHILD_BYTES; i += 4096)
+		memory[i] = 1;
+	CHECK(write(ready, "", 1) == 1);
+	for (;;)
+		pause();
+}
+
+static struct process_tree read_tree(const pid_t *excluded, unsigned count, bool has_lists)
+{
+	struct process_tree tree;
+
+	CHECK(process_tree_read(getpid(), excluded, count, has_lists, &tree) == 0);
+	process_tree_sort(&tree);
+	return tree;
+}
+
+static void test_tree(bool has_lists)
+{
+	struct process_tree tree;
+	pid_t first, middle = 0, all[3];
+	int pipes[2];
+	char byte;
+
+	CHECK(pipe(pipes) == 0);
+	first = fork();
+	CHECK(first >= 0);
+	if (first == 0)
+		be_children(pipes[1], 3);
+	for (int i = 0; i < 3; i++)
+		CHECK(read(pipes[0], &byte, 1) == 1);
+	tree = read_tree(NULL, 0, has_lists);
+	CHECK(tree.count == 3 && process_tree_find(&tree, first) && process_tree_find(&tree, first)->parent == getpid());
+	for (unsigned i = 0; i < tree.count; i++) {
+		CHECK(process_tree_find(&tree, tree.processes[i].pid) == &tree.processes[i]);
+		all[i] = tree.processes[i].pid;
+		CHECK(process_anonymous_bytes(all[i]) >= CHILD_BYTES);
+		if (tree.processes[i].parent == first)
+			middle = all[i];
+	}
+	CHECK(middle && !process_tree_find(&tree, getpid()));
+	process_tree_destroy(&tree);
+	tree = read_tree(&middle, 1, has_lists); /* what is below it, neither */
+	CHECK(tree.count == 1 && tree.processes[0].pid == first);
+	process_tree_destroy(&tree);
+	for (int i = 0; i < 3; i++)
+		CHECK(kill(all[i], SIGKILL) == 0);
+	CHECK(waitpid(first, NULL, 0) == first);
+	CHECK(process_anonymous_bytes(first) == 0);
+	CHECK(close(pipes[0]) == 0 && close(pipes[1]) == 0);
+}
+
+/* More than there is room for at first. */
+static void test_many(bool has_lists)
+{
+	enum { MANY = 300 };
+	pid_t children[MANY];
+	struct process_tree tree;
+
+	for (int i = 0; i < MANY; i++) {
+		children[i] = fork();
+		CHECK(children[i] >= 0);
+		if (children[i] == 0)
+			for (;;)
+				pause();
+	}
+	tree = read_tree(NULL, 0, has_lists);
+	for (int i = 0; i < MANY; i++)
+		CHECK(process_tree_find(&tree, children[i]));
+	process_tree_destroy(&tree);
+	for (int i = 0; i < MANY; i++) {
+		CHECK(kill(children[i], SIGKILL) == 0);
+		CHECK(waitpid(children[i], NULL, 0) == children[i]);
+	}
+	tree = read_tree(NULL, 0, has_lists);
+	CHECK(tree.count == 0 && !process_tree_find(&tree, children[0]));
+	process_tree_destroy(&tree);
+}
+
+int main(void)
+{
+	test_who_is_seen_twice_counts();
+	test_between_vfork_and_exec();
+	test_forked_children_without_hello();
+	alarm(60); /* children that outlive this would wait for ever */
+	for (int has_lists = 0; has_lists < 2; has_lists++) {
+		test_tree(has_lists != 0);
+		test_many(has_lists != 0);
+	}
+	CHECK(process_tree_has_lists() == (access("/proc/thread-self/children", F_OK) == 0));
+	return 0;
+}
