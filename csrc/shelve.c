@@ -33,7 +33,7 @@
 #define RANGE_BYTES_MIN (128UL << 10) /* smaller ones are not worth a mapping */
 #define RANGE_BYTES_MAX (1UL << 30)   /* no interpreter's, but a sanitizer's shadow */
 #define RUN_PAGES_MAX 512
-#define REST_LOOKS 5u
+#define REST_LOOKS 2u
 #define DONTNEED_LOCKED 24 /* MADV_DONTNEED_LOCKED */
 #define PAGE_OF_FILE (5ULL << 61) /* pagemap: present, and of a file or shared */
 

@@ -73,8 +73,8 @@ PSS_FROM_BYTES = 1 * MIB  # smaller processes are counted by RSS: cheaper, and t
 # ---- command ----
 
 SHELVE_AFTER_SECONDS = 1.0  # of a command: a short one does not pay for shelf.py
-SHELVE_WRITE_SECONDS = 1.0  # until some MiB are on the disk
-SHELVE_WRITES = 3  # the disk may be busy with what is swapped
+SHELVE_WRITE_SECONDS = 0.3  # until some MiB are on the disk
+SHELVE_WRITES = 4  # the disk may be busy with what is swapped
 LINGER_SECONDS = 2.0  # before `run` says that it still serves processes
 PAGE_TIMEOUT_MS = 60_000
 PAGE_TIMEOUT_MS_MAX = 3_600_000
