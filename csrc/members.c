@@ -185,21 +185,35 @@ static void look_at_group(struct engine *engine, unsigned number, bool has_lists
 
 /* ---- all of them ---- */
 
+/* Numbers of the groups that have a root. *ret_is_near: one of all groups uses most of its limit. */
+static unsigned list_groups(struct engine *engine, uint16_t numbers[static GROUPS_MAX], bool *ret_is_near)
+{
+	unsigned count = 0;
+
+	*ret_is_near = false;
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < GROUPS_MAX; i++) {
+		const struct group *group = engine->groups[i];
+
+		if (!group)
+			continue;
+		*ret_is_near |= group_usage_bytes(group) / NEAR_PERCENT >= READ_ONCE(group->limit_bytes) / 100;
+		if (group->members)
+			numbers[count++] = (uint16_t)i;
+	}
+	return count;
+}
+
 /* Milliseconds until the next look. */
 static unsigned look_at_all(struct engine *engine, bool has_lists)
 {
+	uint16_t numbers[GROUPS_MAX];
 	uint64_t since = sys_now_ns();
-	bool is_near = false;
+	bool is_near;
+	unsigned count = list_groups(engine, numbers, &is_near);
 
-	for (unsigned i = 0; i < GROUPS_MAX; i++) {
-		if (!READ_ONCE(engine->groups[i]))
-			continue;
-		look_at_group(engine, i, has_lists);
-		SCOPED_LOCK(&engine->registry);
-		if (engine->groups[i])
-			is_near |= group_usage_bytes(engine->groups[i]) / NEAR_PERCENT >=
-				   READ_ONCE(engine->groups[i]->limit_bytes) / 100;
-	}
+	for (unsigned i = 0; i < count; i++)
+		look_at_group(engine, numbers[i], has_lists);
 	return max_of(is_near ? LOOK_NEAR_MS : LOOK_MS,
 		      (unsigned)((sys_now_ns() - since) / 1000000) * LOOK_COST_FACTOR);
 }
