@@ -82,7 +82,7 @@ struct engine {
 	struct awake awake;
 	pthread_t evictors[EVICTORS_MAX], look_thread, recompressor_thread;
 	unsigned evictor_count;
-	/* Evictors look at all groups, writers at all pools, look.c at all clients, recompress.c and host.c at all there is. */
+	/* Evictors look at all groups and requests, writers at all pools, look.c at all clients, the others at all there is. */
 	struct work evicting, writing, looking, recompressing, pressing, counting;
 	struct pageouts pageouts;
 	/* members.h; the registry lock */

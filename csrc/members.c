@@ -133,10 +133,12 @@ static pid_t *client_pids(const struct engine *engine, unsigned group, unsigned 
 		const struct client *client = engine->clients[i];
 		pid_t pid = client ? READ_ONCE(client->pid) : 0;
 
+		if (!client || client_is_region(client))
+			continue;
 		if (pid > 0)
 			pids[count++] = pid;
-		else if (client && (unsigned)client->group->number == group)
-			++*ret_pending;
+		else
+			*ret_pending += (unsigned)client->group->number == group;
 	}
 	for (unsigned i = 0; i < engine->members_noted_count; i++)
 		pids[count++] = engine->members_noted[i];

@@ -9,7 +9,7 @@
  *     its own, and to charge that for an instant could end the group.
  *   - Forked children that have not said hello are clients without a number. They are the largest among the children of
  *     clients, as a fork starts with all that its parent has.
- *   - A process that becomes a client is no longer charged (members_note_client), also by a look that is under way.
+ *   - A process that becomes a client is no longer charged (engine_note_client), also by a look that is under way.
  *
  * In an embedded daemon the same thread has the interpreter's code leave RAM while that waits (shelve.h).
  *

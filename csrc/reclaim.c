@@ -3,7 +3,8 @@
  * reclaim — make room: which group, which client, when to stop, when to give up.
  *
  * An evictor takes any group that is short (room below its reserve, or faults waiting) and evicts from
- * its clients, largest first, one batch at a time, until there is twice the reserve. Within a client
+ * its clients, largest first, one batch at a time, until there is twice the reserve; then it has a turn at
+ * what somebody asked for (pageout.h). Within a client
  * what is on probation goes first (order.h), then what its hand finds: once around the address space,
  * which for memory that was filled in order is first in, first out.
  *
