@@ -362,7 +362,7 @@ int engine_userfaultfd_device(struct engine *engine) { return engine->device_fd;
 
 /* ---- groups ---- */
 
-static struct group *group_at(struct engine *engine, int group)
+struct group *group_at(const struct engine *engine, int group)
 {
 	return group >= 0 && group < GROUPS_MAX ? engine->groups[group] : NULL;
 }

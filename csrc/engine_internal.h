@@ -115,6 +115,8 @@ struct engine {
 void engine_latency_add(struct engine *engine, enum engine_backing backing, uint64_t ns);
 void engine_event_push(struct engine *engine, const struct engine_event *event);
 
+/* NULL: there is none. The registry lock is held. */
+struct group *group_at(const struct engine *engine, int group);
 /* In a successor: a group for a record. 0 or -errno. */
 int group_adopt(struct engine *engine, unsigned number);
 /* In a successor: a backend for a record. */

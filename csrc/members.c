@@ -54,23 +54,29 @@ static struct process *largest_child_of_clients(const struct process_tree *tree,
 	return largest;
 }
 
+static void drop_clients(struct process_tree *tree, const pid_t *clients, unsigned client_count)
+{
+	unsigned kept = 0;
+
+	for (unsigned i = 0; i < tree->count; i++)
+		if (!is_client(tree->processes[i].pid, clients, client_count))
+			tree->processes[kept++] = tree->processes[i];
+	tree->count = kept;
+}
+
 uint64_t members_charge(struct process_tree *tree, const struct process_tree *before, const pid_t *clients,
 			unsigned client_count, unsigned forks_pending)
 {
 	struct process *child;
-	unsigned kept = 0;
 	uint64_t sum = 0;
 
+	drop_clients(tree, clients, client_count);
 	for (unsigned i = 0; i < tree->count; i++) {
-		struct process process = tree->processes[i];
-		const struct process *seen = process_tree_find(before, process.pid);
+		struct process *process = &tree->processes[i];
+		const struct process *seen = process_tree_find(before, process->pid);
 
-		if (is_client(process.pid, clients, client_count))
-			continue;
-		process.charged = seen ? min_of(process.bytes, seen->bytes) : 0;
-		tree->processes[kept++] = process;
+		process->charged = seen ? min_of(process->bytes, seen->bytes) : 0;
 	}
-	tree->count = kept;
 	while (forks_pending-- > 0 && (child = largest_child_of_clients(tree, clients, client_count)))
 		child->charged = 0;
 	for (unsigned i = 0; i < tree->count; i++)
@@ -168,6 +174,18 @@ static void look_end(struct engine *engine, const struct look *look, struct proc
 	*tree = (struct process_tree){ 0 };
 }
 
+/* Those that are to be measured: to read what a client shares is to walk over all of its page tables. */
+static void drop_present_clients(struct engine *engine, const struct look *look, struct process_tree *tree)
+{
+	SCOPED_LOCK(&engine->registry);
+	unsigned count, pending;
+	pid_t *pids = client_pids(engine, look->group, &count, &pending);
+
+	if (pids)
+		drop_clients(tree, pids, count);
+	free(pids);
+}
+
 static void look_at_group(struct engine *engine, unsigned number, bool has_lists)
 {
 	struct process_tree tree;
@@ -176,7 +194,7 @@ static void look_at_group(struct engine *engine, unsigned number, bool has_lists
 	if (!look_begin(engine, number, &look))
 		return;
 	if (process_tree_read(look.root, look.excluded, look.excluded_count, has_lists, &tree) == 0) {
-		process_tree_sort(&tree);
+		drop_present_clients(engine, &look, &tree);
 		for (unsigned i = 0; i < tree.count; i++)
 			tree.processes[i].bytes = process_anonymous_bytes(tree.processes[i].pid);
 		look_end(engine, &look, &tree);
@@ -253,7 +271,7 @@ int engine_group_set_members(struct engine *engine, int number, int32_t root, co
 		memcpy(copy, excluded, count * sizeof *copy);
 	*members = (struct members){ .root = root, .excluded = copy, .excluded_count = count };
 	SCOPED_LOCK(&engine->registry);
-	group = number >= 0 && number < (int)GROUPS_MAX ? engine->groups[number] : NULL;
+	group = group_at(engine, number);
 	if (!group) {
 		members_destroy(members);
 		return -ENOENT;

@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "base.h"
@@ -17,46 +16,19 @@
 
 /* ---- a tree ---- */
 
-/* Where the number is, or where there is room for it. */
-static uint32_t *place_of(const struct process_tree *tree, pid_t pid)
-{
-	uint32_t mask = 2 * tree->capacity - 1, i = (uint32_t)pid * 0x9E3779B1u >> 7;
-
-	while (tree->places[i & mask] && tree->processes[tree->places[i & mask] - 1].pid != pid)
-		i++;
-	return &tree->places[i & mask];
-}
-
-static bool has(const struct process_tree *tree, pid_t pid) { return tree->count > 0 && *place_of(tree, pid); }
-
-static int grow(struct process_tree *tree)
-{
-	unsigned capacity = max_of(2 * tree->capacity, 64u);
-	struct process *processes = realloc(tree->processes, capacity * sizeof *processes);
-	uint32_t *places;
-
-	if (!processes)
-		return -ENOMEM;
-	tree->processes = processes;
-	places = calloc(2 * capacity, sizeof *places);
-	if (!places)
-		return -ENOMEM;
-	free(tree->places);
-	tree->places = places;
-	tree->capacity = capacity;
-	for (unsigned i = 0; i < tree->count; i++)
-		*place_of(tree, tree->processes[i].pid) = i + 1;
-	return 0;
-}
-
-/* What is there already, or too much, stays out. */
 static int add(struct process_tree *tree, pid_t pid, pid_t parent)
 {
-	if (tree->count == PROCESS_TREE_MAX || has(tree, pid))
+	if (tree->count == PROCESS_TREE_MAX)
 		return 0;
-	if (tree->count == tree->capacity && grow(tree) < 0)
-		return -ENOMEM;
-	*place_of(tree, pid) = tree->count + 1;
+	if (tree->count == tree->capacity) {
+		unsigned capacity = max_of(2 * tree->capacity, 64u);
+		struct process *processes = realloc(tree->processes, capacity * sizeof *processes);
+
+		if (!processes)
+			return -ENOMEM;
+		tree->processes = processes;
+		tree->capacity = capacity;
+	}
 	tree->processes[tree->count++] = (struct process){ .pid = pid, .parent = parent };
 	return 0;
 }
@@ -70,10 +42,15 @@ static int by_pid(const void *a, const void *b)
 
 void process_tree_sort(struct process_tree *tree)
 {
-	free(tree->places);
-	tree->places = NULL;
+	unsigned kept = 0;
+
 	if (tree->count > 0)
 		qsort(tree->processes, tree->count, sizeof *tree->processes, by_pid);
+	/* One whose parent ended meanwhile may have been found with two. */
+	for (unsigned i = 0; i < tree->count; i++)
+		if (i == 0 || tree->processes[i].pid != tree->processes[kept - 1].pid)
+			tree->processes[kept++] = tree->processes[i];
+	tree->count = kept;
 }
 
 struct process *process_tree_find(const struct process_tree *tree, pid_t pid)
@@ -86,7 +63,6 @@ struct process *process_tree_find(const struct process_tree *tree, pid_t pid)
 void process_tree_destroy(struct process_tree *tree)
 {
 	free(tree->processes);
-	free(tree->places);
 	*tree = (struct process_tree){ 0 };
 }
 
@@ -144,25 +120,6 @@ static int add_children(struct process_tree *tree, pid_t pid, const pid_t *exclu
 
 /* ---- by everybody's parent ---- */
 
-static pid_t parent_of(pid_t pid)
-{
-	char path[64], line[512];
-	const char *behind_name = NULL;
-	int parent = 0;
-	FILE *stat;
-
-	snprintf(path, sizeof path, "/proc/%d/stat", pid);
-	stat = fopen(path, "re");
-	if (!stat)
-		return 0;
-	if (fgets(line, sizeof line, stat))
-		behind_name = strrchr(line, ')');
-	if (!behind_name || sscanf(behind_name, ") %*c %d", &parent) != 1)
-		parent = 0;
-	fclose(stat);
-	return parent;
-}
-
 static int read_everybody(struct process_tree *everybody)
 {
 	DIR *processes = opendir("/proc");
@@ -173,31 +130,50 @@ static int read_everybody(struct process_tree *everybody)
 		pid_t pid = atoi(process->d_name);
 
 		if (pid > 0)
-			result = add(everybody, pid, parent_of(pid));
+			result = add(everybody, pid, sys_process_parent(pid));
 	}
 	if (processes)
 		closedir(processes);
+	process_tree_sort(everybody);
 	return result;
 }
 
-static int add_descendants(struct process_tree *tree, pid_t root, const struct process_tree *everybody,
-			   const pid_t *excluded, unsigned excluded_count)
+/* Which of them are below `root`, in as many passes as the tree is deep. */
+static void mark_descendants(const struct process_tree *everybody, pid_t root, const pid_t *excluded, unsigned excluded_count,
+			     bool *is_below)
 {
-	unsigned before;
+	bool found;
 
 	do {
-		before = tree->count;
+		found = false;
 		for (unsigned i = 0; i < everybody->count; i++) {
 			const struct process *process = &everybody->processes[i];
+			const struct process *parent = process_tree_find(everybody, process->parent);
 
-			if ((process->parent != root && !has(tree, process->parent)) || has(tree, process->pid) ||
-			    is_one_of(process->pid, excluded, excluded_count))
+			if (is_below[i] || is_one_of(process->pid, excluded, excluded_count) ||
+			    (process->parent != root && !(parent && is_below[parent - everybody->processes])))
 				continue;
-			if (add(tree, process->pid, process->parent) < 0)
-				return -ENOMEM;
+			is_below[i] = found = true;
 		}
-	} while (tree->count > before);
-	return 0;
+	} while (found);
+}
+
+static int add_descendants(struct process_tree *tree, pid_t root, const pid_t *excluded, unsigned excluded_count)
+{
+	struct process_tree everybody = { 0 };
+	int result = read_everybody(&everybody);
+	bool *is_below = calloc(everybody.count + 1, sizeof *is_below);
+
+	if (!is_below)
+		result = -ENOMEM;
+	if (result == 0)
+		mark_descendants(&everybody, root, excluded, excluded_count, is_below);
+	for (unsigned i = 0; result == 0 && i < everybody.count; i++)
+		if (is_below[i])
+			result = add(tree, everybody.processes[i].pid, everybody.processes[i].parent);
+	free(is_below);
+	process_tree_destroy(&everybody);
+	return result;
 }
 
 /* ---- for callers ---- */
@@ -205,20 +181,16 @@ static int add_descendants(struct process_tree *tree, pid_t root, const struct p
 int process_tree_read(pid_t root, const pid_t *excluded, unsigned excluded_count, bool has_lists,
 		      struct process_tree *ret_tree)
 {
-	struct process_tree everybody = { 0 };
 	int result;
 
 	*ret_tree = (struct process_tree){ 0 };
-	if (has_lists) {
+	if (has_lists)
 		result = add_children(ret_tree, root, excluded, excluded_count);
-		for (unsigned i = 0; result == 0 && i < ret_tree->count; i++)
-			result = add_children(ret_tree, ret_tree->processes[i].pid, excluded, excluded_count);
-		return result;
-	}
-	result = read_everybody(&everybody);
-	if (result == 0)
-		result = add_descendants(ret_tree, root, &everybody, excluded, excluded_count);
-	process_tree_destroy(&everybody);
+	else
+		result = add_descendants(ret_tree, root, excluded, excluded_count);
+	for (unsigned i = 0; has_lists && result == 0 && i < ret_tree->count; i++)
+		result = add_children(ret_tree, ret_tree->processes[i].pid, excluded, excluded_count);
+	process_tree_sort(ret_tree);
 	return result;
 }
 

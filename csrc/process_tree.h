@@ -21,20 +21,20 @@ struct process {
 };
 
 struct process_tree {
-	struct process *processes; /* by number, once it is sorted */
+	struct process *processes; /* by number */
 	unsigned count, capacity;
-	uint32_t *places; /* while it is read: twice as many as the capacity, by number; which process + 1, or 0 */
 };
 
-/* All below `root`, without it, and without those of `excluded` and what is below them; `bytes` is 0. 0 or -ENOMEM, with a
+/* Sorted: all below `root`, without it, and without those of `excluded` and what is below them; `bytes` is 0. 0 or -ENOMEM, with a
  * tree to destroy in both cases. `has_lists`: process_tree_has_lists(); without lists all of /proc is read. */
 int process_tree_read(pid_t root, const pid_t *excluded, unsigned excluded_count, bool has_lists,
 		      struct process_tree *ret_tree);
 /* CONFIG_PROC_CHILDREN. */
 bool process_tree_has_lists(void);
 
+/* By number, each once. */
 void process_tree_sort(struct process_tree *tree);
-/* In a sorted one; NULL: it is not there. */
+/* NULL: it is not there. */
 struct process *process_tree_find(const struct process_tree *tree, pid_t pid);
 void process_tree_destroy(struct process_tree *tree);
 

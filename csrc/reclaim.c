@@ -339,18 +339,15 @@ void *evictor_main(void *argument)
 	while (!__atomic_load_n(&engine->stopping, __ATOMIC_ACQUIRE)) {
 		struct group *group = pick_group(engine, &cursor);
 
-		if (!group) {
-			if (pageout_turn(engine, &evictor))
-				continue;
-			work_wait(&engine->evicting, &seen, &engine->stopping, IDLE_MS);
-			continue;
-		}
 		sys_keep_off_cpus(awake_busy_cpus(&engine->awake, sys_now_ns()));
-		reclaim_group(engine, group, &evictor);
-		pthread_mutex_lock(&engine->registry);
-		group->users--;
-		pthread_mutex_unlock(&engine->registry);
-		(void)pageout_turn(engine, &evictor);
+		if (group) {
+			reclaim_group(engine, group, &evictor);
+			pthread_mutex_lock(&engine->registry);
+			group->users--;
+			pthread_mutex_unlock(&engine->registry);
+		}
+		if (!pageout_turn(engine, &evictor) && !group)
+			work_wait(&engine->evicting, &seen, &engine->stopping, IDLE_MS);
 	}
 	evictor_destroy(&evictor);
 	return NULL;

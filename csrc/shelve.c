@@ -28,6 +28,7 @@
 
 #include "base.h"
 #include "limits.h"
+#include "sys.h"
 
 #define RANGES_MAX 256
 #define RANGE_BYTES_MIN (128UL << 10) /* smaller ones are not worth a mapping */
@@ -54,7 +55,7 @@ static bool holds(const struct shelf_range *range, const void *address)
 }
 
 /* One line of /proc/self/maps. */
-struct mapping {
+struct own_mapping {
 	struct shelf_range range;
 	char protection[5];
 	unsigned long inode; /* 0: of no file */
@@ -62,7 +63,7 @@ struct mapping {
 	bool is_interpreter; /* its code, or what that refers to */
 };
 
-static bool mapping_read(const char *line, struct mapping *ret)
+static bool mapping_read(const char *line, struct own_mapping *ret)
 {
 	char name[256] = "";
 	unsigned long start, end;
@@ -76,7 +77,7 @@ static bool mapping_read(const char *line, struct mapping *ret)
 }
 
 /* Private memory that may be replaced: anonymous, or a program's data? */
-static bool is_idle_memory(const struct mapping *mapping)
+static bool is_idle_memory(const struct own_mapping *mapping)
 {
 	uint64_t bytes = mapping->range.end - mapping->range.start;
 
@@ -87,7 +88,7 @@ static bool is_idle_memory(const struct mapping *mapping)
 }
 
 /* Shelved, and the interpreter's alone: not the heap, nor what lies below it, the program's own data. */
-static bool is_interpreters(const struct mapping *mapping)
+static bool is_interpreters(const struct own_mapping *mapping)
 {
 	bool is_shelved = false;
 
@@ -98,21 +99,21 @@ static bool is_interpreters(const struct mapping *mapping)
 }
 
 /* Of a file, and nobody writes to it: code, constants, and what the loader has changed in them. */
-static bool is_constant(const struct mapping *mapping)
+static bool is_constant(const struct own_mapping *mapping)
 {
 	return mapping->inode != 0 && mapping->protection[1] == '-' && mapping->protection[3] == 'p';
 }
 
-static bool is_interpreter_constant(const struct mapping *mapping)
+static bool is_interpreter_constant(const struct own_mapping *mapping)
 {
 	return mapping->is_interpreter && is_constant(mapping);
 }
 
 /* The list is complete, and its file closed, before anything is copied. */
-static int list_ranges(bool (*is_wanted)(const struct mapping *), struct shelf_range ranges[static RANGES_MAX])
+static int list_ranges(bool (*is_wanted)(const struct own_mapping *), struct shelf_range ranges[static RANGES_MAX])
 {
 	FILE *maps = fopen("/proc/self/maps", "re");
-	struct mapping mapping;
+	struct own_mapping mapping;
 	char line[512];
 	int count = 0;
 
@@ -332,19 +333,26 @@ static void unmap_clean(int pagemap_fd, struct shelf_range range)
 	}
 }
 
+/* Of files that nobody writes to: those pages may go at any time. */
+static void unmap_files(int pagemap_fd, bool (*is_wanted)(const struct own_mapping *))
+{
+	struct shelf_range ranges[RANGES_MAX];
+	int count = list_ranges(is_wanted, ranges);
+
+	for (int i = 0; i < count; i++)
+		unmap_clean(pagemap_fd, ranges[i]);
+}
+
 static void unmap_idle(void)
 {
-	struct shelf_range constants[RANGES_MAX];
-	int count, pagemap_fd;
+	int pagemap_fd;
 
 	if (shelf_count == 0 || !is_only_thread())
 		return;
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (pagemap_fd < 0)
 		return;
-	count = list_ranges(is_constant, constants);
-	for (int i = 0; i < count; i++)
-		unmap_clean(pagemap_fd, constants[i]);
+	unmap_files(pagemap_fd, is_constant);
 	for (int i = 0; i < shelf_count; i++)
 		unmap_clean(pagemap_fd, shelf[i]);
 	close(pagemap_fd);
@@ -385,24 +393,17 @@ int shelve_wait_signal(const int *signals, unsigned count)
 /* The CPU time of the first thread; 0: not to be had. */
 static unsigned long long first_thread_ns(void)
 {
-	unsigned long long ran_ns = 0;
-	FILE *file = fopen("/proc/self/schedstat", "re");
+	char text[64];
 
-	if (!file)
-		return 0;
-	if (fscanf(file, "%llu", &ran_ns) != 1)
-		ran_ns = 0;
-	fclose(file);
-	return ran_ns;
+	return sys_read_text("/proc/self/schedstat", text, sizeof text) > 0 ? strtoull(text, NULL, 10) : 0;
 }
 
 void shelve_rest(void)
 {
 	static unsigned long long seen_ns;
 	static unsigned quiet;
-	struct shelf_range constants[RANGES_MAX];
 	unsigned long long now_ns = shelf_count > 0 ? first_thread_ns() : 0;
-	int count, pagemap_fd;
+	int pagemap_fd;
 
 	if (now_ns == 0)
 		return;
@@ -413,9 +414,7 @@ void shelve_rest(void)
 	pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (pagemap_fd < 0)
 		return;
-	count = list_ranges(is_interpreter_constant, constants);
-	for (int i = 0; i < count; i++)
-		unmap_clean(pagemap_fd, constants[i]);
+	unmap_files(pagemap_fd, is_interpreter_constant);
 	close(pagemap_fd);
 }
 

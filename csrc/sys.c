@@ -305,6 +305,14 @@ uint64_t sys_process_start(pid_t pid)
 	return start ? strtoull(start, NULL, 10) : 0;
 }
 
+pid_t sys_process_parent(pid_t pid)
+{
+	char text[STAT_BYTES];
+	const char *parent = stat_field(pid, "stat", 4, text);
+
+	return parent ? atoi(parent) : 0;
+}
+
 int sys_thread_cpu(pid_t pid, pid_t thread)
 {
 	char file[40], text[STAT_BYTES];

@@ -104,6 +104,8 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 /* When a process was started, in clock ticks since the machine was; 0: there is no such process. With its number it
  * names a process for good. */
 uint64_t sys_process_start(pid_t pid);
+/* 0: it has ended. */
+pid_t sys_process_parent(pid_t pid);
 
 /* A thread of the process that has not ended, 0 when there is none. The first thread may end before the
  * others: then the process cannot be looked at by its own number. */

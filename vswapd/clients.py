@@ -254,7 +254,7 @@ class ClientServer:
     ) -> None:
         if not all(map(self.is_descriptor_valid, descriptors)):
             raise WireError("a descriptor of ARM is not a userfaultfd")
-        self._groups.note_client(peer.pid)
+        self._engine.note_client(peer.pid)
         taken = descriptors.take_all()
         events_fd = taken[0] if hello.kind == wire.HELLO_NEW else -1
         # Before it is served: it may end at once, and its name is asked for then.

@@ -159,10 +159,6 @@ class GroupRegistry:
         if group.root_pid:
             self._engine.group_set_members(group.number, group.root_pid, group.excluded)
 
-    def note_client(self, pid: int) -> None:
-        """A process is about to become a client."""
-        self._engine.note_client(pid)
-
     def statistics(self, group: Group) -> GroupStatistics | None:
         """What the engine says about the group now."""
         records = self._engine.groups()
@@ -226,11 +222,7 @@ class GroupRegistry:
     async def watch_doomed(self) -> None:
         """For ever: destroy those that nobody has any more, but something was still at work on."""
         while True:
-            await self.wait_doomed()
+            while not any(group.doomed for group in self):
+                await self._changed.park()
+            await trio.sleep(config.DOOMED_SECONDS)
             self._destroy_doomed()
-
-    async def wait_doomed(self) -> None:
-        """Until it is time to look at doomed groups again: there are some."""
-        while not any(group.doomed for group in self):
-            await self._changed.park()
-        await trio.sleep(config.DOOMED_SECONDS)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _ZSWAP = "/sys/module/zswap/parameters"
 _PRIORITY = 32767  # above whatever swap the machine has
-_SETTLED_SECONDS = 3.0  # of a command that runs: by then vswapd's processes have shelved what they do not use
+_SETTLED_SECONDS = 2.0  # of a command that runs: by then vswapd's processes have shelved what they do not use
 
 
 @dataclass

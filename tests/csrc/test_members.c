@@ -5,15 +5,21 @@
  * Build: tests/csrc/test_members.c and the data plane; -Icsrc; threads
  */
 #define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
+#include "engine_internal.h"
 #include "members.h"
+#include "sys.h"
 
 #define MIB (1ULL << 20)
 #define CHILD_BYTES (8 * MIB)
+#define PATIENCE_NS 20000000000ULL
 
 /* ---- what is charged ---- */
 
@@ -85,6 +91,7 @@ static void be_children(int ready, unsigned count)
 
 	while (--count > 0 && fork() == 0)
 		;
+	prctl(PR_SET_PDEATHSIG, SIGKILL); /* of a test that fails nothing is left */
 	memory = malloc(CHILD_BYTES);
 	for (size_t i = 0; memory && i < CHILD_BYTES; i += 4096)
 		memory[i] = 1;
@@ -98,7 +105,6 @@ static struct process_tree read_tree(const pid_t *excluded, unsigned count, bool
 	struct process_tree tree;
 
 	CHECK(process_tree_read(getpid(), excluded, count, has_lists, &tree) == 0);
-	process_tree_sort(&tree);
 	return tree;
 }
 
@@ -164,6 +170,98 @@ static void test_many(bool has_lists)
 	process_tree_destroy(&tree);
 }
 
+/* ---- the thread that looks ---- */
+
+static bool is_charged(struct group *group) { return READ_ONCE(group->unmanaged_bytes) >= CHILD_BYTES; }
+
+/* A few looks are enough for each change. */
+static void wait_charged(struct group *group, bool charged)
+{
+	uint64_t since = test_now_ns();
+
+	while (is_charged(group) != charged) {
+		CHECK(test_now_ns() - since < PATIENCE_NS);
+		usleep(1000);
+	}
+}
+
+/* Invariant 1. */
+static void check_sum(struct engine *engine, const struct group *group)
+{
+	uint64_t sum = 0;
+
+	SCOPED_LOCK(&engine->registry);
+	for (unsigned i = 0; i < group->members->tree.count; i++)
+		sum += group->members->tree.processes[i].charged;
+	CHECK(sum == group->unmanaged_bytes);
+}
+
+static void set_client(struct engine *engine, struct client *client)
+{
+	SCOPED_LOCK(&engine->registry);
+	engine->clients[0] = client;
+	engine->clients_end = client != NULL;
+}
+
+/* No more of an engine than it looks at. */
+static void test_looks(void)
+{
+	struct engine *engine = calloc(1, sizeof *engine);
+	struct group *group = calloc(1, sizeof *group);
+	struct client *client = calloc(1, sizeof *client);
+	int memfd = sys_memfd("test", 0, false), pipes[2];
+	pthread_t thread;
+	pid_t child;
+	char byte;
+
+	CHECK(engine && group && client && memfd >= 0 && pipe(pipes) == 0);
+	CHECK(pool_space_create(memfd, MIB, &engine->pool_space) == 0 && pool_create(engine->pool_space, &group->pool) == 0);
+	pthread_mutex_init(&engine->registry, NULL);
+	work_init(&engine->counting);
+	group->limit_bytes = CHILD_BYTES; /* so that looks are frequent */
+	engine->groups[0] = group;
+	child = fork();
+	CHECK(child >= 0);
+	if (child == 0)
+		be_children(pipes[1], 1);
+	CHECK(read(pipes[0], &byte, 1) == 1);
+	*client = (struct client){ .pid = child, .group = group };
+	CHECK(engine_group_set_members(engine, 1, getpid(), NULL, 0) == -ENOENT);
+	CHECK(engine_group_set_members(engine, 0, getpid(), NULL, 0) == 0);
+	CHECK(pthread_create(&thread, NULL, members_thread_main, engine) == 0);
+
+	wait_charged(group, true);
+	/* About to become a client: from now on, until it has turned out not to be one. */
+	engine_note_client(engine, child);
+	CHECK(!is_charged(group));
+	check_sum(engine, group);
+	wait_charged(group, true);
+	check_sum(engine, group);
+	engine_note_client(engine, child);
+	set_client(engine, client);
+	usleep(500000); /* several looks */
+	CHECK(!is_charged(group));
+	set_client(engine, NULL);
+	wait_charged(group, true);
+	CHECK(engine_group_set_members(engine, 0, getpid(), &child, 1) == 0);
+	wait_charged(group, false);
+	CHECK(engine_group_set_members(engine, 0, getpid(), NULL, 0) == 0);
+	wait_charged(group, true);
+	CHECK(kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
+	wait_charged(group, false);
+
+	__atomic_store_n(&engine->stopping, true, __ATOMIC_RELEASE);
+	work_ask(&engine->counting);
+	CHECK(pthread_join(thread, NULL) == 0);
+	members_destroy(group->members);
+	pool_destroy(group->pool);
+	pool_space_destroy(engine->pool_space);
+	CHECK(close(memfd) == 0 && close(pipes[0]) == 0 && close(pipes[1]) == 0);
+	free(client);
+	free(group);
+	free(engine);
+}
+
 int main(void)
 {
 	test_who_is_seen_twice_counts();
@@ -174,6 +272,7 @@ int main(void)
 		test_tree(has_lists != 0);
 		test_many(has_lists != 0);
 	}
+	test_looks();
 	CHECK(process_tree_has_lists() == (access("/proc/thread-self/children", F_OK) == 0));
 	return 0;
 }

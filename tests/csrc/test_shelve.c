@@ -2,7 +2,7 @@
 /*
  * test_shelve — memory that was shelved is what it was, and is no longer the process's own until it is written to.
  *
- * Build: tests/csrc/test_shelve.c csrc/shelve.c csrc/base.c; -Icsrc; threads
+ * Build: tests/csrc/test_shelve.c csrc/shelve.c csrc/sys.c csrc/fault_point.c csrc/base.c; -Icsrc; threads
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -105,9 +105,7 @@ class DataPlaneMachine(RuleBasedStateMachine):
         first.write("random", 1, 0, _PAGES, 2)
         self._models[first] = [("random", 1), ("text", 1)] * (_PAGES // 2)
         deadline = time.monotonic() + 30
-        while not self._stage.is_managed(first):
-            assert time.monotonic() < deadline, "never managed"
-            time.sleep(0.02)  # polling another process's state
+        self._stage.wait_managed(first)
         self._stage.order(f"limit {_LIMIT_BYTES} {_SMALL_POOL_BYTES}")
         self._has_room = False
         self._stage.page_out(first)

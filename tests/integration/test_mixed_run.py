@@ -66,7 +66,7 @@ def _lay_out(stage: Stage) -> _Layout:
     for lane in range(len(_KINDS)):
         layout.write(lane)
     layout.puppet.write("text", 1, _BEFORE + _RUN_PAGES, _PAGES - _BEFORE - _RUN_PAGES)
-    _wait(lambda: stage.is_managed(layout.puppet), "managed")
+    stage.wait_managed(layout.puppet)
     layout.write_back()
     layout.write(_SCATTERED)
     layout.write_back()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.puppets import Stage
+from vswapd import processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,28 +29,26 @@ def stage(stage_programs: Mapping[str, str], client_library: str, tmp_path: Path
     return Stage(stage_programs, client_library, tmp_path, pages=_PAGES, limit_bytes=_LIMIT_BYTES)
 
 
-def _wait_managed(stage: Stage, puppet: Puppet) -> None:
-    deadline = time.monotonic() + 30
-    while not stage.is_managed(puppet):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)  # polling another process's state
-
-
-def _evictors_ns() -> dict[str, int]:
+def _evictors_ns() -> dict[int, int]:
     """What each evictor of a daemon that this process has started has had of a CPU, by thread."""
-    parents, found = {os.getpid()}, {}
-    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parts[2])):
-        try:
-            pid, parent = int(stat.parts[2]), int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent not in parents:
-                continue
-            parents.add(pid)
-            for task in stat.parent.glob("task/*"):
-                if (task / "comm").read_text() == "vswap-evict\n":
-                    found[task.name] = int((task / "schedstat").read_text().split()[0])
-        except FileNotFoundError:
-            continue
-    return found
+    threads = (
+        (pid, int(path.name)) for pid in processes.tree(os.getpid(), set()) for path in Path(f"/proc/{pid}/task").iterdir()
+    )
+    return {
+        thread: int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[0])
+        for pid, thread in threads
+        if processes.thread_name(pid, thread) == "vswap-evict"
+    }
+
+
+def _fork_full(stage: Stage) -> tuple[Puppet, Puppet]:
+    """The first one, with something in all of its pages, and its child."""
+    [puppet] = stage.puppets
+    puppet.write("text", 1, 0, _PAGES)
+    stage.wait_managed(puppet)
+    child = stage.fork(puppet)
+    stage.wait_managed(child)
+    return puppet, child
 
 
 def test_all_evictors_do_it(stage: Stage) -> None:
@@ -57,7 +56,7 @@ def test_all_evictors_do_it(stage: Stage) -> None:
     with stage:
         [puppet] = stage.puppets
         puppet.write("text", 1, 0, _PAGES)
-        _wait_managed(stage, puppet)
+        stage.wait_managed(puppet)
         before = _evictors_ns()
         assert len(before) == os.cpu_count()
         assert stage.page_out(puppet)["swapped"] == _PAGES
@@ -71,11 +70,7 @@ def test_all_evictors_do_it(stage: Stage) -> None:
 def test_what_forked_relatives_share_goes_out_at_the_end_too(stage: Stage) -> None:
     """A batch that finds it busy puts the hand back, maybe after another evictor has been around."""
     with stage:
-        [parent] = stage.puppets
-        parent.write("text", 1, 0, _PAGES)
-        _wait_managed(stage, parent)
-        child = stage.fork(parent)
-        _wait_managed(stage, child)
+        parent, child = _fork_full(stage)
         assert stage.page_out(parent)["swapped"] == _PAGES
         assert stage.page_out(child)["swapped"] == _PAGES
         for puppet in (child, parent):
@@ -88,11 +83,7 @@ def test_what_forked_relatives_share_goes_out_at_the_end_too(stage: Stage) -> No
 def test_program_that_ends_meanwhile(stage: Stage, after_ms: int) -> None:
     """Nobody waits for it any longer, and the evictors are there for others."""
     with stage:
-        [first] = stage.puppets
-        first.write("text", 1, 0, _PAGES)
-        _wait_managed(stage, first)
-        second = stage.fork(first)
-        _wait_managed(stage, second)
+        first, second = _fork_full(stage)
         ends = threading.Timer(after_ms / 1000, lambda: stage.kill(first))
         begun = time.monotonic()
         stage.order(f"pageout {first.pid} 20000", ends.start)
@@ -109,7 +100,7 @@ def test_one_that_cannot_go_on_leaves_the_evictors_to_others(stage: Stage) -> No
     with stage:
         [puppet] = stage.puppets
         puppet.write("random", 1, 0, _PAGES)
-        _wait_managed(stage, puppet)
+        stage.wait_managed(puppet)
         stage.order("budget 1")
         stage.order(f"limit {_LIMIT_BYTES} {4 * _MIB}")
         with pytest.raises(TimeoutError):

@@ -34,7 +34,7 @@ def _figures(stage: Stage, puppet: Puppet) -> dict[str, int]:
 def _fill(stage: Stage, puppet: Puppet, seed: int, kind: str = "text") -> None:
     """All of its pages, which are then in the pool."""
     puppet.write(kind, seed, 0, _PAGES)
-    _wait(lambda: stage.is_managed(puppet), "managed")
+    stage.wait_managed(puppet)
     assert stage.page_out(puppet)["pool"] == _PAGES
 
 
@@ -134,7 +134,7 @@ def test_unchanged_pages_are_written_back(stage: Stage) -> None:
     with stage:
         [puppet] = stage.puppets
         puppet.write("text", 1, 0, half)
-        _wait(lambda: stage.is_managed(puppet), "managed")
+        stage.wait_managed(puppet)
         stage.page_out(puppet)
         puppet.write("text", 1, half, _PAGES - half)
         stage.page_out(puppet)
@@ -202,7 +202,7 @@ def test_pages_of_a_forked_child_are_written_back(stage: Stage) -> None:
         parent = stage.fork(first)
         _fill(stage, parent, 1)
         child = stage.fork(parent)
-        _wait(lambda: stage.is_managed(child), "known by its number")
+        stage.wait_managed(child)
         stage.end(parent)
         assert _figures(stage, child)["pool"] == _PAGES
         stage.order(f"limit {_LIMIT_BYTES} 1")
@@ -219,7 +219,7 @@ def test_pageout_says_what_it_had_no_room_for(stage: Stage) -> None:
     with stage:
         [puppet] = stage.puppets
         puppet.write("random", 1, 0, _PAGES)
-        _wait(lambda: stage.is_managed(puppet), "managed")
+        stage.wait_managed(puppet)
         stage.order("budget 1")
         stage.order(f"limit {_LIMIT_BYTES} {4 * _MIB}")
         with pytest.raises(TimeoutError):

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SECONDS_MAX = 60.0
+_MANAGED_SECONDS_MAX = 30.0
 
 
 class DiedError(Exception):
@@ -207,6 +209,13 @@ class Stage:
                 raise
             return False
         return True
+
+    def wait_managed(self, puppet: Puppet) -> None:
+        """Until it has."""
+        deadline = time.monotonic() + _MANAGED_SECONDS_MAX
+        while not self.is_managed(puppet):
+            assert time.monotonic() < deadline, "never managed"
+            time.sleep(0.02)  # polling another process's state
 
     def page_out(self, puppet: Puppet) -> dict[str, int]:
         """All of its pages. Returns its figures."""
