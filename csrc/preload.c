@@ -22,6 +22,8 @@
  *                    limit, however large it is. And the first mapping that is large in itself is not
  *                    returned before the process is managed, a later one near the limit not before it was found. Neither behind a seccomp filter, for which
  *                    these are system calls that the program did not make.
+ *   mremap           what is one mapping to the program is moved piece by piece where only a part of it is managed
+ *                    (preload_remap.h). Not behind a seccomp filter.
  *   ioctl            a program's own userfaultfd: memory that is managed is given up to it
  *                    (preload_userfaultfd.h).
  *   syscall          dispatches UFFDIO_REGISTER, unshare, setns, prctl, seccomp and mlockall to the above (libseccomp
@@ -50,6 +52,7 @@
 #include "agent.h"
 #include "agent_sys.h"
 #include "preload_discovery.h"
+#include "preload_remap.h"
 #include "preload_replace.h"
 #include "preload_userfaultfd.h"
 
@@ -199,6 +202,25 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
 
 EXPORT void *mmap64(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 	__attribute__((alias("mmap")));
+
+/* ---- wrappers: moving ---- */
+
+EXPORT void *mremap(void *old, size_t old_bytes, size_t new_bytes, int flags, ...)
+{
+	long target = 0, result;
+	va_list list;
+
+	va_start(list, flags);
+	if (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))
+		target = (long)va_arg(list, void *);
+	va_end(list);
+	result = remap((long)old, old_bytes, new_bytes, flags, target);
+	if (result < 0 && result >= -ERRNO_MAX) {
+		errno = (int)-result;
+		return MAP_FAILED;
+	}
+	return (void *)result;
+}
 
 /* ---- wrappers: a userfaultfd of the program's own ---- */
 

@@ -24,6 +24,7 @@
 
 #include "base.h"
 #include "fault_point.h"
+#include "procmap.h"
 
 struct ioctl_poison {
 	uint64_t start, len, mode;
@@ -43,15 +44,6 @@ struct ioctl_pagemap_scan {
 #define PAGE_IS_SWAPPED (1ULL << 4)
 #define PAGE_IS_ZERO_PAGE (1ULL << 5)
 #define PAGE_IS_THERE (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
-
-struct ioctl_procmap_query {
-	uint64_t size, query_flags, query_addr;
-	uint64_t vma_start, vma_end, vma_flags, vma_page_size, vma_offset, inode;
-	uint32_t dev_major, dev_minor, vma_name_size, build_id_size;
-	uint64_t vma_name_addr, build_id_addr;
-};
-#define IOCTL_PROCMAP_QUERY _IOWR('f', 17, struct ioctl_procmap_query)
-#define PROCMAP_COVERING_OR_NEXT 0x10
 
 static_assert(sizeof(struct page_range) == 24, "layout of the kernel's struct page_region");
 
@@ -503,10 +495,10 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 		return result;
 	ret_mapping->start = query.vma_start;
 	ret_mapping->end = query.vma_end;
-	ret_mapping->readable = query.vma_flags & 1;
-	ret_mapping->writable = query.vma_flags & 2;
-	ret_mapping->executable = query.vma_flags & 4;
-	ret_mapping->shared = query.vma_flags & 8;
+	ret_mapping->readable = query.vma_flags & PROCMAP_READABLE;
+	ret_mapping->writable = query.vma_flags & PROCMAP_WRITABLE;
+	ret_mapping->executable = query.vma_flags & PROCMAP_EXECUTABLE;
+	ret_mapping->shared = query.vma_flags & PROCMAP_SHARED;
 	ret_mapping->anonymous = query.inode == 0 && query.dev_major == 0 && query.dev_minor == 0;
 	return 1;
 }

@@ -6,7 +6,7 @@
  * meaning of a userfaultfd errno is decided here and nowhere else: see enum fill_outcome.
  *
  * Debian 12's <linux/userfaultfd.h> ends before POISON and MOVE, and has no PROCMAP_QUERY: the
- * numbers needed are defined in sys.c and probed when the engine starts (sys_probe).
+ * numbers needed are defined in sys.c and procmap.h, and probed when the engine starts (sys_probe).
  */
 #ifndef VSWAP_SYS_H
 #define VSWAP_SYS_H

@@ -155,6 +155,25 @@ static void drop(struct block *b, uint32_t first, uint32_t count)
 	memset(b->versions + first, 0, count * sizeof *b->versions);
 }
 
+/* What the kernel makes of [at, at + bytes) and its neighbours: the mappings, and whether they are registered (um, uw). */
+static void print_mappings(uintptr_t at, uintptr_t bytes)
+{
+	FILE *smaps = fopen("/proc/self/smaps", "re");
+	char line[512];
+	bool within = false;
+
+	while (smaps && fgets(line, sizeof line, smaps)) {
+		unsigned long start, end;
+
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			within = start <= at + bytes && end >= at;
+		if (within && (strchr(line, '-') || strncmp(line, "VmFlags", 7) == 0))
+			fprintf(stderr, "churn: %s", line);
+	}
+	if (smaps)
+		fclose(smaps);
+}
+
 static void remap(struct worker *w, struct block *b)
 {
 	uint8_t *target = map(b->pages), *p;
@@ -162,7 +181,9 @@ static void remap(struct worker *w, struct block *b)
 	/* An address of its own to move to, so that nothing else is hit. */
 	p = mremap(b->base, b->pages * PAGE, b->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target);
 	if (p == MAP_FAILED) {
-		perror("churn: mremap");
+		fprintf(stderr, "churn: mremap of %u pages at %p to %p: %s\n", b->pages, (void *)b->base, (void *)target,
+			strerror(errno));
+		print_mappings((uintptr_t)b->base, b->pages * PAGE);
 		_exit(4);
 	}
 	b->base = p;

@@ -4,11 +4,13 @@
 #include <errno.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "operations.h"
+#include "operations_internal.h"
 
 /* Map anew at an address that was unmapped: nothing of what was there may show. */
 static void map_again(void *at, size_t pages)
@@ -101,6 +103,136 @@ static void mremap_move_and_grow(void)
 	area_check(&moved, 0, area.pages, 0, "moved, out and back");
 	area_free(&moved);
 	area_free(&area);
+}
+
+#define MAPPINGS_MAX (1UL << 18) /* more than a process may have */
+#define SMALL 50UL /* a part that is too small to be managed */
+
+/* Mappings that the kernel makes of it. */
+static unsigned count_mappings(const struct area *area)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[512];
+	unsigned count = 0;
+
+	must_call(maps != NULL, "open maps");
+	while (fgets(line, sizeof line, maps)) {
+		uintptr_t start = 0, end = 0;
+
+		must(sscanf(line, "%lx-%lx ", &start, &end) == 2, "maps: %s", line);
+		count += start < (uintptr_t)area_page(area, area->pages) && end > (uintptr_t)area->at;
+	}
+	fclose(maps);
+	return count;
+}
+
+/* One mapping to the program. Most of it is managed and out, and the rest is not, for it was read-only when it was found. */
+static struct area area_make_divided(void)
+{
+	struct area area = area_map(AREA_PAGES);
+
+	must_call(mprotect(area_page(&area, SMALL / 2), SMALL / 2 * PAGE, PROT_READ) == 0, "mprotect");
+	area_write(&area, SMALL, area.pages - SMALL, 0);
+	bring_out(area_page(&area, SMALL), area.pages - SMALL);
+	must_call(mprotect(area_page(&area, SMALL / 2), SMALL / 2 * PAGE, PROT_READ | PROT_WRITE) == 0, "mprotect");
+	area_write(&area, 0, SMALL, 0);
+	if (is_managed() && backing != BACKING_RESIDENT)
+		must(count_mappings(&area) == 2, "it is in %u parts", count_mappings(&area));
+	return area;
+}
+
+static void mremap_divided_grow(void)
+{
+	struct area area = area_make_divided();
+	struct area grown = { area.at, area.pages + 16, area.seed }, moved = { .pages = 2 * grown.pages, .seed = area.seed };
+
+	must_call(munmap(area_page(&area, area.pages), 16 * PAGE) == 0, "munmap");
+	must_call(mremap(area.at, area.pages * PAGE, grown.pages * PAGE, 0) == area.at, "mremap");
+	check_zeros(area_page(&grown, area.pages), 16, "what it grew by");
+	area_write(&grown, area.pages, 16, 0);
+	must(mremap(area.at, grown.pages * PAGE, moved.pages * PAGE, 0) == MAP_FAILED && errno == ENOMEM,
+	     "it may not move, and did");
+	moved.at = mremap(area.at, grown.pages * PAGE, moved.pages * PAGE, MREMAP_MAYMOVE);
+	must_call(moved.at != MAP_FAILED, "mremap");
+	area_check(&moved, 0, grown.pages, 0, "moved");
+	check_zeros(area_page(&moved, grown.pages), grown.pages, "what it grew by");
+	map_again(area.at, grown.pages);
+	page_out(area_page(&moved, SMALL), moved.pages - SMALL);
+	area_check(&moved, 0, grown.pages, 0, "moved, out and back");
+	area_free(&moved);
+	area_free(&grown);
+}
+
+/* All of it, then the first half. */
+static void mremap_divided_fixed(void)
+{
+	struct area area = area_make_divided(), target = area_make(AREA_PAGES), half = area_make(HALF);
+	struct area moved = { target.at, area.pages, area.seed };
+	size_t bytes = area.pages * PAGE;
+
+	must(mremap(area.at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, area_page(&area, 1)) == MAP_FAILED &&
+		     errno == EINVAL,
+	     "moved onto itself");
+	must_call(mremap(area.at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, target.at) == target.at, "mremap");
+	area_check(&moved, 0, moved.pages, 0, "moved");
+	map_again(area.at, area.pages);
+	must_call(mremap(moved.at, bytes, HALF * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, half.at) == half.at, "mremap");
+	area_check_at(&area, 0, HALF, 0, half.at, "moved, half of it");
+	map_again(moved.at, moved.pages);
+	page_out(area_page(&half, SMALL), half.pages - SMALL);
+	area_check_at(&area, 0, HALF, 0, half.at, "moved, out and back");
+	area_free(&half);
+	area_free(&moved);
+	area_free(&area);
+}
+
+static void mremap_divided_dontunmap(void)
+{
+	struct area area = area_make_divided();
+	struct area moved = { .pages = area.pages, .seed = area.seed };
+
+	moved.at = mremap(area.at, area.pages * PAGE, area.pages * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
+	must_call(moved.at != MAP_FAILED, "mremap");
+	check_zeros(area.at, area.pages, "the old place");
+	area_check(&moved, 0, moved.pages, 0, "the new place");
+	area_write(&area, 0, area.pages, 1);
+	page_out(area_page(&moved, SMALL), moved.pages - SMALL);
+	area_check(&area, 0, area.pages, 1, "the old place");
+	area_check(&moved, 0, moved.pages, 0, "the new place, out and back");
+	area_free(&moved);
+	area_free(&area);
+}
+
+/* With so few mappings left to the process that it is refused, at one piece or the other: all of it stays where it is. */
+static void mremap_divided_refused(void)
+{
+	struct area whole = area_make_divided(), target = area_map(AREA_PAGES);
+	struct area area = { whole.at, whole.pages - 8, whole.seed }; /* so that a mapping has to be split */
+	size_t bytes = area.pages * PAGE, room = MAPPINGS_MAX * PAGE;
+	uint8_t *filler = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	size_t filled = 0, refused = 0;
+	void *moved;
+
+	must_call(filler != MAP_FAILED, "mmap");
+	while (filled < MAPPINGS_MAX && mprotect(filler + filled * PAGE, PAGE, PROT_READ) == 0)
+		filled += 2;
+	must(filled < MAPPINGS_MAX && errno == ENOMEM, "there is no limit");
+	for (;;) {
+		moved = mremap(area.at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, target.at);
+		if (moved != MAP_FAILED)
+			break;
+		must(errno == ENOMEM, "mremap: %s", strerror(errno));
+		area_check(&whole, 0, whole.pages, 0, "refused");
+		must(++refused < filled, "never granted");
+		filled -= 2;
+		must_call(mprotect(filler + filled * PAGE, PAGE, PROT_NONE) == 0, "mprotect");
+	}
+	must_call(munmap(filler, room) == 0, "munmap");
+	must(refused > 1, "refused %zu times", refused);
+	must(moved == target.at, "moved to %p", moved);
+	area_check_at(&area, 0, area.pages, 0, target.at, "granted");
+	area_check(&whole, area.pages, 8, 0, "what stayed");
+	area_free(&target);
 }
 
 /* Onto an area whose own pages are out: they are gone. */
@@ -332,6 +464,10 @@ const struct row map_rows[] = {
 	{ "mremap_grow", mremap_grow, 0 },
 	{ "mremap_shrink", mremap_shrink, 0 },
 	{ "mremap_move_and_grow", mremap_move_and_grow, 0 },
+	{ "mremap_divided_grow", mremap_divided_grow, 0 },
+	{ "mremap_divided_fixed", mremap_divided_fixed, 0 },
+	{ "mremap_divided_dontunmap", mremap_divided_dontunmap, 0 },
+	{ "mremap_divided_refused", mremap_divided_refused, ROW_OWN },
 	{ "mremap_fixed", mremap_fixed, 0 },
 	{ "mremap_fixed_part", mremap_fixed_part, 0 },
 	{ "mremap_dontunmap", mremap_dontunmap, 0 },
