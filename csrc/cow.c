@@ -77,13 +77,13 @@ static void take_from_parent(struct client *child, uint64_t token, int64_t pages
 	client_put(parent);
 }
 
-/* Its parent has ended first: nobody counts what they shared. */
+/* Its parent has ended first, or is being let go: nobody counts what they shared. */
 static void count_orphan(struct client *client)
 {
 	uint64_t token = READ_ONCE(client->counted_with);
 	struct client *parent = token ? client_get(client->engine, token) : NULL;
 
-	if (token && (!parent || READ_ONCE(parent->dead)) && end_counted_with(client)) {
+	if (token && (!parent || READ_ONCE(parent->dead) || READ_ONCE(parent->leaving)) && end_counted_with(client)) {
 		WRITE_ONCE(client->pss_above_resident, 0);
 		WRITE_ONCE(client->pss_next_ns, 0);
 	}
