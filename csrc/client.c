@@ -98,6 +98,7 @@ static void enlist(struct engine *engine, struct client *client, unsigned index,
 	engine->clients[index] = client;
 	WRITE_ONCE(engine->clients_end, max_of(engine->clients_end, index + 1));
 	group->client_count++;
+	group->users++; /* until nobody refers to the client */
 }
 
 void client_set_phase(struct client *client, enum client_phase phase)
@@ -215,6 +216,7 @@ void client_put(struct client *client)
 {
 	struct engine *engine = client->engine;
 	struct client_record *record = client->record;
+	struct group *group = client->group;
 	bool last;
 
 	pthread_mutex_lock(&engine->registry);
@@ -224,6 +226,9 @@ void client_put(struct client *client)
 		return;
 	checkpoint_discard(engine->state, engine->state_fd, client->index);
 	client_free(client);
+	pthread_mutex_lock(&engine->registry);
+	group->users--;
+	pthread_mutex_unlock(&engine->registry);
 	__atomic_store_n(&record->phase, CLIENT_UNUSED, __ATOMIC_RELEASE);
 }
 

@@ -56,7 +56,7 @@ struct group {
 
 	struct members *members;   /* NULL: its clients alone; registry lock */
 	uint32_t client_count;     /* registry lock */
-	uint32_t users;            /* evictors and writer at work on it; registry lock */
+	uint32_t users;            /* whoever is at work on it, and its clients until they are freed; registry lock */
 	uint32_t unregistered;     /* clients whose memory is not registered yet, at the last look */
 	int64_t looked_room_bytes; /* room at the end of the last look, */
 	uint64_t looked_ns;        /* and when that was */

@@ -91,6 +91,7 @@ struct look {
 	unsigned group;
 	uint64_t generation;
 	pid_t root;
+	uint64_t root_start;
 	pid_t *excluded;
 	unsigned excluded_count;
 };
@@ -116,7 +117,7 @@ static bool look_begin(struct engine *engine, unsigned number, struct look *ret_
 		return false;
 	forget_ended(members);
 	*ret_look = (struct look){ .group = number, .generation = members->generation, .root = members->root,
-				   .excluded = malloc((members->excluded_count + 1) * sizeof *members->excluded),
+				   .root_start = members->root_start, .excluded = malloc((members->excluded_count + 1) * sizeof *members->excluded),
 				   .excluded_count = members->excluded_count };
 	if (!ret_look->excluded)
 		return false;
@@ -186,6 +187,15 @@ static void drop_present_clients(struct engine *engine, const struct look *look,
 	free(pids);
 }
 
+/* Its number may be another's by now, who is nobody's root. */
+static int read_tree(const struct look *look, bool has_lists, struct process_tree *ret_tree)
+{
+	*ret_tree = (struct process_tree){ 0 };
+	if (sys_process_start(look->root) != look->root_start)
+		return 0;
+	return process_tree_read(look->root, look->excluded, look->excluded_count, has_lists, ret_tree);
+}
+
 static void look_at_group(struct engine *engine, unsigned number, bool has_lists)
 {
 	struct process_tree tree;
@@ -193,10 +203,15 @@ static void look_at_group(struct engine *engine, unsigned number, bool has_lists
 
 	if (!look_begin(engine, number, &look))
 		return;
-	if (process_tree_read(look.root, look.excluded, look.excluded_count, has_lists, &tree) == 0) {
+	if (read_tree(&look, has_lists, &tree) == 0) {
 		drop_present_clients(engine, &look, &tree);
-		for (unsigned i = 0; i < tree.count; i++)
-			tree.processes[i].bytes = process_anonymous_bytes(tree.processes[i].pid);
+		for (unsigned i = 0; i < tree.count; i++) {
+			struct process *process = &tree.processes[i];
+
+			/* Its parent's, with which it counts. */
+			if (!sys_shares_memory(process->pid, process->parent))
+				process->bytes = process_anonymous_bytes(process->pid);
+		}
 		look_end(engine, &look, &tree);
 	}
 	process_tree_destroy(&tree);
@@ -269,7 +284,7 @@ int engine_group_set_members(struct engine *engine, int number, int32_t root, co
 	}
 	if (count > 0)
 		memcpy(copy, excluded, count * sizeof *copy);
-	*members = (struct members){ .root = root, .excluded = copy, .excluded_count = count };
+	*members = (struct members){ .root = root, .root_start = sys_process_start(root), .excluded = copy, .excluded_count = count };
 	SCOPED_LOCK(&engine->registry);
 	group = group_at(engine, number);
 	if (!group) {
@@ -278,6 +293,7 @@ int engine_group_set_members(struct engine *engine, int number, int32_t root, co
 	}
 	members->generation = ++engine->members_generation;
 	if (group->members && group->members->root == root) { /* what was seen of them stays */
+		members->root_start = group->members->root_start;
 		members->tree = group->members->tree;
 		group->members->tree = (struct process_tree){ 0 };
 	}

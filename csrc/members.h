@@ -5,8 +5,9 @@
  * The members of a group are the processes below its root process, without those that are excluded and what is below
  * them. Those that are clients are counted by the data plane already. The others are looked at several times a second:
  *
- *   - One counts with the smaller of two looks in a row. A child between vfork and exec shows the memory of its parent as
- *     its own, and to charge that for an instant could end the group.
+ *   - One counts with the smaller of two looks in a row: what it has for an instant only could end the group.
+ *   - A child between vfork and exec shows the memory of its parent as its own: where both have one address space, the child
+ *     has none.
  *   - Forked children that have not said hello are clients without a number. They are the largest among the children of
  *     clients, as a fork starts with all that its parent has.
  *   - A process that becomes a client is no longer charged (engine_note_client), also by a look that is under way.
@@ -32,6 +33,7 @@ struct engine;
 /* Of a group. */
 struct members {
 	pid_t root;
+	uint64_t root_start;       /* sys_process_start, when it was told */
 	pid_t *excluded;
 	unsigned excluded_count;
 	uint64_t generation;       /* engine->members_generation when it was set: what began before it is void */

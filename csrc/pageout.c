@@ -12,13 +12,17 @@
 #include "sys.h"
 
 #define BATCHES_A_TURN 16
+#define TURN_NS 50000000ULL /* as of reclaim: a client that answers slowly costs groups that are short no more */
 #define NOTHING_GOES_MS 1
 
 struct pageout {
 	struct pageout *next;
 	struct client *client;
 	uint64_t start, end;
+	uint64_t number; /* in the order in which they were asked for: they share the client's hand, so one goes first */
 	unsigned users;  /* evictors that are at it */
+	bool is_begun;   /* the hand is where it begins */
+	bool is_slow;    /* a batch took a turn's time: not for all evictors */
 	bool is_stuck;   /* the last batch could not begin */
 	bool is_shared;  /* with forked relatives: what is busy is had again at once, which takes an evictor alone */
 	bool was_missed; /* something that was busy, when it was not alone yet: once more from the start */
@@ -69,7 +73,16 @@ static bool hand_is_within(struct client *client, uint64_t start, uint64_t end)
 
 static bool is_for_one(const struct pageout *pageout)
 {
-	return pageout->is_stuck || pageout->is_shared || pageout->is_ending;
+	return !pageout->is_begun || pageout->is_stuck || pageout->is_shared || pageout->is_slow || pageout->is_ending;
+}
+
+/* Not before what was asked for of the same client earlier is over. The list's lock is held. */
+static bool has_its_turn(const struct pageouts *pageouts, const struct pageout *pageout)
+{
+	for (const struct pageout *other = pageouts->first; other; other = other->next)
+		if (other->client == pageout->client && other->number < pageout->number)
+			return false;
+	return true;
 }
 
 /* The next request that this evictor can do something for, as one of its users; the others come before it then. */
@@ -81,7 +94,7 @@ static struct pageout *take(struct pageouts *pageouts)
 		return NULL;
 	SCOPED_LOCK(&pageouts->lock);
 	for (pageout = pageouts->first; pageout; pageout = pageout->next)
-		if (!pageout->is_over && !(is_for_one(pageout) && pageout->users > 0))
+		if (!pageout->is_over && !(is_for_one(pageout) && pageout->users > 0) && has_its_turn(pageouts, pageout))
 			break;
 	if (!pageout)
 		return NULL;
@@ -102,18 +115,24 @@ static void give(struct pageouts *pageouts, struct pageout *pageout)
 	pthread_cond_broadcast(&pageouts->changed);
 }
 
-/* From the start again, if that is due. The only one at it. */
-static void begin_again(struct pageouts *pageouts, struct pageout *pageout)
+/* From the start, or from there again, if that is due. The only one at it then. */
+static void begin(struct engine *engine, struct pageout *pageout)
 {
-	bool is_due;
+	struct pageouts *pageouts = &engine->pageouts;
 
 	pthread_mutex_lock(&pageouts->lock);
-	is_due = pageout->is_ending && pageout->was_missed;
-	if (is_due)
-		pageout->is_ending = pageout->was_missed = false;
+	if (pageout->is_ending && pageout->was_missed)
+		pageout->is_begun = pageout->is_ending = pageout->was_missed = false;
+	if (pageout->is_begun) {
+		pthread_mutex_unlock(&pageouts->lock);
+		return;
+	}
 	pthread_mutex_unlock(&pageouts->lock);
-	if (is_due)
-		set_hand(pageout->client, pageout->start);
+	set_hand(pageout->client, pageout->start);
+	pthread_mutex_lock(&pageouts->lock);
+	pageout->is_begun = true;
+	pthread_mutex_unlock(&pageouts->lock);
+	work_ask(&engine->evicting); /* for the others */
 }
 
 static bool is_shared(const struct client *client) { return READ_ONCE(client->pss) && !cow_is_alone(client); }
@@ -124,18 +143,22 @@ static int try_batch(struct client *client, struct evictor *evictor, struct evic
 	/* A page that forked relatives share takes room in the pool, and stays resident with them. */
 	bool makes_worse = is_shared(client) && group_room_bytes(client->group) < 0;
 
+	if (READ_ONCE(client->dead) || READ_ONCE(client->agent_gone)) /* though there may be no room for a batch */
+		return -ESRCH;
 	if (makes_worse || !reclaim_pool_has_room(client->engine, client->group, client))
 		return -EAGAIN;
 	return evict_batch(client, evictor, true, ret_result);
 }
 
 /* What a batch says about the whole. */
-static void note_batch(struct engine *engine, struct pageout *pageout, int error, const struct evict_result *result)
+static void note_batch(struct engine *engine, struct pageout *pageout, int error, uint64_t took_ns,
+		       const struct evict_result *result)
 {
 	SCOPED_LOCK(&engine->pageouts.lock);
 	if (pageout->is_stuck && error != -EAGAIN)
 		work_ask(&engine->evicting); /* for the others */
 	pageout->is_stuck = error == -EAGAIN;
+	pageout->is_slow = took_ns > TURN_NS;
 	pageout->is_over |= error < 0 && error != -EAGAIN;
 	pageout->is_ending |= result->wrapped;
 	if (result->busy) {
@@ -158,15 +181,18 @@ bool pageout_turn(struct engine *engine, struct evictor *evictor)
 {
 	struct pageouts *pageouts = &engine->pageouts;
 	struct pageout *pageout = take(pageouts);
+	uint64_t end_ns;
 
 	if (!pageout)
 		return false;
-	begin_again(pageouts, pageout);
-	for (unsigned i = 0; i < BATCHES_A_TURN && goes_on(pageouts, pageout); i++) {
+	begin(engine, pageout);
+	end_ns = sys_now_ns() + TURN_NS;
+	for (unsigned i = 0; i < BATCHES_A_TURN && sys_now_ns() < end_ns && goes_on(pageouts, pageout); i++) {
 		struct evict_result result = { 0 };
+		uint64_t since_ns = sys_now_ns();
 		int error = try_batch(pageout->client, evictor, &result);
 
-		note_batch(engine, pageout, error, &result);
+		note_batch(engine, pageout, error, sys_now_ns() - since_ns, &result);
 		if (error == -EAGAIN) {
 			sys_sleep_ms(NOTHING_GOES_MS);
 			break;
@@ -194,8 +220,8 @@ int pageout_range(struct client *client, uint64_t start, uint64_t end, int timeo
 	struct pageout pageout = { .client = client, .start = start, .end = end, .is_shared = is_shared(client) };
 	bool is_late = false;
 
-	set_hand(client, start);
 	pthread_mutex_lock(&pageouts->lock);
+	pageout.number = pageouts->asked++;
 	append(pageouts, &pageout);
 	pthread_mutex_unlock(&pageouts->lock);
 	work_ask(&client->engine->evicting);
@@ -208,5 +234,6 @@ int pageout_range(struct client *client, uint64_t start, uint64_t end, int timeo
 		pthread_cond_wait(&pageouts->changed, &pageouts->lock);
 	unlink_from(pageouts, &pageout);
 	pthread_mutex_unlock(&pageouts->lock);
+	work_ask(&client->engine->evicting); /* for who comes next */
 	return is_late ? -ETIMEDOUT : 0;
 }

@@ -4,8 +4,9 @@
  * vswapd.cold, the watchdog.
  *
  * Who asks waits. The evictors do it, all of them at once, in turns between what groups that are short want of them: they
- * share the client's hand, so each takes the next batch. One alone is at it where pages are shared with forked relatives, which
- * have to be made the client's own before they can go, and while nothing can go at all.
+ * share the client's hand, so each takes the next batch, and of one client a request waits for the one before. One alone is at it
+ * where pages are shared with forked relatives, which have to be made the client's own before they can go, while nothing can go at
+ * all, and where the agent is slow.
  *
  * Invariants  1 a request is in the list while its asker waits, and no longer
  *             2 an evictor that is at it is among its `users`; the asker leaves when there are none and it is over
@@ -27,6 +28,7 @@ struct pageouts {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	struct pageout *first; /* whose turn is next */
+	uint64_t asked;        /* so many until now */
 };
 
 void pageouts_init(struct pageouts *pageouts);

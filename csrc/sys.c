@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <linux/kcmp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -295,6 +296,11 @@ uint64_t sys_process_start(pid_t pid)
 	const char *start = stat_field(pid, "stat", 22, text);
 
 	return start ? strtoull(start, NULL, 10) : 0;
+}
+
+bool sys_shares_memory(pid_t pid, pid_t other)
+{
+	return other > 0 && syscall(SYS_kcmp, pid, other, KCMP_VM, 0UL, 0UL) == 0;
 }
 
 pid_t sys_process_parent(pid_t pid)

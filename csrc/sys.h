@@ -106,6 +106,8 @@ int sys_mapping_next(int maps_fd, uint64_t address, struct mapping *ret_mapping)
 uint64_t sys_process_start(pid_t pid);
 /* 0: it has ended. */
 pid_t sys_process_parent(pid_t pid);
+/* Have two processes one address space, as a vfork child and its parent until it executes something? False also when it cannot be told. */
+bool sys_shares_memory(pid_t pid, pid_t other);
 
 /* A thread of the process that has not ended, 0 when there is none. The first thread may end before the
  * others: then the process cannot be looked at by its own number. */

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from vswapd import config, processes, wire
-from vswapd.records import GROUP_NO_RECOMPRESS, GROUP_NO_SPILL, GROUP_REGIONS, GROUP_TORTURE
+from vswapd.records import GROUP_LABEL_BYTES, GROUP_NO_RECOMPRESS, GROUP_NO_SPILL, GROUP_REGIONS, GROUP_TORTURE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,15 +53,16 @@ class Group:
         return peer.uid in (0, self.owner_uid) or self.has_member(peer.pid)
 
     def label(self) -> str:
-        """What a successor needs to know that the engine does not."""
-        return json.dumps(
-            {
-                "owner": self.owner_uid,
-                "root": self.root_pid,
-                "excluded": sorted(self.excluded),
-                "doomed": self.doomed,
-            }
-        )
+        """What a successor needs to know that the engine does not. Of the excluded, as many as there is room for."""
+        known: dict[str, Any] = {
+            "owner": self.owner_uid,
+            "root": self.root_pid,
+            "doomed": self.doomed,
+            "excluded": sorted(self.excluded),
+        }
+        while len(label := json.dumps(known, separators=(",", ":"))) >= GROUP_LABEL_BYTES:
+            known["excluded"] = known["excluded"][:-1]  # rather the root's own, which are older
+        return label
 
     @classmethod
     def from_record(cls, record: GroupStatistics) -> Group:
@@ -149,11 +150,15 @@ class GroupRegistry:
     def exclude(self, pid: int) -> None:
         """A process was detached: it, and what is below it, no group is charged for."""
         for group in self:
-            if group.has_member(pid):
-                # Without those that have ended: a number may be another's one day.
-                group.excluded = frozenset(filter(processes.exists, group.excluded)) | {pid}
-                self._engine.group_label(group.number, group.label(), group.session_fd)
-                self._set_members(group)
+            if not group.has_member(pid):
+                continue
+            # Without those that have ended: a number may be another's one day.
+            excluded = frozenset(filter(processes.exists, group.excluded))
+            if any(processes.descends(pid, other) for other in excluded):
+                continue
+            group.excluded = excluded | {pid}
+            self._set_members(group)
+            self._engine.group_label(group.number, group.label(), group.session_fd)
 
     def _set_members(self, group: Group) -> None:
         if group.root_pid:

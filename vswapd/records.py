@@ -15,6 +15,7 @@ GROUP_BACKINGS = ("zero", "same", "pool", "spill", "shared", "staged", "poisoned
 BACKEND_STATES = ("active", "draining", "failed")
 JOBS = ("", "swapoff", "compact")  # order of enum engine_backend_job
 
+GROUP_LABEL_BYTES = 256  # of csrc/engine.h, with the 0 at its end
 GROUP_TORTURE = 1
 GROUP_NO_SPILL = 2
 GROUP_REGIONS = 4

@@ -7,7 +7,10 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -172,7 +175,7 @@ static void test_many(bool has_lists)
 
 /* ---- the thread that looks ---- */
 
-static bool is_charged(struct group *group) { return READ_ONCE(group->unmanaged_bytes) >= CHILD_BYTES; }
+static bool is_charged(const struct group *group) { return READ_ONCE(group->unmanaged_bytes) >= CHILD_BYTES; }
 
 /* A few looks are enough for each change. */
 static void wait_charged(struct group *group, bool charged)
@@ -204,6 +207,38 @@ static void set_client(struct engine *engine, struct client *client)
 }
 
 /* No more of an engine than it looks at. */
+static int sleep_a_second(void *unused)
+{
+	(void)unused;
+	return usleep(1000000);
+}
+
+/* As a vfork child that is slow to execute something, and goes on before its parent. */
+static void check_child_in_our_memory(const struct group *group)
+{
+	static char stack[65536] __attribute__((aligned(16)));
+	char *memory = malloc(CHILD_BYTES);
+	pid_t child;
+
+	CHECK(memory);
+	memset(memory, 1, CHILD_BYTES);
+	child = clone(sleep_a_second, stack + sizeof stack, CLONE_VM | SIGCHLD, NULL);
+	CHECK(child > 0);
+	for (unsigned i = 0; i < 80; i++) { /* many looks */
+		usleep(10000);
+		CHECK(!is_charged(group));
+	}
+	CHECK(waitpid(child, NULL, 0) == child);
+	CHECK(memory[CHILD_BYTES / 2] == 1);
+	free(memory);
+}
+
+static void set_root_start(struct engine *engine, struct members *members, uint64_t start)
+{
+	SCOPED_LOCK(&engine->registry);
+	members->root_start = start;
+}
+
 static void test_looks(void)
 {
 	struct engine *engine = calloc(1, sizeof *engine);
@@ -249,6 +284,19 @@ static void test_looks(void)
 	wait_charged(group, true);
 	CHECK(kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
 	wait_charged(group, false);
+	check_child_in_our_memory(group);
+	/* Another process by that number, as far as can be told. */
+	set_root_start(engine, group->members, 1);
+	child = fork();
+	CHECK(child >= 0);
+	if (child == 0)
+		be_children(pipes[1], 1);
+	CHECK(read(pipes[0], &byte, 1) == 1);
+	usleep(1500000); /* three looks, or more */
+	CHECK(!is_charged(group));
+	set_root_start(engine, group->members, sys_process_start(getpid()));
+	wait_charged(group, true);
+	CHECK(kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
 
 	__atomic_store_n(&engine->stopping, true, __ATOMIC_RELEASE);
 	work_ask(&engine->counting);

@@ -95,6 +95,26 @@ def test_program_that_ends_meanwhile(stage: Stage, after_ms: int) -> None:
     assert stage.status == 0, stage.log
 
 
+def test_program_that_ends_while_nothing_can_go(stage: Stage) -> None:
+    """Its relative's pages leave no room in the pool, and go on doing so."""
+    with stage:
+        first, second = _fork_full(stage)
+        second.write("random", 2, 0, _PAGES)
+        stage.order("budget 1")
+        stage.order(f"limit {_LIMIT_BYTES} {4 * _MIB}")
+        with pytest.raises(TimeoutError):
+            stage.order(f"pageout {second.pid} 1000")
+        ends = threading.Timer(0.3, lambda: stage.kill(first))
+        begun = time.monotonic()
+        stage.order(f"pageout {first.pid} 25000", ends.start)
+        assert 0.2 < time.monotonic() - begun < 10
+        ends.join()
+        stage.order("budget 0")
+        second.check("random", 2, 0, _PAGES)
+        stage.end(second)
+    assert stage.status == 0, stage.log
+
+
 def test_one_that_cannot_go_on_leaves_the_evictors_to_others(stage: Stage) -> None:
     """While one of them tries, and the request waits for its time to be over, a program beyond its limit swaps on."""
     with stage:

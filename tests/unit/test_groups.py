@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from support.control_plane import ControlPlane, control_plane
 from support.fake_log import FakeLog
 from vswapd import config
 from vswapd.accept import Peer
+from vswapd.records import GROUP_LABEL_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +72,29 @@ async def test_detached_process_is_excluded_until_it_has_ended(child: subprocess
             (group.number, os.getpid(), {child.pid}),
             (group.number, os.getpid(), {other.pid}),
         ]
+
+
+async def test_more_are_detached_than_a_successor_can_be_told_of() -> None:
+    """None of them is charged, and the group ends as any other."""
+    async with control_plane() as plane:
+        group = plane.daemon.groups.create("g", 0, 1 << 26, root_pid=os.getpid())
+        children = [subprocess.Popen(["sleep", "60"]) for _ in range(60)]
+        try:
+            for process in children:
+                plane.daemon.groups.exclude(process.pid)
+            numbers = {process.pid for process in children}
+            assert group.excluded == numbers
+            assert _of(plane, "group_set_members")[-1] == (group.number, os.getpid(), numbers)
+            assert len(group.label()) < GROUP_LABEL_BYTES
+            told = set(json.loads(group.label())["excluded"])
+            assert len(told) > 20
+            assert told < numbers
+            plane.daemon.groups.doom(group)
+            assert plane.daemon.groups.find("g") is None
+        finally:
+            for process in children:
+                process.kill()
+                process.wait()
 
 
 async def test_doomed_group_that_is_busy_is_destroyed_later(autojump_clock: object) -> None:
