@@ -8,14 +8,14 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/mman.h>
-#include <sys/utsname.h>
 
 #include "agent_sys.h"
 #include "preload_replace.h"
 #include "procmap.h"
 
-#define PIECES_MAX 64 /* on the stack, which may be a small one for signals */
+#define PIECES_MAX 32 /* on the stack, which may be a small one for signals */
 #define TRIES_MAX 16  /* of a call beside which it is divided again and again */
+#define NOT_DIVIDED 0
 #define KNOWN_FLAGS (MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP)
 #define RESERVATION (MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
 
@@ -40,7 +40,7 @@ static long move(uint64_t from, uint64_t from_bytes, uint64_t to, uint64_t to_by
 /* The mappings of [start, end). False: there is one, or it is not ours to divide. */
 static bool find_pieces(int maps_fd, uint64_t start, uint64_t end, bool any_protection, struct pieces *ret)
 {
-	uint64_t flags = 0, mask = any_protection ? PROCMAP_SHARED : ~0ULL;
+	uint64_t flags = 0;
 
 	ret->count = 0;
 	for (uint64_t at = start; at < end;) {
@@ -50,7 +50,7 @@ static bool find_pieces(int maps_fd, uint64_t start, uint64_t end, bool any_prot
 			return false;
 		if (query.inode || query.dev_major || query.dev_minor || query.vma_flags & PROCMAP_SHARED)
 			return false;
-		if (at != start && (query.vma_flags ^ flags) & mask)
+		if (at != start && !any_protection && query.vma_flags != flags)
 			return false;
 		flags = query.vma_flags;
 		ret->start[ret->count++] = at;
@@ -62,17 +62,20 @@ static bool find_pieces(int maps_fd, uint64_t start, uint64_t end, bool any_prot
 
 /* ---- moving it ---- */
 
-/* Pieces [first, count) of `pieces` are at `target`, and their places are free, or empty: back. */
-static void move_back(const struct pieces *pieces, unsigned first, uint64_t target, uint64_t bytes)
+/* Pieces [first, count) of `pieces` are at `target`: back, if nobody has taken their places meanwhile. */
+static void move_back(const struct pieces *pieces, unsigned first, uint64_t target, uint64_t bytes, bool is_empty)
 {
 	uint64_t end = pieces->start[pieces->count] - pieces->start[0];
 
 	if (first < pieces->count && bytes > end)
 		(void)RAW_2(__NR_munmap, target + end, bytes - end);
-	for (unsigned i = first; i < pieces->count; i++)
-		if (is_error(move(target + (pieces->start[i] - pieces->start[0]), piece_bytes(pieces, i), pieces->start[i],
-				  piece_bytes(pieces, i), 0)))
-			(void)RAW_2(__NR_kill, raw_getpid(), SIGABRT);
+	for (unsigned i = first; i < pieces->count; i++) {
+		uint64_t start = pieces->start[i], size = piece_bytes(pieces, i);
+
+		if ((!is_empty && is_error(raw_mmap(start, size, PROT_NONE, RESERVATION | MAP_FIXED_NOREPLACE, -1))) ||
+		    is_error(move(target + (start - pieces->start[0]), size, start, size, 0)))
+			(void)RAW_2(__NR_kill, raw_getpid(), SIGKILL);
+	}
 }
 
 /* Mappings that are made to be given up: a process may have so many, and what moves back needs some as well. */
@@ -109,38 +112,42 @@ static long hold_spare(const struct pieces *pieces, uint64_t target, uint64_t ta
 	return result;
 }
 
-/* `bytes` in all at the end: the last piece is as much larger. The target's own mappings go. */
-static long move_all(const struct pieces *pieces, uint64_t target, uint64_t bytes, int flags)
+/* `bytes` in all at the end: the last piece is as much larger. The target's own mappings go. *ret_kept: so many bytes of the
+ * target nothing was moved to when it failed. */
+static long move_all(const struct pieces *pieces, uint64_t target, uint64_t bytes, int flags, uint64_t *ret_kept)
 {
-	long spare = hold_spare(pieces, target, bytes), result = 0;
-	uint64_t end = bytes;
+	/* A target of our own choice has no gaps. */
+	long spare = hold_spare(pieces, target, flags & MREMAP_FIXED ? bytes : 0), result = 0;
 	unsigned i = pieces->count;
 
+	*ret_kept = bytes;
 	if (is_error(spare))
 		return spare;
 	while (i > 0 && !is_error(result)) {
 		uint64_t offset = pieces->start[--i] - pieces->start[0];
 
-		result = move(pieces->start[i], piece_bytes(pieces, i), target + offset, end - offset,
+		result = move(pieces->start[i], piece_bytes(pieces, i), target + offset, *ret_kept - offset,
 			      flags & MREMAP_DONTUNMAP);
-		end = offset;
+		*ret_kept = offset;
 	}
 	(void)RAW_2(__NR_munmap, spare, spare_bytes(pieces));
 	if (!is_error(result))
 		return (long)target;
-	move_back(pieces, i + 1, target, bytes);
+	move_back(pieces, i + 1, target, bytes, flags & MREMAP_DONTUNMAP);
 	return result;
 }
 
-static long move_anywhere(const struct pieces *pieces, uint64_t bytes, int flags)
+static long move_anywhere(const struct pieces *pieces, uint64_t hint, uint64_t bytes, int flags)
 {
-	long target = raw_mmap(0, bytes, PROT_NONE, RESERVATION, -1), result;
+	long target = raw_mmap(hint, bytes, PROT_NONE, RESERVATION, -1), result;
+	uint64_t kept;
 
 	if (is_error(target))
 		return target;
-	result = move_all(pieces, (uint64_t)target, bytes, flags);
-	if (is_error(result))
-		(void)RAW_2(__NR_munmap, target, bytes);
+	result = move_all(pieces, (uint64_t)target, bytes, flags, &kept);
+	/* What was moved to is a gap again, and may be another's by now. */
+	if (is_error(result) && kept > 0)
+		(void)RAW_2(__NR_munmap, target, kept);
 	return result;
 }
 
@@ -161,11 +168,6 @@ struct call {
 	int flags;
 };
 
-static long call_plainly(const struct call *call)
-{
-	return RAW_6(__NR_mremap, call->old, call->old_bytes, call->new_bytes, call->flags, call->target, 0);
-}
-
 /* What the kernel would not refuse for its arguments alone, and what it does not do without a look at the mappings. */
 static bool may_be_divided(const struct call *call)
 {
@@ -175,85 +177,78 @@ static bool may_be_divided(const struct call *call)
 	    call->old_bytes <= AGENT_PAGE || call->old + call->old_bytes < call->old ||
 	    ((is_given || leaves) && !(call->flags & MREMAP_MAYMOVE)) || (leaves && call->old_bytes != call->new_bytes))
 		return false;
-	if (is_given && call->target < call->old + call->old_bytes && call->old < call->target + call->new_bytes)
+	if (is_given && (call->target + call->new_bytes < call->target ||
+			 (call->target < call->old + call->old_bytes && call->old < call->target + call->new_bytes)))
 		return false;
 	return is_given || leaves || call->new_bytes > call->old_bytes;
 }
 
 static long call_by_pieces(const struct call *call, const struct pieces *pieces)
 {
+	uint64_t kept;
 	long result;
 
 	if (call->flags & MREMAP_FIXED)
-		return move_all(pieces, call->target, call->new_bytes, call->flags);
+		return move_all(pieces, call->target, call->new_bytes, call->flags, &kept);
 	if (call->flags & MREMAP_DONTUNMAP)
-		return move_anywhere(pieces, call->new_bytes, call->flags);
+		return move_anywhere(pieces, call->target, call->new_bytes, call->flags);
 	result = grow_in_place(pieces, call->new_bytes);
-	return is_error(result) && call->flags & MREMAP_MAYMOVE ? move_anywhere(pieces, call->new_bytes, call->flags) : result;
-}
-
-/* Linux before 6.17 unmaps the given place before it looks at what is to move there: by now another thread may have it. */
-static bool has_unmapped_target(const struct call *call)
-{
-	struct utsname name;
-	unsigned version[2] = { 0 }, i = 0;
-
-	if (!(call->flags & MREMAP_FIXED) || RAW_1(__NR_uname, &name) < 0)
-		return call->flags & MREMAP_FIXED;
-	for (const char *at = name.release; i < 2; at++)
-		if (*at >= '0' && *at <= '9')
-			version[i] = version[i] * 10 + (unsigned)(*at - '0');
-		else
-			i = *at ? i + 1 : 2;
-	return version[0] < 6 || (version[0] == 6 && version[1] < 17);
+	return is_error(result) && call->flags & MREMAP_MAYMOVE ? move_anywhere(pieces, 0, call->new_bytes, call->flags)
+								: result;
 }
 
 /* Nobody but another thread, for whom it is no other than with mremap, sees it half done. */
-static long call_by_pieces_alone(const struct call *call, const struct pieces *pieces, uint64_t moved)
-{
-	struct replacement replacement;
-	long result;
-
-	replace_begin(&replacement);
-	result = call_by_pieces(call, pieces);
-	if (!is_error(result) && moved < call->old_bytes)
-		(void)RAW_2(__NR_munmap, call->old + moved, call->old_bytes - moved);
-	replace_end(&replacement);
-	return result;
-}
-
-/* What was divided between the look and the call is EFAULT after all: once more. */
-static long call_divided(const struct call *call, int maps_fd)
+static long call_once_divided(const struct call *call, int maps_fd)
 {
 	bool any_protection = call->flags & MREMAP_FIXED && call->old_bytes == call->new_bytes;
 	uint64_t moved = call->old_bytes < call->new_bytes ? call->old_bytes : call->new_bytes;
 	struct pieces pieces;
-	long result = -EFAULT;
 
-	for (unsigned i = 0; i < TRIES_MAX && result == -EFAULT; i++) {
-		if (find_pieces(maps_fd, call->old, call->old + moved, any_protection, &pieces))
-			result = call_by_pieces_alone(call, &pieces, moved);
-		else if (i == 0)
-			result = call_plainly(call);
-		else
-			break;
-		if (result == -EFAULT && has_unmapped_target(call))
-			break;
+	if (!find_pieces(maps_fd, call->old, call->old + moved, any_protection, &pieces))
+		return NOT_DIVIDED;
+	if (moved < call->old_bytes) { /* first, as the kernel does it */
+		long result = RAW_2(__NR_munmap, call->old + moved, call->old_bytes - moved);
+
+		if (is_error(result))
+			return result;
 	}
+	return call_by_pieces(call, &pieces);
+}
+
+/* To a place that is given it is tried once: a part of that may be a gap after a failure, and then another's. */
+static long call_divided(const struct call *call)
+{
+	unsigned tries = call->flags & MREMAP_FIXED ? 1 : TRIES_MAX;
+	struct replacement replacement;
+	long result = -EFAULT;
+	int maps_fd;
+
+	replace_begin(&replacement);
+	maps_fd = replacement.engaged ? raw_open("/proc/thread-self/maps", O_RDONLY) : -1;
+	if (maps_fd < 0)
+		result = NOT_DIVIDED;
+	while (result == -EFAULT && tries-- > 0)
+		result = call_once_divided(call, maps_fd);
+	if (maps_fd >= 0)
+		raw_close(maps_fd);
+	replace_end(&replacement);
 	return result;
 }
 
 long remap(long old, unsigned long old_bytes, unsigned long new_bytes, int flags, long target)
 {
 	struct call call = { (uint64_t)old, whole_pages(old_bytes), whole_pages(new_bytes), (uint64_t)target, flags };
-	int maps_fd = -1;
-	long result;
+	bool is_candidate = agent && !agent->sandboxed && atomic_get(&agent->beacon_armed) && may_be_divided(&call);
+	long result = NOT_DIVIDED;
 
-	if (agent && !agent->sandboxed && atomic_get(&agent->beacon_armed) && may_be_divided(&call))
-		maps_fd = raw_open("/proc/thread-self/maps", O_RDONLY);
-	if (maps_fd < 0)
-		return RAW_6(__NR_mremap, old, old_bytes, new_bytes, flags, target, 0);
-	result = call_divided(&call, maps_fd);
-	raw_close(maps_fd);
-	return result;
+	/* The kernel may unmap a given place, or move a part there, before it says EFAULT: so that is looked at before. */
+	if (is_candidate && flags & MREMAP_FIXED)
+		result = call_divided(&call);
+	if (result != NOT_DIVIDED)
+		return result;
+	result = RAW_6(__NR_mremap, old, old_bytes, new_bytes, flags, target, 0);
+	if (result != -EFAULT || !is_candidate || flags & MREMAP_FIXED)
+		return result;
+	result = call_divided(&call);
+	return result == NOT_DIVIDED ? -EFAULT : result;
 }

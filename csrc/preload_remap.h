@@ -10,10 +10,11 @@
  * What       memory without a gap, private and anonymous, of one protection (of any, where Linux 6.17 would move several
  *            mappings: all of it, to a given place, without a change of size). Anything else is the kernel's to answer
  * In place   grows the last piece; else the last piece moves first, as it is the one that may be refused
- * Failures   as mremap's, and everything is where it was. If what has been moved cannot be moved back, which takes a
- *            kernel without memory for page tables, the program is ended: other bytes would be in its place
- * Limits     another thread that touches it meanwhile, or a piece more than PIECES_MAX, finds what it would of an mremap:
- *            a fault, or EFAULT
+ * Failures   as mremap's, and everything is where it was. If what has been moved cannot be moved back, as another thread has
+ *            mapped something there meanwhile, the program is ended: other bytes would be in its place
+ * Limits     another thread that touches it meanwhile finds what it would of an mremap: a fault. Moved to a given place, more than
+ *            PIECES_MAX pieces, or such with gaps or files between them, are EFAULT, and since Linux 6.17 the first of them may
+ *            have been moved; so is what is divided between the look and the call
  */
 #ifndef VSWAP_PRELOAD_REMAP_H
 #define VSWAP_PRELOAD_REMAP_H
