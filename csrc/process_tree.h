@@ -2,8 +2,8 @@
 /*
  * process_tree — the processes that descend from one, as /proc says.
  *
- * Processes come and go meanwhile: one that is found may have ended, and one whose parent ends just then may be missed, until
- * the next look. No lock; nothing is kept between calls.
+ * Processes come and go meanwhile: one that is found may have ended, and one whose parent or sibling ends just then may be
+ * missed, until the next look. No lock; nothing is kept between calls.
  */
 #ifndef VSWAP_PROCESS_TREE_H
 #define VSWAP_PROCESS_TREE_H
