@@ -6,12 +6,14 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -207,29 +209,45 @@ static void set_client(struct engine *engine, struct client *client)
 }
 
 /* No more of an engine than it looks at. */
-static int sleep_a_second(void *unused)
+static char fifo[] = "/tmp/test_members.XXXXXX/fifo";
+
+/* Its child is in our memory until somebody opens the fifo. */
+static void *spawn(void *ret_child)
 {
-	(void)unused;
-	return usleep(1000000);
+	posix_spawn_file_actions_t actions;
+	char *argv[] = { "true", NULL };
+
+	CHECK(posix_spawn_file_actions_init(&actions) == 0);
+	CHECK(posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, fifo, O_RDONLY, 0) == 0);
+	CHECK(posix_spawn(ret_child, "/bin/true", &actions, NULL, argv, NULL) == 0);
+	CHECK(posix_spawn_file_actions_destroy(&actions) == 0);
+	return NULL;
 }
 
-/* As a vfork child that is slow to execute something, and goes on before its parent. */
+/* A vfork child that is slow to execute something. */
 static void check_child_in_our_memory(const struct group *group)
 {
-	static char stack[65536] __attribute__((aligned(16)));
-	char *memory = malloc(CHILD_BYTES);
+	char *memory = malloc(CHILD_BYTES), *name = strrchr(fifo, '/');
+	pthread_t thread;
 	pid_t child;
+	int fd;
 
-	CHECK(memory);
+	*name = '\0';
+	CHECK(memory && mkdtemp(fifo));
+	*name = '/';
+	CHECK(mkfifo(fifo, 0600) == 0);
 	memset(memory, 1, CHILD_BYTES);
-	child = clone(sleep_a_second, stack + sizeof stack, CLONE_VM | SIGCHLD, NULL);
-	CHECK(child > 0);
-	for (unsigned i = 0; i < 80; i++) { /* many looks */
+	CHECK(pthread_create(&thread, NULL, spawn, &child) == 0);
+	for (unsigned i = 0; i < 150; i++) { /* three looks, or more */
 		usleep(10000);
 		CHECK(!is_charged(group));
 	}
-	CHECK(waitpid(child, NULL, 0) == child);
+	fd = open(fifo, O_WRONLY);
+	CHECK(fd >= 0 && pthread_join(thread, NULL) == 0 && waitpid(child, NULL, 0) == child);
 	CHECK(memory[CHILD_BYTES / 2] == 1);
+	CHECK(close(fd) == 0 && unlink(fifo) == 0);
+	*name = '\0';
+	CHECK(rmdir(fifo) == 0);
 	free(memory);
 }
 
