@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/ioctl.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
@@ -151,6 +152,9 @@ static inline _Noreturn void raw_unmap_and_exit(uint64_t address, uint64_t bytes
 #else
 #error "agent_sys.h: write raw_call and raw_clone for this architecture"
 #endif
+
+/* Of a call that returns an address. */
+static inline bool raw_is_error(long result) { return result < 0 && result >= -4095; }
 
 #define RAW_1(number, a) raw_call(number, (long)(a), 0, 0, 0, 0, 0)
 #define RAW_2(number, a, b) raw_call(number, (long)(a), (long)(b), 0, 0, 0, 0)

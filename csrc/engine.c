@@ -663,7 +663,6 @@ int engine_client_begin(struct engine *engine, int32_t pid, int number, uint64_t
 	pthread_mutex_unlock(&engine->registry);
 	if (!group)
 		return -ENOENT;
-	engine_note_client(engine, pid); /* the looks at clients count it from now on */
 	result = client_create(engine, pid, group, &client);
 	pthread_mutex_lock(&engine->registry);
 	group->users--;

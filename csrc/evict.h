@@ -8,6 +8,8 @@
 #include "client.h"
 #include "codec.h"
 
+#define EVICTOR_TURN_NS 50000000ULL /* at one group or request: clients that answer slowly cost others no more than this */
+
 /* Scratch of one evicting thread. */
 struct evictor {
 	uint8_t *buffer; /* a window's pages */

@@ -117,7 +117,8 @@ static bool look_begin(struct engine *engine, unsigned number, struct look *ret_
 		return false;
 	forget_ended(members);
 	*ret_look = (struct look){ .group = number, .generation = members->generation, .root = members->root,
-				   .root_start = members->root_start, .excluded = malloc((members->excluded_count + 1) * sizeof *members->excluded),
+				   .root_start = members->root_start,
+				   .excluded = malloc((members->excluded_count + 1) * sizeof *members->excluded),
 				   .excluded_count = members->excluded_count };
 	if (!ret_look->excluded)
 		return false;
@@ -284,7 +285,8 @@ int engine_group_set_members(struct engine *engine, int number, int32_t root, co
 	}
 	if (count > 0)
 		memcpy(copy, excluded, count * sizeof *copy);
-	*members = (struct members){ .root = root, .root_start = sys_process_start(root), .excluded = copy, .excluded_count = count };
+	*members = (struct members){ .root = root, .root_start = sys_process_start(root), .excluded = copy,
+				     .excluded_count = count };
 	SCOPED_LOCK(&engine->registry);
 	group = group_at(engine, number);
 	if (!group) {

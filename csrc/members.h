@@ -3,8 +3,8 @@
  * members — what a group's processes that are no clients take of its limit.
  *
  * The members of a group are the processes below its root process, without those that are excluded and what is below
- * them. Those that are clients are counted by the data plane already. The others are looked at twice a second, near a limit ten times, and never so
- * that it takes more than a twentieth of the time:
+ * them. Those that are clients are counted by the data plane already. The others are looked at twice a second, near a limit
+ * ten times, and never so that it takes more than a twentieth of the time:
  *
  *   - One counts with the smaller of two looks in a row: what it has for an instant only could end the group.
  *   - A child between vfork and exec shows the memory of its parent as its own: where both have one address space, the child

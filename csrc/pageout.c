@@ -12,7 +12,6 @@
 #include "sys.h"
 
 #define BATCHES_A_TURN 16
-#define TURN_NS 50000000ULL /* as of reclaim: a client that answers slowly costs groups that are short no more */
 #define NOTHING_GOES_MS 1
 
 struct pageout {
@@ -116,22 +115,19 @@ static void give(struct pageouts *pageouts, struct pageout *pageout)
 }
 
 /* From the start, or from there again, if that is due. The only one at it then. */
-static void begin(struct engine *engine, struct pageout *pageout)
+static bool is_to_begin(struct pageouts *pageouts, struct pageout *pageout)
 {
-	struct pageouts *pageouts = &engine->pageouts;
-
-	pthread_mutex_lock(&pageouts->lock);
+	SCOPED_LOCK(&pageouts->lock);
 	if (pageout->is_ending && pageout->was_missed)
 		pageout->is_begun = pageout->is_ending = pageout->was_missed = false;
-	if (pageout->is_begun) {
-		pthread_mutex_unlock(&pageouts->lock);
-		return;
-	}
-	pthread_mutex_unlock(&pageouts->lock);
+	return !pageout->is_begun;
+}
+
+static void begin(struct engine *engine, struct pageout *pageout)
+{
 	set_hand(pageout->client, pageout->start);
-	pthread_mutex_lock(&pageouts->lock);
+	SCOPED_LOCK(&engine->pageouts.lock);
 	pageout->is_begun = true;
-	pthread_mutex_unlock(&pageouts->lock);
 	work_ask(&engine->evicting); /* for the others */
 }
 
@@ -158,7 +154,7 @@ static void note_batch(struct engine *engine, struct pageout *pageout, int error
 	if (pageout->is_stuck && error != -EAGAIN)
 		work_ask(&engine->evicting); /* for the others */
 	pageout->is_stuck = error == -EAGAIN;
-	pageout->is_slow = took_ns > TURN_NS;
+	pageout->is_slow = took_ns > EVICTOR_TURN_NS;
 	pageout->is_over |= error < 0 && error != -EAGAIN;
 	pageout->is_ending |= result->wrapped;
 	if (result->busy) {
@@ -185,8 +181,9 @@ bool pageout_turn(struct engine *engine, struct evictor *evictor)
 
 	if (!pageout)
 		return false;
-	begin(engine, pageout);
-	end_ns = sys_now_ns() + TURN_NS;
+	if (is_to_begin(pageouts, pageout))
+		begin(engine, pageout);
+	end_ns = sys_now_ns() + EVICTOR_TURN_NS;
 	for (unsigned i = 0; i < BATCHES_A_TURN && sys_now_ns() < end_ns && goes_on(pageouts, pageout); i++) {
 		struct evict_result result = { 0 };
 		uint64_t since_ns = sys_now_ns();

@@ -64,7 +64,6 @@
 #define ABSENT_S_DEFAULT 10
 #define ABSENT_S_MAX 86400
 #define POPULATE_BYTES (2UL << 20) /* a huge page; at most so much is populated before others get the lock */
-#define ERRNO_MAX 4095
 #define SINGLE_TASK_FLAGS \
 	(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWTIME | CLONE_FS | CLONE_THREAD | CLONE_SIGHAND | \
 	 CLONE_VM)
@@ -75,6 +74,14 @@ static int result_of(long result)
 		return (int)result;
 	errno = (int)-result;
 	return -1;
+}
+
+static void *address_of(long result)
+{
+	if (!raw_is_error(result))
+		return (void *)result;
+	errno = (int)-result;
+	return MAP_FAILED;
 }
 
 /* ---- wrappers: namespaces ---- */
@@ -186,10 +193,8 @@ EXPORT void *mmap(void *address, size_t length, int protection, int flags, int f
 	long result = raw_call(__NR_mmap, (long)address, (long)length, protection,
 			       by_pieces ? flags & ~MAP_POPULATE : flags, fd, offset);
 
-	if (result < 0 && result >= -ERRNO_MAX) {
-		errno = (int)-result;
-		return MAP_FAILED;
-	}
+	if (raw_is_error(result))
+		return address_of(result);
 	if (is_large_private(length, protection, flags)) {
 		agent_hurry(agent);
 		discovery_wait();
@@ -207,19 +212,14 @@ EXPORT void *mmap64(void *address, size_t length, int protection, int flags, int
 
 EXPORT void *mremap(void *old, size_t old_bytes, size_t new_bytes, int flags, ...)
 {
-	long target = 0, result;
+	long target = 0;
 	va_list list;
 
 	va_start(list, flags);
 	if (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))
 		target = (long)va_arg(list, void *);
 	va_end(list);
-	result = remap((long)old, old_bytes, new_bytes, flags, target);
-	if (result < 0 && result >= -ERRNO_MAX) {
-		errno = (int)-result;
-		return MAP_FAILED;
-	}
-	return (void *)result;
+	return address_of(remap((long)old, old_bytes, new_bytes, flags, target));
 }
 
 /* ---- wrappers: a userfaultfd of the program's own ---- */

@@ -28,8 +28,6 @@ static uint64_t piece_bytes(const struct pieces *pieces, unsigned i) { return pi
 
 static uint64_t whole_pages(uint64_t bytes) { return (bytes + AGENT_PAGE - 1) & ~(uint64_t)(AGENT_PAGE - 1); }
 
-static bool is_error(long result) { return result < 0 && result >= -4095; }
-
 static long move(uint64_t from, uint64_t from_bytes, uint64_t to, uint64_t to_bytes, int flags)
 {
 	return RAW_6(__NR_mremap, from, from_bytes, to_bytes, flags | MREMAP_MAYMOVE | MREMAP_FIXED, to, 0);
@@ -72,8 +70,8 @@ static void move_back(const struct pieces *pieces, unsigned first, uint64_t targ
 	for (unsigned i = first; i < pieces->count; i++) {
 		uint64_t start = pieces->start[i], size = piece_bytes(pieces, i);
 
-		if ((!is_empty && is_error(raw_mmap(start, size, PROT_NONE, RESERVATION | MAP_FIXED_NOREPLACE, -1))) ||
-		    is_error(move(target + (start - pieces->start[0]), size, start, size, 0)))
+		if ((!is_empty && raw_is_error(raw_mmap(start, size, PROT_NONE, RESERVATION | MAP_FIXED_NOREPLACE, -1))) ||
+		    raw_is_error(move(target + (start - pieces->start[0]), size, start, size, 0)))
 			(void)RAW_2(__NR_kill, raw_getpid(), SIGKILL);
 	}
 }
@@ -87,7 +85,7 @@ static long map_beside(uint64_t bytes, uint64_t target, uint64_t target_bytes)
 	uint64_t all = 2 * bytes + target_bytes, first, start;
 	long mapped = raw_mmap(0, all, PROT_NONE, RESERVATION, -1);
 
-	if (is_error(mapped))
+	if (raw_is_error(mapped))
 		return mapped;
 	first = (uint64_t)mapped;
 	start = first + bytes <= target || first >= target + target_bytes ? first : target + target_bytes;
@@ -102,7 +100,7 @@ static long hold_spare(const struct pieces *pieces, uint64_t target, uint64_t ta
 	uint64_t bytes = spare_bytes(pieces);
 	long spare = map_beside(bytes, target, target_bytes), result = 0;
 
-	if (is_error(spare))
+	if (raw_is_error(spare))
 		return spare;
 	for (uint64_t at = AGENT_PAGE; at < bytes && result == 0; at += 2 * AGENT_PAGE)
 		result = raw_mprotect((uint64_t)spare + at, AGENT_PAGE, PROT_READ);
@@ -121,9 +119,9 @@ static long move_all(const struct pieces *pieces, uint64_t target, uint64_t byte
 	unsigned i = pieces->count;
 
 	*ret_kept = bytes;
-	if (is_error(spare))
+	if (raw_is_error(spare))
 		return spare;
-	while (i > 0 && !is_error(result)) {
+	while (i > 0 && !raw_is_error(result)) {
 		uint64_t offset = pieces->start[--i] - pieces->start[0];
 
 		result = move(pieces->start[i], piece_bytes(pieces, i), target + offset, *ret_kept - offset,
@@ -131,7 +129,7 @@ static long move_all(const struct pieces *pieces, uint64_t target, uint64_t byte
 		*ret_kept = offset;
 	}
 	(void)RAW_2(__NR_munmap, spare, spare_bytes(pieces));
-	if (!is_error(result))
+	if (!raw_is_error(result))
 		return (long)target;
 	move_back(pieces, i + 1, target, bytes, flags & MREMAP_DONTUNMAP);
 	return result;
@@ -142,11 +140,11 @@ static long move_anywhere(const struct pieces *pieces, uint64_t hint, uint64_t b
 	long target = raw_mmap(hint, bytes, PROT_NONE, RESERVATION, -1), result;
 	uint64_t kept;
 
-	if (is_error(target))
+	if (raw_is_error(target))
 		return target;
 	result = move_all(pieces, (uint64_t)target, bytes, flags, &kept);
 	/* What was moved to is a gap again, and may be another's by now. */
-	if (is_error(result) && kept > 0)
+	if (raw_is_error(result) && kept > 0)
 		(void)RAW_2(__NR_munmap, target, kept);
 	return result;
 }
@@ -158,7 +156,7 @@ static long grow_in_place(const struct pieces *pieces, uint64_t bytes)
 	long result = RAW_6(__NR_mremap, last, piece_bytes(pieces, pieces->count - 1), bytes - (last - pieces->start[0]), 0,
 			    0, 0);
 
-	return is_error(result) ? result : (long)pieces->start[0];
+	return raw_is_error(result) ? result : (long)pieces->start[0];
 }
 
 /* ---- one call ---- */
@@ -193,7 +191,7 @@ static long call_by_pieces(const struct call *call, const struct pieces *pieces)
 	if (call->flags & MREMAP_DONTUNMAP)
 		return move_anywhere(pieces, call->target, call->new_bytes, call->flags);
 	result = grow_in_place(pieces, call->new_bytes);
-	return is_error(result) && call->flags & MREMAP_MAYMOVE ? move_anywhere(pieces, 0, call->new_bytes, call->flags)
+	return raw_is_error(result) && call->flags & MREMAP_MAYMOVE ? move_anywhere(pieces, 0, call->new_bytes, call->flags)
 								: result;
 }
 
@@ -209,7 +207,7 @@ static long call_once_divided(const struct call *call, int maps_fd)
 	if (moved < call->old_bytes) { /* first, as the kernel does it */
 		long result = RAW_2(__NR_munmap, call->old + moved, call->old_bytes - moved);
 
-		if (is_error(result))
+		if (raw_is_error(result))
 			return result;
 	}
 	return call_by_pieces(call, &pieces);

@@ -36,7 +36,6 @@
 #define CLIENTS_A_TURN 16
 #define HOST_STUCK_NS 1000000000ULL /* as long a pressed group may give nothing */
 #define CROWDED_PARTS 8 /* metadata may take all of these parts of a limit but one */
-#define TURN_NS 50000000ULL /* of one group: clients that answer slowly cost others no more than this */
 
 /* ---- choosing ---- */
 
@@ -317,7 +316,7 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 		if ((stuck_since_ns || group_is_to_give(group)) && drop_copies(group, clients[i]))
 			dropped = true;
 		if (is_short(group) || group->flags & ENGINE_GROUP_TORTURE)
-			pages += evict_from(engine, group, clients[i], evictor, desperate, now + TURN_NS);
+			pages += evict_from(engine, group, clients[i], evictor, desperate, now + EVICTOR_TURN_NS);
 		client_put(clients[i]);
 	}
 	note_host_stuck(group, pages > 0 || dropped || READ_ONCE(group->progress) != made);

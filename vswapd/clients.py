@@ -209,10 +209,11 @@ class ClientServer:
             device = self._engine.userfaultfd_device
             token = hello.token
             lent: tuple[int, ...] = (device,)
-            if hello.kind == wire.HELLO_FORKED:
+            group = None if hello.kind == wire.HELLO_FORKED else self._group_for(hello, peer)
+            self._engine.note_client(peer.pid)  # the engine counts it from here on
+            if group is None:
                 lent += self._engine.client_begin_forked(peer.pid, token)
             else:
-                group = self._group_for(hello, peer)
                 token, ring = self._engine.client_begin(peer.pid, group.number)
                 lent += (ring,)
         except OSError as error:
@@ -254,7 +255,6 @@ class ClientServer:
     ) -> None:
         if not all(map(self.is_descriptor_valid, descriptors)):
             raise WireError("a descriptor of ARM is not a userfaultfd")
-        self._engine.note_client(peer.pid)
         taken = descriptors.take_all()
         events_fd = taken[0] if hello.kind == wire.HELLO_NEW else -1
         # Before it is served: it may end at once, and its name is asked for then.

@@ -208,7 +208,6 @@ static void set_client(struct engine *engine, struct client *client)
 	engine->clients_end = client != NULL;
 }
 
-/* No more of an engine than it looks at. */
 static char fifo[] = "/tmp/test_members.XXXXXX/fifo";
 
 /* Its child is in our memory until somebody opens the fifo. */
@@ -257,6 +256,7 @@ static void set_root_start(struct engine *engine, struct members *members, uint6
 	members->root_start = start;
 }
 
+/* No more of an engine than it looks at. */
 static void test_looks(void)
 {
 	struct engine *engine = calloc(1, sizeof *engine);
