@@ -186,6 +186,7 @@ struct client {
 	int64_t resident_pages;
 	int64_t filling_pages; /* of these: charged, and perhaps not there yet */
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
+	uint64_t shared_bytes_looked; /* of files and shared memory, when it was last asked how much is shared; the look thread */
 	int64_t growth_pages;        /* between the last two readings of Pss, and no fault told of it */
 	/* cow.c */
 	bool pss;           /* has, or had, forked relatives: resident is Pss */

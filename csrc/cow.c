@@ -27,9 +27,20 @@ struct family {
 	uint32_t references; /* clients that name it */
 };
 
+/* Anybody may find it who does not know of the fork yet. */
+static struct family *family_of(const struct client *client)
+{
+	return __atomic_load_n(&client->family, __ATOMIC_ACQUIRE);
+}
+
+static void set_family(struct client *client, struct family *family)
+{
+	__atomic_store_n(&client->family, family, __ATOMIC_RELEASE);
+}
+
 static bool is_last_of_family(const struct client *client)
 {
-	const struct family *family = READ_ONCE(client->family);
+	const struct family *family = family_of(client);
 
 	return family && READ_ONCE(family->living) == 1;
 }
@@ -60,7 +71,7 @@ static uint64_t end_counted_with(struct client *client)
 	uint64_t token = __atomic_exchange_n(&client->counted_with, 0, __ATOMIC_RELAXED);
 
 	if (token)
-		__atomic_fetch_sub(&client->family->uncounted, 1, __ATOMIC_RELAXED);
+		__atomic_fetch_sub(&family_of(client)->uncounted, 1, __ATOMIC_RELAXED);
 	return token;
 }
 
@@ -99,15 +110,16 @@ static void count_orphan(struct client *client)
 static void read_pss(struct client *client, uint64_t resident)
 {
 	int64_t before = READ_ONCE(client->resident_pages), copied = READ_ONCE(client->copied_pages), pages, growth;
-	uint64_t bytes, size, resident_before = resident, since_ns = sys_now_ns(), parent;
+	uint64_t bytes, resident_before = resident, since_ns = sys_now_ns(), parent;
+	struct process_size size;
 	uint32_t forks = READ_ONCE(client->forks);
 
 	if (sys_pss_anonymous(client->thread ? client->thread : client->pid, &bytes) < 0) {
 		WRITE_ONCE(client->pss_next_ns, since_ns + PSS_INTERVAL_NS);
 		return;
 	}
-	if (sys_statm(client->statm_fd, &size, &resident) < 0 || size == 0)
-		resident = resident_before; /* the thread that is looked at has just ended */
+	if (sys_statm(client->statm_fd, &size) == 0 && size.pages > 0) /* else the thread that is looked at has just ended */
+		resident = size.anonymous_pages;
 	if (READ_ONCE(client->forks) != forks) /* what was read is of before it, or of after it */
 		return;
 	pages = (int64_t)(bytes / PAGE_BYTES);
@@ -131,7 +143,7 @@ static void read_pss(struct client *client, uint64_t resident)
  * there is always another child, it is not waited for. */
 static bool must_wait(const struct client *client, uint64_t now)
 {
-	const struct family *family = READ_ONCE(client->family);
+	const struct family *family = family_of(client);
 
 	return family && READ_ONCE(family->uncounted) > 0 && !READ_ONCE(client->counted_with) &&
 	       now < READ_ONCE(client->pss_next_ns) + UNCOUNTED_NS;
@@ -257,19 +269,21 @@ void cow_adapt(struct client *client)
 /* Who was alone founds one; with relatives that nobody knows there is none. */
 static void join_family(struct client *parent, struct client *child)
 {
-	if (!READ_ONCE(parent->pss) && !parent->family) {
-		struct family *family = calloc(1, sizeof *family);
+	struct family *family = parent->family;
 
-		if (family)
+	if (!READ_ONCE(parent->pss) && !family) {
+		family = calloc(1, sizeof *family);
+		if (family) {
 			*family = (struct family){ .living = 1, .references = 1 };
-		WRITE_ONCE(parent->family, family);
+			set_family(parent, family);
+		}
 	}
-	if (!parent->family)
+	if (!family)
 		return;
-	__atomic_fetch_add(&parent->family->living, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&parent->family->references, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&parent->family->uncounted, 1, __ATOMIC_RELAXED);
-	WRITE_ONCE(child->family, parent->family);
+	__atomic_fetch_add(&family->living, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&family->references, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&family->uncounted, 1, __ATOMIC_RELAXED);
+	set_family(child, family);
 	WRITE_ONCE(child->counted_with, parent->record->token);
 }
 
@@ -325,10 +339,11 @@ static void put_reading_off(struct client *client, uint64_t resident, bool is_pr
 void cow_note_fork(struct client *parent, struct client *child)
 {
 	bool was_alone = !READ_ONCE(parent->pss) || cow_is_alone(parent), is_protecting;
-	uint64_t size, resident;
+	struct process_size size = { 0 };
+	uint64_t resident;
 
-	if (sys_statm(parent->statm_fd, &size, &resident) < 0)
-		resident = 0;
+	(void)sys_statm(parent->statm_fd, &size);
+	resident = size.anonymous_pages;
 	join_family(parent, child);
 	is_protecting = parent->is_protecting && protect_rest(parent, child);
 	if (was_alone) {

@@ -447,7 +447,8 @@ enum engine_event_kind {
 				     * killed; 0: it was not found, and waits where it touches a page that is out */
 	ENGINE_EVENT_YIELD_REFUSED, /* pid registers memory with a userfaultfd of its own, for which it has no room; a = bytes */
 	ENGINE_EVENT_HOST_SHORT,    /* a = bytes available, b = reserve, c = what the groups can give */
-	ENGINE_EVENT_HOST_OVER      /* a = bytes available, b = milliseconds that it took, c = bytes moved out of programs */
+	ENGINE_EVENT_HOST_OVER,     /* a = bytes available, b = milliseconds that it took, c = bytes moved out of programs */
+	ENGINE_EVENT_SHARED         /* pid has much shared memory, which is neither swapped nor counted; a = bytes */
 };
 
 struct engine_event {

@@ -60,6 +60,7 @@ struct group {
 	uint32_t unregistered;     /* clients whose memory is not registered yet, at the last look */
 	int64_t looked_room_bytes; /* room at the end of the last look, */
 	uint64_t looked_ns;        /* and when that was */
+	uint64_t shared_bytes_told; /* of a client's shared memory, when that was told of; the look thread */
 	uint32_t parked;           /* clients with a parked batch */
 	uint32_t waiting;          /* clients with faults that wait for room */
 	uint64_t progress;         /* pages released or objects written back, ever */

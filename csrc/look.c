@@ -44,6 +44,8 @@
 #define ZERO_CALLS_MAX 64 /* of a region in scraps the rest is left as it is: each range is a system call */
 #define DISCOVER_NS 20000000ULL
 #define ASKED_COST_FACTOR 4 /* between discoveries that were asked for: so many times what the last one took */
+#define SHARED_LIMIT_PART 4u /* so large a part of the limit is worth a line */
+#define SHARED_BYTES_MIN (16UL << 20)
 #define ASKED_DISCOVER 1u
 #define ASKED_ADAPT 2u
 #define ASKED_BURY 4u
@@ -244,22 +246,40 @@ static bool look_through_another_thread(struct client *client)
 	return true;
 }
 
+/* Shared memory is not ours to swap, and whoever has much of it should know. Said again of a group when it has grown fourfold. */
+static void tell_of_shared(struct client *client, uint64_t other_pages)
+{
+	struct group *group = client->group;
+	uint64_t least_bytes = max_of(max_of(READ_ONCE(group->limit_bytes) / SHARED_LIMIT_PART, SHARED_BYTES_MIN),
+				      4 * group->shared_bytes_told);
+	struct engine_event event = { .kind = ENGINE_EVENT_SHARED, .pid = client->pid, .group = group->number };
+
+	if (client->pid <= 0 || other_pages * PAGE_BYTES < max_of(least_bytes, 2 * client->shared_bytes_looked))
+		return;
+	client->shared_bytes_looked = other_pages * PAGE_BYTES; /* of files, most often: not to be asked at each look */
+	event.a = sys_shared_bytes(client->pid);
+	if (event.a < least_bytes)
+		return;
+	group->shared_bytes_told = event.a;
+	engine_event_push(client->engine, &event);
+}
+
 /* One look at one client. Returns its VmSize in pages, 0 when it cannot be seen. */
 static uint64_t look_at_size(struct client *client)
 {
-	uint64_t size = 0, resident;
+	struct process_size size;
 	int statm_fd = __atomic_load_n(&client->statm_fd, __ATOMIC_ACQUIRE);
 
-	if (statm_fd < 0 || sys_statm(statm_fd, &size, &resident) < 0)
+	if (statm_fd < 0 || sys_statm(statm_fd, &size) < 0)
 		return 0;
-	if (size == 0 && look_through_another_thread(client) &&
-	    sys_statm(client->statm_fd, &size, &resident) < 0)
+	if (size.pages == 0 && look_through_another_thread(client) && sys_statm(client->statm_fd, &size) < 0)
 		return 0;
 	if (READ_ONCE(client->pss))
-		cow_look(client, resident);
+		cow_look(client, size.anonymous_pages);
 	else
-		look_set_resident(client, (int64_t)resident, 0);
-	return size;
+		look_set_resident(client, (int64_t)size.anonymous_pages, 0);
+	tell_of_shared(client, size.other_pages);
+	return size.pages;
 }
 
 /* Whoever asks again and again costs this thread, which looks at others too, no more than a part of its time. */

@@ -197,13 +197,15 @@ int process_tree_read(pid_t root, const pid_t *excluded, unsigned excluded_count
 uint64_t process_anonymous_bytes(pid_t pid)
 {
 	int fd = sys_open_proc(pid, "statm");
-	uint64_t size, pages, bytes;
-	int result = fd < 0 ? fd : sys_statm(fd, &size, &pages);
+	struct process_size size;
+	uint64_t pages, bytes;
+	int result = fd < 0 ? fd : sys_statm(fd, &size);
 
 	if (fd >= 0)
 		close(fd);
 	if (result < 0)
 		return 0;
+	pages = size.anonymous_pages;
 	if (pages * PAGE_BYTES >= PSS_FROM_BYTES && sys_pss_anonymous(pid, &bytes) == 0)
 		return bytes;
 	return pages * PAGE_BYTES;

@@ -333,13 +333,13 @@ pid_t sys_live_thread(pid_t pid)
 	if (!directory)
 		return 0;
 	while (!found && (entry = readdir(directory))) {
-		uint64_t size_pages, anonymous_pages;
+		struct process_size size;
 		pid_t tid = (pid_t)strtol(entry->d_name, NULL, 10);
 		int fd = tid > 0 ? sys_open_proc(tid, "statm") : -1;
 
 		if (fd < 0)
 			continue;
-		if (sys_statm(fd, &size_pages, &anonymous_pages) == 0 && size_pages > 0)
+		if (sys_statm(fd, &size) == 0 && size.pages > 0)
 			found = tid;
 		close(fd);
 	}
@@ -574,21 +574,29 @@ void sys_pidfd_kill(int pidfd)
 	(void)syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
 }
 
-int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages)
+int sys_statm(int statm_fd, struct process_size *ret_size)
 {
 	char text[128], *cursor = text;
 	ssize_t length = pread(statm_fd, text, sizeof text - 1, 0);
-	uint64_t size, resident, shared;
+	uint64_t resident, other;
 
 	if (length <= 0)
 		return length < 0 ? -errno : -ESRCH;
 	text[length] = '\0';
-	size = strtoull(cursor, &cursor, 10);
+	ret_size->pages = strtoull(cursor, &cursor, 10);
 	resident = strtoull(cursor, &cursor, 10);
-	shared = strtoull(cursor, &cursor, 10);
-	*ret_size_pages = size;
-	*ret_anonymous_pages = resident > shared ? resident - shared : 0;
+	other = strtoull(cursor, &cursor, 10);
+	ret_size->anonymous_pages = resident > other ? resident - other : 0;
+	ret_size->other_pages = other;
 	return 0;
+}
+
+uint64_t sys_shared_bytes(pid_t pid)
+{
+	char text[2048];
+	const char *line = take_text(sys_open_proc(pid, "status"), text, sizeof text) > 0 ? strstr(text, "RssShmem:") : NULL;
+
+	return line ? strtoull(line + 9, NULL, 10) * 1024 : 0;
 }
 
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes)

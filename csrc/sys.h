@@ -152,8 +152,17 @@ int sys_open_proc(pid_t pid, const char *file);
 /* What one read gives of a small file of the kernel's, with a NUL behind it: bytes or -errno. */
 int sys_read_text(const char *path, char *text, size_t bytes);
 
-/* Total size and anonymous resident size of a process in pages, from an open /proc/PID/statm. */
-int sys_statm(int statm_fd, uint64_t *ret_size_pages, uint64_t *ret_anonymous_pages);
+/* Total size and resident sizes of a process in pages, from an open /proc/PID/statm. */
+struct process_size {
+	uint64_t pages;
+	uint64_t anonymous_pages;
+	uint64_t other_pages; /* of files and shared memory */
+};
+
+int sys_statm(int statm_fd, struct process_size *ret_size);
+
+/* What a process has mapped and touched of shared memory (memfd, tmpfs, MAP_SHARED, System V), bytes; 0 if that is not to be read. */
+uint64_t sys_shared_bytes(pid_t pid);
 
 /* Pss_Anon of a process in bytes. Walks its page tables. */
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);

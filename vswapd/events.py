@@ -99,6 +99,12 @@ def describe(  # noqa: C901, PLR0911 -- one for each kind
             f"and do not fit: it gets ENOMEM; raise the limit"
         )
         return Notice("warning", "userfaultfd-refused", text, name, event.pid)
+    if event.kind == records.EVENT_SHARED:
+        text = (
+            f"process {process} has {format_size(event.a)} of shared memory, which is neither swapped nor counted in its "
+            f"limit; give it less in its own settings (a JVM: not ZGC; PostgreSQL: shared_buffers)"
+        )
+        return Notice("warning", "shared-memory", text, name, event.pid)
     if event.kind == records.EVENT_CLIENT_GONE:
         return Notice("info", "client-gone", f"process {process} ended", name, event.pid)
     if event.kind == records.EVENT_REGISTERED:

@@ -557,6 +557,29 @@ def test_large_mapping_waits_until_it_is_managed() -> None:
     assert result.stdout == b"False False True\n", result.stdout
 
 
+_SHARES = """
+import mmap, os, sys, time
+of_a_file = sys.argv[1] == "file"
+private = bytearray(os.urandom(20 << 20))  # or it would be too small to be managed
+memory = mmap.mmap(os.open(sys.argv[2], os.O_RDWR) if of_a_file else -1, 48 << 20, mmap.MAP_SHARED)
+pages = len(memory) // mmap.PAGESIZE
+assert sum(memory[page * mmap.PAGESIZE] for page in range(pages)) == 0
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("of", ["memory", "file"])
+def test_shared_memory_is_told_of_once(of: str, tmp_path: Path) -> None:
+    (tmp_path / "zeros").write_bytes(bytes(48 * MIB))
+    result = run_limited("64M", [*python_argv(_SHARES), of, str(tmp_path / "zeros")])
+    assert result.status == 0, result.describe()
+    told = [line for line in result.stderr.decode().splitlines() if "neither swapped nor counted" in line]
+    assert len(told) == (1 if of == "memory" else 0), result.stderr
+    if told:
+        found = re.search(r"has ([0-9.]+) MiB of shared memory", told[0])
+        assert found and 16 <= float(found[1]) < 50, told
+
+
 def test_large_mapping_is_native_without_a_daemon(tmp_path: Path) -> None:
     environment = {**os.environ, "LD_PRELOAD": paths.library(), "VSWAPD_SOCKET": str(tmp_path / "nobody")}
     result = run_native(python_argv(_LARGE_MAPPING), env=environment, timeout=30)

@@ -44,6 +44,7 @@ def test_out_of_memory_names_the_figures() -> None:
         (records.Event(records.EVENT_CHILD_REFUSED, 7, 3, (1 << 64) - 12, 8), "error", "allocate memory; 8 killed"),
         (records.Event(records.EVENT_CHILD_REFUSED, 7, 3, (1 << 64) - 12), "error", "it waits where"),
         (records.Event(records.EVENT_YIELD_REFUSED, 7, 3, 64 * _MIB), "warning", "registers 64 MiB"),
+        (records.Event(records.EVENT_SHARED, 7, 3, 64 * _MIB), "warning", "has 64 MiB of shared memory"),
         (records.Event(records.EVENT_CLIENT_GONE, 7, 3), "info", "process 7 (x) ended"),
         (records.Event(records.EVENT_REGISTERED, 7, 3, 4, _MIB), "info", "4 regions, 1 MiB"),
         (records.Event(records.EVENT_HOST_SHORT, 0, -1, 9, 16, 64), "warning", "machine is short"),
