@@ -15,7 +15,8 @@
 #define LOOK_MS 500u
 #define LOOK_NEAR_MS 100u    /* while a group uses more than NEAR_PERCENT of its limit */
 #define NEAR_PERCENT 75u
-#define LOOK_COST_FACTOR 20u /* never more than a twentieth of the time is spent on it */
+#define LOOK_COST_FACTOR 20u /* no more than a twentieth of the time is spent on it, */
+#define LOOK_MS_MAX 10000u   /* but what one counts with is not older than this */
 
 void members_destroy(struct members *members)
 {
@@ -47,7 +48,7 @@ static struct process *largest_child_of_clients(const struct process_tree *tree,
 	for (unsigned i = 0; i < tree->count; i++) {
 		struct process *process = &tree->processes[i];
 
-		if (process->charged > 0 && (!largest || process->charged > largest->charged) &&
+		if (process->is_copy && process->charged > 0 && (!largest || process->charged > largest->charged) &&
 		    is_client(process->parent, clients, client_count))
 			largest = process;
 	}
@@ -209,9 +210,10 @@ static void look_at_group(struct engine *engine, unsigned number, bool has_lists
 		for (unsigned i = 0; i < tree.count; i++) {
 			struct process *process = &tree.processes[i];
 
-			/* Its parent's, with which it counts. */
-			if (!sys_shares_memory(process->pid, process->parent))
-				process->bytes = process_anonymous_bytes(process->pid);
+			if (sys_shares_memory(process->pid, process->parent))
+				continue; /* its parent's, with which it counts */
+			process->bytes = process_anonymous_bytes(process->pid);
+			process->is_copy = sys_is_copy(process->pid, process->parent);
 		}
 		look_end(engine, &look, &tree);
 	}
@@ -244,14 +246,14 @@ static unsigned list_groups(struct engine *engine, uint16_t numbers[static GROUP
 static unsigned look_at_all(struct engine *engine, bool has_lists)
 {
 	uint16_t numbers[GROUPS_MAX];
-	uint64_t since = sys_now_ns();
+	uint64_t since = sys_now_ns(), cost_ms;
 	bool is_near;
 	unsigned count = list_groups(engine, numbers, &is_near);
 
 	for (unsigned i = 0; i < count; i++)
 		look_at_group(engine, numbers[i], has_lists);
-	return max_of(is_near ? LOOK_NEAR_MS : LOOK_MS,
-		      (unsigned)((sys_now_ns() - since) / 1000000) * LOOK_COST_FACTOR);
+	cost_ms = (sys_now_ns() - since) / 1000000;
+	return max_of(is_near ? LOOK_NEAR_MS : LOOK_MS, (unsigned)min_of(cost_ms * LOOK_COST_FACTOR, (uint64_t)LOOK_MS_MAX));
 }
 
 void *members_thread_main(void *argument)

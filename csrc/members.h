@@ -4,13 +4,13 @@
  *
  * The members of a group are the processes below its root process, without those that are excluded and what is below
  * them. Those that are clients are counted by the data plane already. The others are looked at twice a second, near a limit
- * ten times, and never so that it takes more than a twentieth of the time:
+ * ten times, and, unless one look takes seconds, never so that it takes more than a twentieth of the time:
  *
  *   - One counts with the smaller of two looks in a row: what it has for an instant only could end the group.
  *   - A child between vfork and exec shows the memory of its parent as its own: where both have one address space, the child
  *     has none.
- *   - Forked children that have not said hello are clients without a number. They are the largest among the children of
- *     clients, as a fork starts with all that its parent has.
+ *   - Forked children that have not said hello are clients without a number. They are the largest of the children of
+ *     clients that have executed nothing, as a fork starts with all that its parent has.
  *   - A process that becomes a client is no longer charged (engine_note_client), also by a look that is under way.
  *
  * In an embedded daemon the same thread has the interpreter's code leave RAM while that waits (shelve.h).

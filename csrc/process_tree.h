@@ -17,6 +17,7 @@
 struct process {
 	pid_t pid, parent;
 	uint64_t bytes;   /* anonymous memory, its share of what it shares with forked relatives */
+	bool is_copy;     /* of its parent: forked from it, and nothing executed since */
 	uint64_t charged; /* members.h */
 };
 

@@ -553,6 +553,14 @@ int sys_name_address_space(pid_t pid, struct address_space_name *ret_name)
 	return 0;
 }
 
+bool sys_is_copy(pid_t pid, pid_t parent)
+{
+	struct address_space_name name, of_parent;
+
+	return sys_name_address_space(pid, &name) == 0 && sys_name_address_space(parent, &of_parent) == 0 &&
+	       memcmp(&name, &of_parent, sizeof name) == 0;
+}
+
 int sys_pidfd(pid_t pid)
 {
 	long fd;

@@ -136,6 +136,8 @@ struct address_space_name {
 	uint64_t words[64];
 };
 int sys_name_address_space(pid_t pid, struct address_space_name *ret_name);
+/* Has `pid` executed nothing since it was forked from `parent`? False where that cannot be told. */
+bool sys_is_copy(pid_t pid, pid_t parent);
 
 int sys_pidfd(pid_t pid);
 bool sys_pidfd_is_dead(int pidfd);

@@ -75,16 +75,18 @@ static void test_between_vfork_and_exec(void)
 	CHECK(charge(during, 1, after, 1, client, 1, 0) == MIB);
 }
 
-/* The largest child of a client, not the largest of all. */
+/* The largest child of a client that has executed nothing, not the largest of all. */
 static void test_forked_children_without_hello(void)
 {
-	const struct process three[] = { { .pid = 2, .parent = 1, .bytes = 100 }, { .pid = 3, .parent = 1, .bytes = 5 },
-					 { .pid = 4, .parent = 9, .bytes = 1000 } };
+	const struct process four[] = { { .pid = 2, .parent = 1, .bytes = 100, .is_copy = true },
+					{ .pid = 3, .parent = 1, .bytes = 5, .is_copy = true },
+					{ .pid = 4, .parent = 9, .bytes = 1000, .is_copy = true },
+					{ .pid = 5, .parent = 1, .bytes = 500 } };
 	const pid_t client[] = { 1 };
 
-	CHECK(charge(three, 3, three, 3, client, 1, 0) == 1105);
-	CHECK(charge(three, 3, three, 3, client, 1, 1) == 1005);
-	CHECK(charge(three, 3, three, 3, client, 1, 5) == 1000);
+	CHECK(charge(four, 4, four, 4, client, 1, 0) == 1605);
+	CHECK(charge(four, 4, four, 4, client, 1, 1) == 1505);
+	CHECK(charge(four, 4, four, 4, client, 1, 5) == 1500);
 }
 
 /* ---- the tree ---- */
@@ -132,11 +134,11 @@ static void test_tree(bool has_lists)
 	for (unsigned i = 0; i < tree.count; i++) {
 		CHECK(process_tree_find(&tree, tree.processes[i].pid) == &tree.processes[i]);
 		all[i] = tree.processes[i].pid;
-		CHECK(process_anonymous_bytes(all[i]) >= CHILD_BYTES);
+		CHECK(process_anonymous_bytes(all[i]) >= CHILD_BYTES && sys_is_copy(all[i], tree.processes[i].parent));
 		if (tree.processes[i].parent == first)
 			middle = all[i];
 	}
-	CHECK(middle && !process_tree_find(&tree, getpid()));
+	CHECK(middle && !process_tree_find(&tree, getpid()) && !sys_is_copy(getpid(), getppid()));
 	process_tree_destroy(&tree);
 	tree = read_tree(&middle, 1, has_lists); /* what is below it, neither */
 	CHECK(tree.count == 1 && tree.processes[0].pid == first);
