@@ -143,7 +143,8 @@ struct client {
 	uint64_t discover_asked_ns;  /* not before, if the client asks for it */
 	uint32_t discoveries;        /* as in its ring */
 	uint64_t hand;               /* reclaim: next address to look at */
-
+	uint64_t kept_pool_hand;     /* reclaim: next cluster of the index whose copies are given up, */
+	uint64_t kept_spill_hand;    /* and the same for those on backends */
 	struct probation probation;  /* reclaim: goes before what the hand finds */
 
 	struct stream streams[STREAMS_MAX];

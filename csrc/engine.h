@@ -80,7 +80,7 @@ int engine_userfaultfd_device(struct engine *engine);
 #define ENGINE_GROUP_NO_RECOMPRESS 8u /* do not compress old pages again (recompress.c) */
 
 /*
- * limit_bytes: resident + pool + metadata of the whole group; pool_limit_bytes: 0 for no limit of its
+ * limit_bytes: resident + unmanaged + pool + metadata of the whole group; pool_limit_bytes: 0 for no limit of its
  * own. Returns the group's number (>= 0). Name: at most 31 characters, unique.
  */
 int engine_group_create(struct engine *engine, const char *name, uint64_t limit_bytes,

@@ -8,7 +8,7 @@
  *   registry lock     the tables of groups, clients, backends
  *   slot space share_lock, then its lock
  *   pool and spill mutexes
- *   event lock; region_scratch_lock; those of the block caches; the host's
+ *   event lock; region_scratch_lock; those of the block caches; the host's; that of the pageouts
  */
 #ifndef VSWAP_ENGINE_INTERNAL_H
 #define VSWAP_ENGINE_INTERNAL_H

@@ -948,21 +948,23 @@ void evict_recover_release(struct client *client, unsigned windows)
 
 /* ---- kept copies ---- */
 
-unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pages, uint64_t *cursor)
+unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pages)
 {
+	uint64_t *hand = kept == SLOT_KEPT_POOL ? &client->kept_pool_hand : &client->kept_spill_hand;
 	struct slot_space *space = client->engine->slots;
 	struct slot_map *map = &client->record->map;
-	unsigned dropped = 0;
+	unsigned dropped = 0, wraps = 0;
 	uint64_t first;
 
 	SCOPED_LOCK(&client->gate);
 	VS_CHECK(slot_is_kept(kept));
 	if (slot_map_count(map, kept) == 0)
 		return 0;
-	while (dropped < pages) {
-		if (!slot_map_next(space, map, cursor, &first)) {
-			*cursor = 0;
-			break;
+	while (dropped < pages && wraps < 2) {
+		if (!slot_map_next(space, map, hand, &first)) {
+			*hand = 0;
+			wraps++;
+			continue;
 		}
 		for (unsigned i = 0; i < CLUSTER_PAGES; i++) {
 			struct slot slot;

@@ -63,8 +63,8 @@ void evict_recover_batches(struct client *client, unsigned *ret_windows);
 void evict_recover_store(struct client *client, struct evictor *evictor, unsigned *windows);
 void evict_recover_release(struct client *client, unsigned windows);
 
-/* Free the copies, KEPT_POOL or KEPT_SPILL, of about `pages` resident pages, from *cursor on (a cluster of the index; 0
- * after the last). Returns pages whose copy was dropped: 0 when there was none to the end. Takes the gate. */
-unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pages, uint64_t *cursor);
+/* Free the copies, KEPT_POOL or KEPT_SPILL, of about `pages` resident pages, from where the last call ended. Returns pages whose
+ * copy was dropped: 0 when there is none. Takes the gate. */
+unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pages);
 
 #endif

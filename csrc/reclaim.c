@@ -190,8 +190,6 @@ static void note_host_stuck(struct group *group, bool progress)
 /* The group's budget of disk is used up, by copies of resident pages maybe: they take the room of what is to be written. */
 static void give_up_spilled_copies(struct engine *engine, const struct group *group)
 {
-	static __thread uint64_t cursor;
-
 	if (READ_ONCE(group->flags) & ENGINE_GROUP_NO_SPILL)
 		return;
 	for (unsigned i = 0; i < READ_ONCE(engine->clients_end) && group_spill_room_bytes(group) < SEGMENT_BYTES; i++) {
@@ -200,7 +198,7 @@ static void give_up_spilled_copies(struct engine *engine, const struct group *gr
 		if (!client)
 			continue;
 		if (client->group == group)
-			(void)evict_drop_kept(client, SLOT_KEPT_SPILL, DROP_PAGES, &cursor);
+			(void)evict_drop_kept(client, SLOT_KEPT_SPILL, DROP_PAGES);
 		client_put(client);
 	}
 }
@@ -208,8 +206,7 @@ static void give_up_spilled_copies(struct engine *engine, const struct group *gr
 /* Give up some of a client's copies of resident pages in the pool. False: it has none. */
 static bool drop_copies(struct group *group, struct client *client)
 {
-	static __thread uint64_t cursor;
-	bool dropped = evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES, &cursor) > 0;
+	bool dropped = evict_drop_kept(client, SLOT_KEPT_POOL, DROP_PAGES) > 0;
 
 	if (dropped)
 		group_pool_changed(group);

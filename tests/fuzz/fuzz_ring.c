@@ -339,8 +339,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	input = data;
 	input_end = data + size;
 	for (unsigned step = 0; input < input_end && step < 12; step++) {
-		uint64_t cursor = 0;
-
 		switch (take() % 9) {
 		case 8:
 			give_up();
@@ -352,7 +350,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			change_memory();
 			break;
 		case 2:
-			(void)evict_drop_kept(client, take() % 2 ? SLOT_KEPT_POOL : SLOT_KEPT_SPILL, 16, &cursor);
+			(void)evict_drop_kept(client, take() % 2 ? SLOT_KEPT_POOL : SLOT_KEPT_SPILL, 16);
 			break;
 		case 3:
 			probation_push(&client->probation, page_of(REGION) + take() * 2, 1 + take() % 8);
