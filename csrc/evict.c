@@ -347,12 +347,26 @@ static void note_answer(struct client *client, const struct choice *choice, uint
 		uint32_t error = READ_ONCE(answer->runs[i].error);
 
 		result->busy += min_of(busy, choice->command.runs[i].pages);
-		if (error == EAGAIN)
-			counter_add(client->engine, evict_again, 1);
-		else if (error)
+		result->event_unread |= error == EAGAIN;
+		if (error && error != EAGAIN)
 			WRITE_ONCE(client->size_pages_seen, 0); /* mappings are not as we know: discover again */
 	}
 	counter_add(client->engine, evict_busy, result->busy);
+	if (result->event_unread)
+		counter_add(client->engine, evict_again, 1);
+}
+
+/* What was not moved, for an event was unread, is for the next batch. */
+static void choose_again(struct client *client, const struct choice *choice, uint64_t moved)
+{
+	for (unsigned i = choice->page_count; i-- > 0;) {
+		if (moved >> i & 1)
+			continue;
+		if (choice->on_probation)
+			probation_return(&client->probation, choice->pages[i], 1);
+		else
+			client->hand = address_of(choice->pages[i]);
+	}
 }
 
 /* Step 3: post the MOVE. */
@@ -771,6 +785,10 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 			note_answer(client, &choice, number, ret_result);
 		if (!client->parked && finish_move(client, &choice, number, &moved) < 0)
 			result = -ESRCH;
+		if (result == 0 && ret_result->event_unread) {
+			choose_again(client, &choice, moved);
+			result = -EAGAIN;
+		}
 	} else {
 		client->record->batches[window].phase = BATCH_FREE;
 	}

@@ -33,8 +33,9 @@ int evict_store_page(struct client *client, struct evictor *evictor, const void 
 struct evict_result {
 	unsigned pages;   /* moved out */
 	unsigned busy;    /* refused by MOVE: pinned, or shared after fork */
-	unsigned untouched; /* zero pages unmapped, or gone meanwhile */
+	unsigned untouched; /* zero pages unmapped, or gone meanwhile; or not tried, as an event was unread */
 	bool wrapped;     /* the hand came to the end of the address space */
+	bool event_unread; /* some were not tried: they are the next again */
 };
 
 /*

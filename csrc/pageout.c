@@ -161,6 +161,8 @@ static void note_batch(struct engine *engine, struct pageout *pageout, int error
 		pageout->is_shared = true;
 		pageout->was_missed |= pageout->users > 1;
 	}
+	if (result->event_unread) /* the hand was put back, maybe after another evictor has been at the end */
+		pageout->was_missed |= pageout->users > 1 || result->wrapped;
 }
 
 /* May this evictor begin another batch? */

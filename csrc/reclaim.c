@@ -275,6 +275,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 
 	for (unsigned i = 0; i < batches && wraps < 2 && sys_now_ns() < end_ns; i++) {
 		struct evict_result result;
+		int error;
 		bool torture = group->flags & ENGINE_GROUP_TORTURE;
 
 		if (!reclaim_pool_has_room(engine, group, client) || is_pressed_for_nothing(engine, group))
@@ -285,9 +286,11 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 			pthread_mutex_unlock(&client->gate);
 			i = batches - 1;
 		}
-		if (evict_batch(client, evictor, desperate, &result) < 0)
+		error = evict_batch(client, evictor, desperate, &result);
+		if (error == 0 || result.event_unread)
+			pages += result.pages + result.untouched;
+		if (error < 0) /* an unread event is not read before the gate is open for long enough */
 			break;
-		pages += result.pages + result.untouched;
 		wraps += result.wrapped;
 		if (!torture && group_has_room(group, 2))
 			break;

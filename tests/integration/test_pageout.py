@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.limited import python_argv, run_limited
 from support.puppets import Stage
 from vswapd import processes
 
@@ -22,6 +23,43 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _LIMIT_BYTES = 256 * _MIB
 _PAGES = 24576  # 96 MiB
+_PAGE_BYTES = 4096
+_HALVES = f"""
+import ctypes, mmap, sys, threading, time
+import vswapd
+
+BYTES, HALF_PAGES = {_PAGES * _PAGE_BYTES}, {_PAGES // 2}
+area = mmap.mmap(-1, BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+halves = [memoryview(area)[: BYTES // 2], memoryview(area)[BYTES // 2 :]]
+
+
+def text_of(page):
+    return page.to_bytes(8, "little") * {_PAGE_BYTES // 8}
+
+
+def present_pages(half):
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(ctypes.addressof(ctypes.c_char.from_buffer(half)) // {_PAGE_BYTES} * 8)
+        return sum(entry >> 7 for entry in pagemap.read(HALF_PAGES * 8)[7::8])
+
+
+def ask(half, wait_ms):
+    time.sleep(wait_ms / 1000)  # what is asked for meanwhile is the point
+    vswapd.cold(half)
+    left.append(present_pages(half))
+
+
+for page in range({_PAGES}):
+    area[page * {_PAGE_BYTES} : (page + 1) * {_PAGE_BYTES}] = text_of(page)
+left = []
+threads = [threading.Thread(target=ask, args=pair) for pair in ((halves[0], 0), (halves[1], int(sys.argv[1])))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*left)
+assert all(area[page * {_PAGE_BYTES} : (page + 1) * {_PAGE_BYTES}] == text_of(page) for page in range({_PAGES}))
+"""
 
 
 @pytest.fixture
@@ -131,3 +169,12 @@ def test_one_that_cannot_go_on_leaves_the_evictors_to_others(stage: Stage) -> No
         puppet.check("random", 1, _PAGES // 2, _PAGES // 2)
         stage.end(puppet)
     assert stage.status == 0, stage.log
+
+
+@pytest.mark.parametrize("after_ms", [0, 10, 20, 40])
+def test_two_who_ask_at_once_are_told_when_it_is_done(after_ms: int) -> None:
+    """They share the client's hand, so the second begins when the first has come to its end. And it has all, though what the
+    first does meanwhile are events, which stop a MOVE while they are unread."""
+    result = run_limited("256M", [*python_argv(_HALVES), str(after_ms)])
+    assert result.status == 0, result.describe()
+    assert [int(pages) for pages in result.stdout.split()] == [0, 0], result.describe()
