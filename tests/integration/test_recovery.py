@@ -99,23 +99,43 @@ def _assert_nothing_held(status: dict[str, int]) -> None:
     assert not held, f"still held: {held}"
 
 
+class While:
+    """A program that goes on for as long as the test does, however slow that is. `options`: for verify_memory."""
+
+    def __init__(self, directory: Path, seconds_max: float) -> None:
+        self._file = directory / "while"
+        self._file.touch()
+        self.options = ["--seconds", f"{seconds_max:.0f}", "--while", str(self._file)]
+
+    def end(self) -> None:
+        """It ends after the pass that it is at."""
+        self._file.unlink()
+
+
+@pytest.fixture
+def going_on(tmp_path: Path) -> While:
+    return While(tmp_path, 120)
+
+
 _FOUR = """
 import subprocess, sys
 kinds = ("text", "floats", "third", "mixed")
-argv = [sys.argv[1], "--mib", "40", "--seconds", sys.argv[2], "--order", "random", "--fork", "--kind"]
+argv = [*sys.argv[1:], "--mib", "40", "--order", "random", "--fork", "--kind"]
 children = [subprocess.Popen([*argv, kind, "--seed", str(seed)]) for seed, kind in enumerate(kinds)]
 sys.exit(max(child.wait() for child in children))
 """
 
 
 @pytest.mark.parametrize("deaths", [12, pytest.param(200, marks=pytest.mark.full)])
-def test_embedded_daemon_dies(verify_memory: str, deaths: int) -> None:
+def test_embedded_daemon_dies(verify_memory: str, deaths: int, tmp_path: Path) -> None:
     """Four clients that verify what they have, forks of theirs too, all in one limited command."""
-    seconds = 8 + deaths * 3 // 2
-    argv = ["/usr/bin/env", "python3", "-c", _FOUR, verify_memory, str(seconds)]
-    with LimitedProgram("64M", argv, seconds_max=seconds * 4 + 120.0) as program:
+    seconds_max = 120 + deaths * 10
+    going_on = While(tmp_path, seconds_max)
+    argv = ["/usr/bin/env", "python3", "-c", _FOUR, verify_memory, *going_on.options]
+    with LimitedProgram("64M", argv, seconds_max=seconds_max + 120.0) as program:
         killer = Killer(program.socket_path, 0.25, seed=deaths)
         killer.kill(deaths)
+        going_on.end()
         with ControlClient(program.socket_path, _SECONDS_MAX) as control:
             assert control.status()["counters"]["evicted_pages"] > 0
         result = program.wait()
@@ -153,10 +173,12 @@ def test_system_daemon_dies(daemon: DaemonProcess, churn: str, deaths: int) -> N
         assert control.request("ping")["supervisor"] == daemon.process.pid
 
 
-def test_groups_sessions_and_limits_outlive_the_daemon(daemon: DaemonProcess, verify_memory: str) -> None:
+def test_groups_sessions_and_limits_outlive_the_daemon(
+    daemon: DaemonProcess, verify_memory: str, going_on: While
+) -> None:
     """The session of a `run` ends its group, also under a daemon that did not make it."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "40M", "--"]
-    argv += [verify_memory, "--mib", "80", "--seconds", "8"]
+    argv += [verify_memory, "--mib", "80", *going_on.options]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as command:
         pid = _managed_pid(daemon)
         with daemon.control() as control:
@@ -168,6 +190,7 @@ def test_groups_sessions_and_limits_outlive_the_daemon(daemon: DaemonProcess, ve
         [group] = after["groups"]
         assert (group["name"], group["limit_bytes"]) == (before["groups"][0]["name"], 50 * MIB)
         assert after["counters"]["faults"] >= before["counters"]["faults"]
+        going_on.end()
         _, errors = command.communicate(timeout=_SECONDS_MAX * 4)
         assert command.returncode == 0, errors.decode()
     _assert_nothing_held(daemon.wait_no_clients())  # type: ignore[arg-type]
@@ -203,10 +226,10 @@ def test_stopped_client_keeps_only_itself_waiting(daemon: DaemonProcess, verify_
         assert stopped.wait(_SECONDS_MAX * 3) == 0
 
 
-def test_death_while_moves_are_parked(daemon: DaemonProcess, verify_memory: str) -> None:
+def test_death_while_moves_are_parked(daemon: DaemonProcess, verify_memory: str, going_on: While) -> None:
     """An agent that is stopped has a MOVE before it, and RELEASEs of other windows behind that."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--torture", "--"]
-    argv += [verify_memory, "--mib", "64", "--seconds", "12", "--threads", "2"]
+    argv += [verify_memory, "--mib", "64", "--threads", "2", *going_on.options]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as command:
         pid = _managed_pid(daemon)
         killer = Killer(daemon.socket_path, 0.0, seed=3)
@@ -218,6 +241,7 @@ def test_death_while_moves_are_parked(daemon: DaemonProcess, verify_memory: str)
                 killer.kill(1)
             finally:
                 os.kill(pid, signal.SIGCONT)
+        going_on.end()
         assert command.wait(_SECONDS_MAX * 3) == 0
 
 
@@ -373,11 +397,12 @@ def _run_to_crash(argv: list[str]) -> int:
     return int(line.split()[1])
 
 
-def test_figures_are_whole_after_deaths(verify_memory: str) -> None:
+def test_figures_are_whole_after_deaths(verify_memory: str, going_on: While) -> None:
     """What --stats says at the end adds up over all daemons."""
-    argv = [verify_memory, "--mib", "64", "--seconds", "4", "--kind", "third"]
+    argv = [verify_memory, "--mib", "64", "--kind", "third", *going_on.options]
     with LimitedProgram("24M", argv) as program:
         Killer(program.socket_path, 0.2, seed=3).kill(4)
+        going_on.end()
         result = program.wait()
     assert result.status == 0, result.describe()
     assert json.loads(result.stdout), result.describe()
@@ -387,10 +412,10 @@ def test_figures_are_whole_after_deaths(verify_memory: str) -> None:
     assert result.stats["run"]["faults"] <= counters["faults"]
 
 
-def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str) -> None:
+def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str, going_on: While) -> None:
     """A client that meets no daemon says so after a while, once, and waits; and says when there is one again."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--"]
-    argv += [verify_memory, "--mib", "64", "--seconds", "8"]
+    argv += [verify_memory, "--mib", "64", *going_on.options]
     pid = Killer(daemon.socket_path, 0.0, seed=1).answering()
     with subprocess.Popen(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "VSWAP_ABSENT_S": "1"}
@@ -402,6 +427,8 @@ def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str) -> 
             first = command.stderr.readline().decode()
         finally:
             os.kill(pid, signal.SIGCONT)
+        time.sleep(1)  # it swaps, and so meets the daemon
+        going_on.end()
         _, rest = command.communicate(timeout=_SECONDS_MAX * 3)
         assert command.returncode == 0, rest.decode()
     assert first == f"vswap[{client}]: no daemon answers; what is swapped out waits for one\n"

@@ -28,6 +28,8 @@ def _wait(condition: Callable[[], bool], what: str, seconds_max: float = 30.0) -
 
 
 def _figures(stage: Stage, puppet: Puppet) -> dict[str, int]:
+    """Of the client, once all that was begun is done."""
+    stage.settled()
     return stage.ask(f"client {puppet.pid}")
 
 

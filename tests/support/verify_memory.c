@@ -2,7 +2,7 @@
 /*
  * verify_memory — fill memory with known content, go over it, verify every byte of every page.
  *
- *   verify_memory [--mib N] [--kind KIND] [--seed N] [--passes N] [--seconds N] [--order ORDER]
+ *   verify_memory [--mib N] [--kind KIND] [--seed N] [--passes N] [--seconds N] [--while FILE] [--order ORDER]
  *                 [--rewrite PERCENT] [--allocate mmap|malloc] [--threads N] [--fork] [--progress FILE]
  *
  *   KIND     zeros same text floats third random mixed    (third: 3 : 1; mixed: page by page)
@@ -10,7 +10,7 @@
  *
  * A page's content is a function of (kind, seed, page, version). Version 1 is the fill; each pass
  * verifies every page once, in order, and rewrites PERCENT of them with the pass's version. --seconds
- * goes on with passes until the time is up. --fork: after the passes a child verifies everything,
+ * goes on with passes until the time is up, or FILE is there no more. --fork: after the passes a child verifies everything,
  * rewrites half, verifies again, while the parent does the same with the other half.
  * --progress FILE: the first 8 bytes of FILE are the count of pages verified, as it grows.
  *
@@ -43,7 +43,7 @@ static struct {
 	uint64_t mib, seed, passes, seconds, rewrite, threads;
 	enum kind kind;
 	int random_order, use_malloc, use_fork;
-	const char *progress_path;
+	const char *progress_path, *while_path;
 } options = { .mib = 64, .seed = 1, .passes = 2, .rewrite = 25, .threads = 1, .kind = MIXED };
 
 static uint8_t **chunks;      /* page p is at chunks[p / CHUNK_PAGES] + p % CHUNK_PAGES pages */
@@ -245,12 +245,17 @@ static void run_shares(void *(*work)(void *), uint8_t version)
 		pthread_join(threads[t], NULL);
 }
 
+static int goes_on(uint64_t deadline_ns)
+{
+	return now_ns() < deadline_ns && (!options.while_path || access(options.while_path, F_OK) == 0);
+}
+
 static void run_passes(void)
 {
 	uint64_t deadline_ns = now_ns() + options.seconds * 1000000000u;
 
 	run_shares(fill_share, 1);
-	while (passes_done < options.passes || (options.seconds && now_ns() < deadline_ns)) {
+	while (passes_done < options.passes || (options.seconds && goes_on(deadline_ns))) {
 		run_shares(pass_share, (uint8_t)(2 + passes_done % 250));
 		passes_done++;
 	}
@@ -361,7 +366,8 @@ static void parse_options(int argc, char **argv)
 		{ "mib", 1, NULL, 'm' },      { "kind", 1, NULL, 'k' },    { "seed", 1, NULL, 's' },
 		{ "passes", 1, NULL, 'p' },   { "seconds", 1, NULL, 'S' }, { "order", 1, NULL, 'o' },
 		{ "rewrite", 1, NULL, 'r' },  { "allocate", 1, NULL, 'a' }, { "threads", 1, NULL, 't' },
-		{ "fork", 0, NULL, 'f' },     { "progress", 1, NULL, 'P' }, { NULL, 0, NULL, 0 },
+		{ "fork", 0, NULL, 'f' },     { "progress", 1, NULL, 'P' }, { "while", 1, NULL, 'w' },
+		{ NULL, 0, NULL, 0 },
 	};
 	int option;
 
@@ -378,6 +384,7 @@ static void parse_options(int argc, char **argv)
 		case 't': options.threads = parse_number(optarg); break;
 		case 'f': options.use_fork = 1; break;
 		case 'P': options.progress_path = optarg; break;
+		case 'w': options.while_path = optarg; break;
 		default: exit(2);
 		}
 	}
