@@ -13,6 +13,7 @@
 
 #define BATCHES_A_TURN 16
 #define NOTHING_GOES_MS 1
+#define EVENT_PASSES_MAX 8u /* of a program that never stops mapping and touching memory something is left */
 
 struct pageout {
 	struct pageout *next;
@@ -24,7 +25,8 @@ struct pageout {
 	bool is_slow;    /* a batch took a turn's time: not for all evictors */
 	bool is_stuck;   /* the last batch could not begin */
 	bool is_shared;  /* with forked relatives: what is busy is had again at once, which takes an evictor alone */
-	bool was_missed; /* something that was busy, when it was not alone yet: once more from the start */
+	bool was_missed; /* something that was busy, when it was not alone yet, or not tried: once more from the start */
+	unsigned passes; /* from the start, again */
 	bool is_ending;  /* the hand has been everywhere: who is at it leaves */
 	bool is_over;    /* no batch begins any more */
 };
@@ -118,8 +120,10 @@ static void give(struct pageouts *pageouts, struct pageout *pageout)
 static bool is_to_begin(struct pageouts *pageouts, struct pageout *pageout)
 {
 	SCOPED_LOCK(&pageouts->lock);
-	if (pageout->is_ending && pageout->was_missed)
+	if (pageout->is_ending && pageout->was_missed) {
 		pageout->is_begun = pageout->is_ending = pageout->was_missed = false;
+		pageout->passes++;
+	}
 	return !pageout->is_begun;
 }
 
@@ -161,7 +165,8 @@ static void note_batch(struct engine *engine, struct pageout *pageout, int error
 		pageout->is_shared = true;
 		pageout->was_missed |= pageout->users > 1;
 	}
-	if (result->event_unread) /* the hand was put back, maybe after another evictor has been at the end */
+	/* The hand was put back, maybe after another evictor has been at the end. */
+	if (result->event_unread && pageout->passes < EVENT_PASSES_MAX)
 		pageout->was_missed |= pageout->users > 1 || result->wrapped;
 }
 

@@ -61,6 +61,36 @@ print(*left)
 assert all(area[page * {_PAGE_BYTES} : (page + 1) * {_PAGE_BYTES}] == text_of(page) for page in range({_PAGES}))
 """
 
+_NEVER_STILL = f"""
+import mmap, threading
+import vswapd
+
+area = mmap.mmap(-1, {_PAGES * _PAGE_BYTES}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+stops = threading.Event()
+
+
+def change():
+    while not stops.is_set():
+        other = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        other[0] = area[0] = 1
+        other.close()
+        for page in range(1, {_PAGES}, 64):
+            assert area[page * {_PAGE_BYTES}] == page % 256
+
+
+for page in range({_PAGES}):
+    area[page * {_PAGE_BYTES} : (page + 1) * {_PAGE_BYTES}] = bytes([page % 256]) * {_PAGE_BYTES}
+vswapd.cold(area)
+threads = [threading.Thread(target=change) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    vswapd.cold(area)
+stops.set()
+for thread in threads:
+    thread.join()
+"""
+
 
 @pytest.fixture
 def stage(stage_programs: Mapping[str, str], client_library: str, tmp_path: Path) -> Stage:
@@ -178,3 +208,10 @@ def test_two_who_ask_at_once_are_told_when_it_is_done(after_ms: int) -> None:
     result = run_limited("256M", [*python_argv(_HALVES), str(after_ms)])
     assert result.status == 0, result.describe()
     assert [int(pages) for pages in result.stdout.split()] == [0, 0], result.describe()
+
+
+def test_program_that_is_never_still() -> None:
+    """It maps, unmaps and touches all the time: what is left of it then is left, and nobody waits for it to rest."""
+    result = run_limited("256M", python_argv(_NEVER_STILL), seconds_max=120)
+    assert result.status == 0, result.describe()
+    assert result.stats["counters"]["evict_again"] > 0, result.describe()
