@@ -607,25 +607,33 @@ bool client_is_populated(const struct client *client, uint64_t page)
 	return false;
 }
 
+int client_answer(const struct client *client, uint32_t number)
+{
+	bool is_gone = __atomic_load_n(&client->agent_gone, __ATOMIC_ACQUIRE) || sys_pidfd_is_dead(client->pidfd);
+
+	/* Agent gone: its last store to `done` is visible by now. */
+	if (client_is_answered(client, number))
+		return 0;
+	return is_gone ? -EPIPE : -ETIMEDOUT;
+}
+
 int client_wait(struct client *client, uint32_t number, unsigned timeout_ms)
 {
 	uint64_t deadline_ns = sys_now_ns() + timeout_ms * 1000000ULL;
 
 	while (!client_is_answered(client, number)) {
+		bool is_woken;
 		uint32_t done;
 
 		__atomic_store_n(&client->ring->daemon_waiting, 1, __ATOMIC_SEQ_CST);
 		done = __atomic_load_n(&client->ring->done, __ATOMIC_SEQ_CST);
 		if ((int32_t)(done - number) > 0)
 			break;
-		if (sys_futex_wait(&client->ring->done, done, AGENT_LOOK_MS) == 0)
-			continue;
-		/* Agent gone: its last store to `done` is visible by now. */
-		if ((__atomic_load_n(&client->agent_gone, __ATOMIC_ACQUIRE) ||
-		     sys_pidfd_is_dead(client->pidfd)) &&
-		    !client_is_answered(client, number))
+		is_woken = sys_futex_wait(&client->ring->done, done, AGENT_LOOK_MS) == 0;
+		if (!is_woken && client_answer(client, number) == -EPIPE)
 			return -EPIPE;
-		if (sys_now_ns() > deadline_ns)
+		/* Woken or not: the word is the client's too, which may wake us for ever. */
+		if (sys_now_ns() > deadline_ns && !client_is_answered(client, number))
 			return -ETIMEDOUT;
 	}
 	return 0;

@@ -187,7 +187,7 @@ struct client {
 	int64_t resident_pages;
 	int64_t filling_pages; /* of these: charged, and perhaps not there yet */
 	uint64_t zero_mapped_pages;  /* zero pages ever mapped: each may become a page unseen */
-	uint64_t shared_bytes_looked; /* of files and shared memory, when it was last asked how much is shared; the look thread */
+	uint64_t shared_next_ns;     /* how much of it is shared memory is not asked before; the look thread */
 	int64_t growth_pages;        /* between the last two readings of Pss, and no fault told of it */
 	/* cow.c */
 	bool pss;           /* has, or had, forked relatives: resident is Pss */
@@ -295,7 +295,9 @@ void client_populates(struct client *client, uint32_t number, const struct vswap
 void client_may_populate(struct client *client);
 /* Whether the agent is touching this page, or about to. */
 bool client_is_populated(const struct client *client, uint64_t page);
-/* Wait until the agent has answered `number`: 0, -EPIPE when it is gone, -ETIMEDOUT. */
+/* Has the agent answered `number`? 0, -EPIPE when it is gone and never will, -ETIMEDOUT: not yet. */
+int client_answer(const struct client *client, uint32_t number);
+/* Wait until it has: as client_answer. */
 int client_wait(struct client *client, uint32_t number, unsigned timeout_ms);
 /* Settle windows whose RELEASE was answered. */
 void client_reap_releases(struct client *client);

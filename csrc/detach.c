@@ -21,6 +21,8 @@
 #include "engine_internal.h"
 #include "sys.h"
 
+#define ERRNO_MAX 4095u
+
 /* All it has is with it, and nothing is about to change that. The gate is held. */
 static bool is_complete(struct client *client)
 {
@@ -46,14 +48,17 @@ static int tell_agent(struct client *client, bool leaving, unsigned timeout_ms)
 {
 	/* One that does not know the command answers it as it is. */
 	struct vswap_command command = { .operation = VSWAP_LEAVE, .window = leaving, .error = ENOSYS };
-	uint32_t number;
+	uint32_t number, error;
 	int result;
 
 	pthread_mutex_lock(&client->gate);
 	number = client_post(client, &command);
 	pthread_mutex_unlock(&client->gate);
 	result = client_wait(client, number, timeout_ms);
-	return result < 0 ? result : -(int)client->ring->commands[number % VSWAP_RING_COMMANDS].error;
+	if (result < 0)
+		return result;
+	error = READ_ONCE(client->ring->commands[number % VSWAP_RING_COMMANDS].error); /* the client's, who may write anything */
+	return error <= ERRNO_MAX ? -(int)error : -EPROTO;
 }
 
 /* Steps 2 and 4: wait until it is complete, and retire its ring then if `retire`. 0 or -errno. */

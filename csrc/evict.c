@@ -356,7 +356,7 @@ static void note_answer(struct client *client, const struct choice *choice, uint
 		counter_add(client->engine, evict_again, 1);
 }
 
-/* What was not moved, for an event was unread, is for the next batch. */
+/* What was not moved, for an event was unread, is for the next batch. Hints, all of them: what is out by then is passed over. */
 static void choose_again(struct client *client, const struct choice *choice, uint64_t moved)
 {
 	for (unsigned i = choice->page_count; i-- > 0;) {
@@ -779,8 +779,10 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 		crash_point(CRASH_EVICT_POSTED);
 		result = client_wait(client, number, ANSWER_MS);
 		crash_point(CRASH_EVICT_ANSWERED);
-		if (result == -ETIMEDOUT)
+		if (result == -ETIMEDOUT) {
 			result = park(client, &choice, number);
+			choose_again(client, &choice, 0); /* what it will not have moved */
+		}
 		else if (result == 0)
 			note_answer(client, &choice, number, ret_result);
 		if (!client->parked && finish_move(client, &choice, number, &moved) < 0)
@@ -811,7 +813,7 @@ bool evict_resume(struct client *client, struct evictor *evictor)
 	pthread_mutex_lock(&client->gate);
 	parked = client->parked;
 	if (!parked || client->dead ||
-	    client_wait(client, parked->number, 0) == -ETIMEDOUT) {
+	    client_answer(client, parked->number) == -ETIMEDOUT) {
 		pthread_mutex_unlock(&client->gate);
 		return false;
 	}
@@ -978,7 +980,7 @@ unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pag
 	VS_CHECK(slot_is_kept(kept));
 	if (slot_map_count(map, kept) == 0)
 		return 0;
-	while (dropped < pages && wraps < 2) {
+	while (dropped < pages && slot_map_count(map, kept) > 0 && wraps < 2) {
 		if (!slot_map_next(space, map, hand, &first)) {
 			*hand = 0;
 			wraps++;

@@ -35,7 +35,7 @@ struct evict_result {
 	unsigned busy;    /* refused by MOVE: pinned, or shared after fork */
 	unsigned untouched; /* zero pages unmapped, or gone meanwhile; or not tried, as an event was unread */
 	bool wrapped;     /* the hand came to the end of the address space */
-	bool event_unread; /* some were not tried: they are the next again */
+	bool event_unread; /* some were not tried: they are the next again. Then the others count with -EAGAIN, too */
 };
 
 /*

@@ -46,6 +46,7 @@
 #define ASKED_COST_FACTOR 4 /* between discoveries that were asked for: so many times what the last one took */
 #define SHARED_LIMIT_PART 4u /* so large a part of the limit is worth a line */
 #define SHARED_BYTES_MIN (16UL << 20)
+#define SHARED_NS 200000000ULL /* what is not private is of files, most often: not to be asked at each look */
 #define ASKED_DISCOVER 1u
 #define ASKED_ADAPT 2u
 #define ASKED_BURY 4u
@@ -254,10 +255,10 @@ static void tell_of_shared(struct client *client, uint64_t other_pages)
 				      4 * group->shared_bytes_told);
 	struct engine_event event = { .kind = ENGINE_EVENT_SHARED, .pid = client->pid, .group = group->number };
 
-	if (client->pid <= 0 || other_pages * PAGE_BYTES < max_of(least_bytes, 2 * client->shared_bytes_looked))
+	if (client->pid <= 0 || other_pages * PAGE_BYTES < least_bytes || sys_now_ns() < client->shared_next_ns)
 		return;
-	client->shared_bytes_looked = other_pages * PAGE_BYTES; /* of files, most often: not to be asked at each look */
-	event.a = sys_shared_bytes(client->pid);
+	client->shared_next_ns = sys_now_ns() + SHARED_NS;
+	event.a = sys_shared_bytes(client->thread ? client->thread : client->pid);
 	if (event.a < least_bytes)
 		return;
 	group->shared_bytes_told = event.a;

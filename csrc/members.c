@@ -16,7 +16,7 @@
 #define LOOK_NEAR_MS 100u    /* while a group uses more than NEAR_PERCENT of its limit */
 #define NEAR_PERCENT 75u
 #define LOOK_COST_FACTOR 20u /* no more than a twentieth of the time is spent on it, */
-#define LOOK_MS_MAX 10000u   /* but what one counts with is not older than this */
+#define LOOK_MS_MAX 10000u   /* but the next one begins after this at the latest */
 
 void members_destroy(struct members *members)
 {
@@ -212,8 +212,8 @@ static void look_at_group(struct engine *engine, unsigned number, bool has_lists
 
 			if (sys_shares_memory(process->pid, process->parent))
 				continue; /* its parent's, with which it counts */
+			process->is_copy = sys_is_copy(process->pid, process->parent); /* first: it may execute something */
 			process->bytes = process_anonymous_bytes(process->pid);
-			process->is_copy = sys_is_copy(process->pid, process->parent);
 		}
 		look_end(engine, &look, &tree);
 	}

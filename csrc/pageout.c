@@ -13,7 +13,9 @@
 
 #define BATCHES_A_TURN 16
 #define NOTHING_GOES_MS 1
-#define EVENT_PASSES_MAX 8u /* of a program that never stops mapping and touching memory something is left */
+/* Of a program that never stops mapping and touching memory something is left. */
+#define EVENT_PASSES_MAX 8u  /* from the start, again */
+#define EVENT_TRIES_MAX 1000 /* in a row, in which nothing could go */
 
 struct pageout {
 	struct pageout *next;
@@ -27,6 +29,7 @@ struct pageout {
 	bool is_shared;  /* with forked relatives: what is busy is had again at once, which takes an evictor alone */
 	bool was_missed; /* something that was busy, when it was not alone yet, or not tried: once more from the start */
 	unsigned passes; /* from the start, again */
+	unsigned vain_tries; /* in a row, for an event was unread */
 	bool is_ending;  /* the hand has been everywhere: who is at it leaves */
 	bool is_over;    /* no batch begins any more */
 };
@@ -165,6 +168,8 @@ static void note_batch(struct engine *engine, struct pageout *pageout, int error
 		pageout->is_shared = true;
 		pageout->was_missed |= pageout->users > 1;
 	}
+	pageout->vain_tries = result->event_unread && result->pages == 0 ? pageout->vain_tries + 1 : 0;
+	pageout->is_over |= pageout->vain_tries == EVENT_TRIES_MAX;
 	/* The hand was put back, maybe after another evictor has been at the end. */
 	if (result->event_unread && pageout->passes < EVENT_PASSES_MAX)
 		pageout->was_missed |= pageout->users > 1 || result->wrapped;

@@ -30,6 +30,7 @@
 
 #define IDLE_MS 100
 #define TORTURE_PAUSE_MS 1
+#define EVENT_PAUSE_US 100 /* an event is read in this, if the gate is open */
 #define BATCHES_A_TURN 16
 #define BATCHES_A_TURN_SHARED 2 /* one makes pages the client's own, the next takes them */
 #define DROP_PAGES 64 /* kept copies given up in one go */
@@ -289,8 +290,11 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 		error = evict_batch(client, evictor, desperate, &result);
 		if (error == 0 || result.event_unread)
 			pages += result.pages + result.untouched;
-		if (error < 0) /* an unread event is not read before the gate is open for long enough */
+		if (error < 0) {
+			if (result.event_unread && result.pages == 0)
+				sys_sleep_us(EVENT_PAUSE_US);
 			break;
+		}
 		wraps += result.wrapped;
 		if (!torture && group_has_room(group, 2))
 			break;
@@ -298,20 +302,36 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 	return pages;
 }
 
+/* Batches that were parked, of whatever client, large or small, also if nothing more can be evicted from it: its faults wait. */
+static void resume_parked(struct engine *engine, const struct group *group, struct evictor *evictor)
+{
+	for (unsigned i = 0; i < READ_ONCE(engine->clients_end) && READ_ONCE(group->parked) > 0; i++) {
+		struct client *client = client_get_index(engine, i);
+
+		if (!client)
+			continue;
+		if (client->group == group && READ_ONCE(client->parked))
+			(void)evict_resume(client, evictor);
+		client_put(client);
+	}
+}
+
 static void reclaim_group(struct engine *engine, struct group *group, struct evictor *evictor)
 {
 	struct client *clients[CLIENTS_A_TURN];
-	unsigned count = pick_clients(engine, group, clients);
+	unsigned count;
 	uint64_t pages = 0, made = READ_ONCE(group->progress_seen);
 	bool dropped = false;
 	/* After a second without room even pages filled a moment ago must go. */
 	uint64_t stuck_since_ns = READ_ONCE(group->stuck_since_ns);
-	uint64_t now = sys_now_ns();
-	bool desperate = stuck_since_ns && now - stuck_since_ns > OUT_OF_MEMORY_NS / 3;
+	uint64_t now;
+	bool desperate;
 
+	resume_parked(engine, group, evictor);
+	count = pick_clients(engine, group, clients);
+	now = sys_now_ns();
+	desperate = stuck_since_ns && now - stuck_since_ns > OUT_OF_MEMORY_NS / 3;
 	for (unsigned i = 0; i < count; i++) {
-		if (READ_ONCE(group->parked) > 0)
-			(void)evict_resume(clients[i], evictor);
 		/* When nothing that is resident can go, copies of it are the first thing that does. */
 		if ((stuck_since_ns || group_is_to_give(group)) && drop_copies(group, clients[i]))
 			dropped = true;

@@ -601,10 +601,11 @@ int sys_statm(int statm_fd, struct process_size *ret_size)
 
 uint64_t sys_shared_bytes(pid_t pid)
 {
-	char text[2048];
-	const char *line = take_text(sys_open_proc(pid, "status"), text, sizeof text) > 0 ? strstr(text, "RssShmem:") : NULL;
+	static const char field[] = "\nRssShmem:";
+	char text[4096];
+	const char *line = take_text(sys_open_proc(pid, "status"), text, sizeof text) > 0 ? strstr(text, field) : NULL;
 
-	return line ? strtoull(line + 9, NULL, 10) * 1024 : 0;
+	return line ? strtoull(line + strlen(field), NULL, 10) * 1024 : 0;
 }
 
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes)
@@ -789,12 +790,20 @@ uint64_t sys_now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
 }
 
-void sys_sleep_ms(unsigned milliseconds)
+static void sleep_for(struct timespec duration)
 {
-	struct timespec duration = { milliseconds / 1000, (long)(milliseconds % 1000) * 1000000L };
-
 	while (nanosleep(&duration, &duration) != 0 && errno == EINTR)
 		;
+}
+
+void sys_sleep_ms(unsigned milliseconds)
+{
+	sleep_for((struct timespec){ milliseconds / 1000, (long)(milliseconds % 1000) * 1000000L });
+}
+
+void sys_sleep_us(unsigned microseconds)
+{
+	sleep_for((struct timespec){ microseconds / 1000000, (long)(microseconds % 1000000) * 1000L });
 }
 
 void sys_eventfd_signal(int fd)

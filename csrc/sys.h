@@ -204,6 +204,7 @@ uint64_t sys_thread_cpu_ns(void); /* used by this thread */
 /* How long it had to wait for a CPU, ever. 0, or -errno where the kernel does not say. */
 int sys_thread_waited_ns(uint64_t *ret_ns);
 void sys_sleep_ms(unsigned milliseconds);
+void sys_sleep_us(unsigned microseconds);
 void sys_eventfd_signal(int fd);
 void sys_eventfd_drain(int fd);
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -17,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.limited import MIB, LimitedProgram, command_path, run_limited
+from support.limited import MIB, LimitedProgram, command_path, python_argv, run_limited
 from support.sampler import ControlClient
 from vswapd import wire
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from integration.conftest import DaemonProcess
@@ -216,6 +219,79 @@ def test_others_go_on_beside_a_stopped_client(daemon: DaemonProcess, verify_memo
     finally:
         stopped.kill()
         stopped.wait()
+    daemon.wait_no_clients()
+
+
+_SIBLINGS = """
+import subprocess, sys
+children = [subprocess.Popen(arguments.split()) for arguments in sys.argv[1:]]
+print(*(child.pid for child in children), flush=True)
+print(*(child.wait() for child in reversed(children)), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def _siblings(daemon: DaemonProcess, limit: str, commands: list[str]) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """They, in one group; the statuses of the last ones first. The pids, in their order."""
+    argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", limit, "--"]
+    with subprocess.Popen([*argv, *python_argv(_SIBLINGS), *commands], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        try:
+            yield process, pids
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+
+def _wait_client(daemon: DaemonProcess, pid: int, name: str, least: int) -> None:
+    deadline = time.monotonic() + 60
+    with daemon.control() as control:
+        while not [c for c in control.status()["clients"] if c["pid"] == pid and c[name] >= least]:
+            assert time.monotonic() < deadline, f"{name} of {pid} is never {least}"
+            time.sleep(0.02)  # polling another process's state
+
+
+def test_its_group_goes_on_beside_a_stopped_program(daemon: DaemonProcess, verify_memory: str) -> None:
+    """The largest, with a batch of its that its agent does not answer: what is evicted is the other's, and nobody is killed."""
+    commands = [
+        f"{verify_memory} --mib 96 --kind text --passes 8",
+        f"{verify_memory} --mib 144 --kind text --passes 3",
+    ]
+    with _siblings(daemon, "112M", commands) as (process, pids):
+        _wait_client(daemon, pids[0], "swapped_pages", 1)
+        os.kill(pids[0], signal.SIGSTOP)
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())  # of the one that goes on
+        assert told["wrong_pages"] == 0
+        os.kill(pids[0], signal.SIGCONT)
+        told, statuses = json.loads(process.stdout.readline()), process.stdout.readline()
+        assert (told["wrong_pages"], statuses) == (0, "0 0\n")
+    daemon.wait_no_clients()
+
+
+def test_small_program_among_many_that_was_stopped(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
+    """The batch that its agent had not answered is settled when it has, though nobody would evict from one so small."""
+    going_on = tmp_path / "while"
+    going_on.touch()
+    forever = "--passes 1 --seconds 3600"
+    commands = [f"{verify_memory} --mib 20 --kind third {forever} --while {going_on}"]
+    commands += [f"{verify_memory} --mib 24 --kind same {forever} --seed {seed}" for seed in range(17)]
+    with _siblings(daemon, "1G", commands) as (process, pids):
+        for pid in pids:
+            _wait_client(daemon, pid, "resident_bytes", 18 * MIB)
+        os.kill(pids[0], signal.SIGSTOP)
+        with daemon.control() as control, pytest.raises(TimeoutError):
+            control.request("pageout", 2.0, pid=pids[0])
+        os.kill(pids[0], signal.SIGCONT)
+        going_on.unlink()
+        assert process.stdout is not None
+        told = select.select([process.stdout], [], [], 60)[0]
+        for pid in pids[0 if not told else 1 :]:
+            os.kill(pid, signal.SIGKILL)
+        assert told, "its faults are never answered"
+        assert json.loads(process.stdout.readline())["wrong_pages"] == 0
     daemon.wait_no_clients()
 
 
