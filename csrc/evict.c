@@ -356,7 +356,7 @@ static void note_answer(struct client *client, const struct choice *choice, uint
 		counter_add(client->engine, evict_again, 1);
 }
 
-/* What was not moved, for an event was unread, is for the next batch. Hints, all of them: what is out by then is passed over. */
+/* What was not moved, for an event was unread, is for the next batch. Hints: what is out by then is passed over. */
 static void choose_again(struct client *client, const struct choice *choice, uint64_t moved)
 {
 	for (unsigned i = choice->page_count; i-- > 0;) {
@@ -782,9 +782,9 @@ int evict_batch(struct client *client, struct evictor *evictor, bool desperate,
 		if (result == -ETIMEDOUT) {
 			result = park(client, &choice, number);
 			choose_again(client, &choice, 0); /* what it will not have moved */
-		}
-		else if (result == 0)
+		} else if (result == 0) {
 			note_answer(client, &choice, number, ret_result);
+		}
 		if (!client->parked && finish_move(client, &choice, number, &moved) < 0)
 			result = -ESRCH;
 		if (result == 0 && ret_result->event_unread) {
@@ -978,8 +978,6 @@ unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pag
 
 	SCOPED_LOCK(&client->gate);
 	VS_CHECK(slot_is_kept(kept));
-	if (slot_map_count(map, kept) == 0)
-		return 0;
 	while (dropped < pages && slot_map_count(map, kept) > 0 && wraps < 2) {
 		if (!slot_map_next(space, map, hand, &first)) {
 			*hand = 0;
@@ -996,8 +994,9 @@ unsigned evict_drop_kept(struct client *client, enum slot_tag kept, unsigned pag
 			dropped++;
 		}
 	}
-	if (dropped)
+	if (dropped) {
 		counter_add(client->engine, kept_dropped, dropped);
-	client_metadata_changed(client);
+		client_metadata_changed(client);
+	}
 	return dropped;
 }

@@ -160,11 +160,8 @@ static bool all_was_copied(const struct client *parent, struct client *child)
 /* The same by smaps, whose walk is over all of the parent's page tables; what was wiped is forgotten. */
 static bool forget_advised(const struct client *parent, struct client *child)
 {
-	struct address_space_name now;
-
 	return parent->pid > 0 && sys_visit_wiped(parent->pid, forget_range, child) == 0 &&
-	       sys_name_address_space(parent->pid, &now) == 0 &&
-	       memcmp(&now, &parent->address_space, sizeof now) == 0;
+	       sys_has_address_space(parent->pid, &parent->address_space);
 }
 
 /* Was an unmapping or a move read together with the fork, behind it? */

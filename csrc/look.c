@@ -247,7 +247,8 @@ static bool look_through_another_thread(struct client *client)
 	return true;
 }
 
-/* Shared memory is not ours to swap, and whoever has much of it should know. Said again of a group when it has grown fourfold. */
+/* Shared memory is not ours to swap, and whoever has much of it should know. Said of a group again when it has grown
+ * fourfold. */
 static void tell_of_shared(struct client *client, uint64_t other_pages)
 {
 	struct group *group = client->group;
@@ -258,8 +259,7 @@ static void tell_of_shared(struct client *client, uint64_t other_pages)
 	if (client->pid <= 0 || other_pages * PAGE_BYTES < least_bytes || sys_now_ns() < client->shared_next_ns)
 		return;
 	client->shared_next_ns = sys_now_ns() + SHARED_NS;
-	event.a = sys_shared_bytes(client->thread ? client->thread : client->pid);
-	if (event.a < least_bytes)
+	if (sys_shared_bytes(client->thread ? client->thread : client->pid, &event.a) < 0 || event.a < least_bytes)
 		return;
 	group->shared_bytes_told = event.a;
 	engine_event_push(client->engine, &event);

@@ -13,7 +13,7 @@
 
 #define BATCHES_A_TURN 16
 #define NOTHING_GOES_MS 1
-/* Of a program that never stops mapping and touching memory something is left. */
+/* A client may say for ever that an event is unread, and the answer is its own. */
 #define EVENT_PASSES_MAX 8u  /* from the start, again */
 #define EVENT_TRIES_MAX 1000 /* in a row, in which nothing could go */
 

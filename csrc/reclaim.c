@@ -30,6 +30,7 @@
 
 #define IDLE_MS 100
 #define TORTURE_PAUSE_MS 1
+#define PARKED_PAUSE_MS 10 /* while an agent does not answer, a stopped one, say, which may be for hours */
 #define EVENT_PAUSE_US 100 /* an event is read in this, if the gate is open */
 #define BATCHES_A_TURN 16
 #define BATCHES_A_TURN_SHARED 2 /* one makes pages the client's own, the next takes them */
@@ -302,7 +303,7 @@ static uint64_t evict_from(struct engine *engine, struct group *group, struct cl
 	return pages;
 }
 
-/* Batches that were parked, of whatever client, large or small, also if nothing more can be evicted from it: its faults wait. */
+/* Batches that were parked, of whatever client, small ones and such as nothing more is evicted from: its faults wait. */
 static void resume_parked(struct engine *engine, const struct group *group, struct evictor *evictor)
 {
 	for (unsigned i = 0; i < READ_ONCE(engine->clients_end) && READ_ONCE(group->parked) > 0; i++) {
@@ -343,7 +344,7 @@ static void reclaim_group(struct engine *engine, struct group *group, struct evi
 	note_stuck(engine, group, pages > 0);
 	engine_room_made(engine, group);
 	if (pages == 0 || group->flags & ENGINE_GROUP_TORTURE)
-		sys_sleep_ms(TORTURE_PAUSE_MS);
+		sys_sleep_ms(pages == 0 && READ_ONCE(group->parked) > 0 ? PARKED_PAUSE_MS : TORTURE_PAUSE_MS);
 }
 
 void *evictor_main(void *argument)

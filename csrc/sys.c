@@ -553,12 +553,18 @@ int sys_name_address_space(pid_t pid, struct address_space_name *ret_name)
 	return 0;
 }
 
+bool sys_has_address_space(pid_t pid, const struct address_space_name *name)
+{
+	struct address_space_name its;
+
+	return sys_name_address_space(pid, &its) == 0 && memcmp(&its, name, sizeof its) == 0;
+}
+
 bool sys_is_copy(pid_t pid, pid_t parent)
 {
-	struct address_space_name name, of_parent;
+	struct address_space_name name;
 
-	return sys_name_address_space(pid, &name) == 0 && sys_name_address_space(parent, &of_parent) == 0 &&
-	       memcmp(&name, &of_parent, sizeof name) == 0;
+	return sys_name_address_space(parent, &name) == 0 && sys_has_address_space(pid, &name);
 }
 
 int sys_pidfd(pid_t pid)
@@ -599,29 +605,29 @@ int sys_statm(int statm_fd, struct process_size *ret_size)
 	return 0;
 }
 
-uint64_t sys_shared_bytes(pid_t pid)
+/* A size in one of a process's files. `field`: with the newline before it, as the program has chosen its name. */
+static int field_bytes(pid_t pid, const char *file, const char *field, uint64_t *ret_bytes)
 {
-	static const char field[] = "\nRssShmem:";
 	char text[4096];
-	const char *line = take_text(sys_open_proc(pid, "status"), text, sizeof text) > 0 ? strstr(text, field) : NULL;
-
-	return line ? strtoull(line + strlen(field), NULL, 10) * 1024 : 0;
-}
-
-int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes)
-{
-	char text[2048], *line;
-	int fd = sys_open_proc(pid, "smaps_rollup");
+	const char *line;
+	int fd = sys_open_proc(pid, file);
 
 	if (fd < 0)
 		return fd;
 	if (take_text(fd, text, sizeof text) <= 0)
 		return -ESRCH;
-	line = strstr(text, "Pss_Anon:");
+	line = strstr(text, field);
 	if (!line)
 		return -ENODATA;
-	*ret_bytes = strtoull(line + 9, NULL, 10) * 1024;
+	*ret_bytes = strtoull(line + strlen(field), NULL, 10) * 1024;
 	return 0;
+}
+
+int sys_shared_bytes(pid_t pid, uint64_t *ret_bytes) { return field_bytes(pid, "status", "\nRssShmem:", ret_bytes); }
+
+int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes)
+{
+	return field_bytes(pid, "smaps_rollup", "\nPss_Anon:", ret_bytes);
 }
 
 /* ---- futexes, memory, time ---- */

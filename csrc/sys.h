@@ -136,7 +136,9 @@ struct address_space_name {
 	uint64_t words[64];
 };
 int sys_name_address_space(pid_t pid, struct address_space_name *ret_name);
-/* Has `pid` executed nothing since it was forked from `parent`? False where that cannot be told. */
+/* False also where that cannot be told, as of the next. */
+bool sys_has_address_space(pid_t pid, const struct address_space_name *name);
+/* Has `pid` executed nothing since it was forked from `parent`? */
 bool sys_is_copy(pid_t pid, pid_t parent);
 
 int sys_pidfd(pid_t pid);
@@ -163,8 +165,8 @@ struct process_size {
 
 int sys_statm(int statm_fd, struct process_size *ret_size);
 
-/* What a process has mapped and touched of shared memory (memfd, tmpfs, MAP_SHARED, System V), bytes; 0 if that is not to be read. */
-uint64_t sys_shared_bytes(pid_t pid);
+/* What a process has mapped and touched of shared memory (memfd, tmpfs, MAP_SHARED, System V) in bytes. */
+int sys_shared_bytes(pid_t pid, uint64_t *ret_bytes);
 
 /* Pss_Anon of a process in bytes. Walks its page tables. */
 int sys_pss_anonymous(pid_t pid, uint64_t *ret_bytes);

@@ -11,9 +11,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base.h"
 #include "check.h"
 #include "client.h"
-#include "base.h"
 #include "sys.h"
 
 #define WAIT_MS 100u

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support.driving import build_drive
-from support.limited import command_path
+from support.limited import GoingOn, command_path
 from support.sampler import ControlClient
 from vswapd import paths
 
@@ -146,6 +146,12 @@ def client_library() -> str:
     return paths.library()
 
 
+@pytest.fixture
+def going_on(tmp_path: Path) -> GoingOn:
+    """For one program or more; two minutes at most."""
+    return GoingOn(tmp_path, 120.0)
+
+
 # ---- daemons ----
 
 
@@ -164,6 +170,17 @@ class DaemonProcess:
     def descriptor_count(self) -> int:
         """Open descriptors of the daemon."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def wait_client(self, figure: str, least: int = 1, pid: int = 0, seconds_max: float = 20.0) -> int:
+        """PID of a client, `pid` if that is given, of which `figure` is at least so much: waited for. AssertionError."""
+        deadline = time.monotonic() + seconds_max
+        with self.control() as control:
+            while True:
+                for client in control.status()["clients"]:
+                    if client[figure] >= least and pid in (0, client["pid"]):
+                        return int(client["pid"])
+                assert time.monotonic() < deadline, f"{figure} of {pid or 'a client'} is never {least}"
+                time.sleep(0.02)  # polling another process's state
 
     def wait_no_clients(self, seconds_max: float = 20.0) -> dict[str, object]:
         """Until no client and no group is left; returns the status then. AssertionError."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from integration.conftest import DaemonProcess
+    from support.limited import GoingOn
 
 _NOBODY = 65534
 _SEGMENT_BYTES = 1 << 20
@@ -205,16 +206,12 @@ def test_others_go_on_beside_a_stopped_client(daemon: DaemonProcess, verify_memo
     command = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--"]
     stopped = subprocess.Popen([*command, verify_memory, "--mib", "128", "--kind", "text", "--seconds", "100"])
     try:
-        with daemon.control() as control:
-            deadline = time.monotonic() + 30
-            while not (clients := [c for c in control.status()["clients"] if c["swapped_pages"] > 0]):
-                assert time.monotonic() < deadline, "nothing was swapped"
-                time.sleep(0.02)  # polling another process's state
-        os.kill(clients[0]["pid"], signal.SIGSTOP)
+        pid = daemon.wait_client("swapped_pages", seconds_max=30.0)
+        os.kill(pid, signal.SIGSTOP)
         argv = [verify_memory, "--mib", "96", "--kind", "mixed", "--passes", "3"]
         result = run_limited(32 * MIB, argv, options=["--socket", daemon.socket_path])
         assert result.status == 0, result.describe()
-        os.kill(clients[0]["pid"], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert stopped.wait(30) in (137, -9)
     finally:
         stopped.kill()
@@ -245,14 +242,6 @@ def _siblings(daemon: DaemonProcess, limit: str, commands: list[str]) -> Iterato
                     os.kill(pid, signal.SIGCONT)
 
 
-def _wait_client(daemon: DaemonProcess, pid: int, name: str, least: int) -> None:
-    deadline = time.monotonic() + 60
-    with daemon.control() as control:
-        while not [c for c in control.status()["clients"] if c["pid"] == pid and c[name] >= least]:
-            assert time.monotonic() < deadline, f"{name} of {pid} is never {least}"
-            time.sleep(0.02)  # polling another process's state
-
-
 def test_its_group_goes_on_beside_a_stopped_program(daemon: DaemonProcess, verify_memory: str) -> None:
     """The largest, with a batch of its that its agent does not answer: what is evicted is the other's, and nobody is killed."""
     commands = [
@@ -260,7 +249,7 @@ def test_its_group_goes_on_beside_a_stopped_program(daemon: DaemonProcess, verif
         f"{verify_memory} --mib 144 --kind text --passes 3",
     ]
     with _siblings(daemon, "112M", commands) as (process, pids):
-        _wait_client(daemon, pids[0], "swapped_pages", 1)
+        daemon.wait_client("swapped_pages", pid=pids[0], seconds_max=60.0)
         os.kill(pids[0], signal.SIGSTOP)
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())  # of the one that goes on
@@ -271,21 +260,20 @@ def test_its_group_goes_on_beside_a_stopped_program(daemon: DaemonProcess, verif
     daemon.wait_no_clients()
 
 
-def test_small_program_among_many_that_was_stopped(daemon: DaemonProcess, verify_memory: str, tmp_path: Path) -> None:
+def test_small_program_among_many_that_was_stopped(
+    daemon: DaemonProcess, verify_memory: str, going_on: GoingOn
+) -> None:
     """The batch that its agent had not answered is settled when it has, though nobody would evict from one so small."""
-    going_on = tmp_path / "while"
-    going_on.touch()
-    forever = "--passes 1 --seconds 3600"
-    commands = [f"{verify_memory} --mib 20 --kind third {forever} --while {going_on}"]
-    commands += [f"{verify_memory} --mib 24 --kind same {forever} --seed {seed}" for seed in range(17)]
+    commands = [f"{verify_memory} --mib 20 --kind third {' '.join(going_on.options)}"]
+    commands += [f"{verify_memory} --mib 24 --kind same --seconds 3600 --seed {seed}" for seed in range(17)]
     with _siblings(daemon, "1G", commands) as (process, pids):
         for pid in pids:
-            _wait_client(daemon, pid, "resident_bytes", 18 * MIB)
+            daemon.wait_client("resident_bytes", 18 * MIB, pid, seconds_max=60.0)
         os.kill(pids[0], signal.SIGSTOP)
         with daemon.control() as control, pytest.raises(TimeoutError):
             control.request("pageout", 2.0, pid=pids[0])
         os.kill(pids[0], signal.SIGCONT)
-        going_on.unlink()
+        going_on.end()
         assert process.stdout is not None
         told = select.select([process.stdout], [], [], 60)[0]
         for pid in pids[0 if not told else 1 :]:

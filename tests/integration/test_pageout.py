@@ -211,7 +211,7 @@ def test_two_who_ask_at_once_are_told_when_it_is_done(after_ms: int) -> None:
 
 
 def test_program_that_is_never_still() -> None:
-    """It maps, unmaps and touches all the time: what is left of it then is left, and nobody waits for it to rest."""
+    """It maps, unmaps and touches all the time, so that a MOVE is refused now and then: requests end, and its bytes are right."""
     result = run_limited("256M", python_argv(_NEVER_STILL), seconds_max=120)
     assert result.status == 0, result.describe()
     assert result.stats["counters"]["evict_again"] > 0, result.describe()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
-from support.limited import MIB, LimitedProgram, command_path, run_limited
+from support.limited import MIB, GoingOn, LimitedProgram, command_path, run_limited
 from support.sampler import ControlClient, answering_pid
 
 if TYPE_CHECKING:
@@ -99,24 +99,6 @@ def _assert_nothing_held(status: dict[str, int]) -> None:
     assert not held, f"still held: {held}"
 
 
-class While:
-    """A program that goes on for as long as the test does, however slow that is. `options`: for verify_memory."""
-
-    def __init__(self, directory: Path, seconds_max: float) -> None:
-        self._file = directory / "while"
-        self._file.touch()
-        self.options = ["--seconds", f"{seconds_max:.0f}", "--while", str(self._file)]
-
-    def end(self) -> None:
-        """It ends after the pass that it is at."""
-        self._file.unlink()
-
-
-@pytest.fixture
-def going_on(tmp_path: Path) -> While:
-    return While(tmp_path, 120)
-
-
 _FOUR = """
 import subprocess, sys
 kinds = ("text", "floats", "third", "mixed")
@@ -130,7 +112,7 @@ sys.exit(max(child.wait() for child in children))
 def test_embedded_daemon_dies(verify_memory: str, deaths: int, tmp_path: Path) -> None:
     """Four clients that verify what they have, forks of theirs too, all in one limited command."""
     seconds_max = 120 + deaths * 10
-    going_on = While(tmp_path, seconds_max)
+    going_on = GoingOn(tmp_path, seconds_max)
     argv = ["/usr/bin/env", "python3", "-c", _FOUR, verify_memory, *going_on.options]
     with LimitedProgram("64M", argv, seconds_max=seconds_max + 120.0) as program:
         killer = Killer(program.socket_path, 0.25, seed=deaths)
@@ -174,13 +156,13 @@ def test_system_daemon_dies(daemon: DaemonProcess, churn: str, deaths: int) -> N
 
 
 def test_groups_sessions_and_limits_outlive_the_daemon(
-    daemon: DaemonProcess, verify_memory: str, going_on: While
+    daemon: DaemonProcess, verify_memory: str, going_on: GoingOn
 ) -> None:
     """The session of a `run` ends its group, also under a daemon that did not make it."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "40M", "--"]
     argv += [verify_memory, "--mib", "80", *going_on.options]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as command:
-        pid = _managed_pid(daemon)
+        pid = daemon.wait_client("swapped_pages")
         with daemon.control() as control:
             before = control.status()
             assert control.request("limit", pid=pid, limit_bytes=50 * MIB)["ok"]
@@ -196,24 +178,12 @@ def test_groups_sessions_and_limits_outlive_the_daemon(
     _assert_nothing_held(daemon.wait_no_clients())  # type: ignore[arg-type]
 
 
-def _managed_pid(daemon: DaemonProcess) -> int:
-    """The client, once something of it is swapped."""
-    deadline = time.monotonic() + _SECONDS_MAX
-    while True:
-        with daemon.control() as control:
-            for client in control.status()["clients"]:
-                if client["swapped_pages"]:
-                    return int(client["pid"])
-        assert time.monotonic() < deadline, "nothing was swapped"
-        time.sleep(0.05)  # polling another process's state
-
-
 def test_stopped_client_keeps_only_itself_waiting(daemon: DaemonProcess, verify_memory: str) -> None:
     """A successor waits for the agents' answers, each client by itself."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--torture", "--"]
     argv += [verify_memory, "--mib", "64", "--seconds", "5"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as stopped:
-        pid = _managed_pid(daemon)
+        pid = daemon.wait_client("swapped_pages")
         os.kill(pid, signal.SIGSTOP)
         try:
             Killer(daemon.socket_path, 0.01, seed=2).kill(1)
@@ -226,12 +196,12 @@ def test_stopped_client_keeps_only_itself_waiting(daemon: DaemonProcess, verify_
         assert stopped.wait(_SECONDS_MAX * 3) == 0
 
 
-def test_death_while_moves_are_parked(daemon: DaemonProcess, verify_memory: str, going_on: While) -> None:
+def test_death_while_moves_are_parked(daemon: DaemonProcess, verify_memory: str, going_on: GoingOn) -> None:
     """An agent that is stopped has a MOVE before it, and RELEASEs of other windows behind that."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--torture", "--"]
     argv += [verify_memory, "--mib", "64", "--threads", "2", *going_on.options]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as command:
-        pid = _managed_pid(daemon)
+        pid = daemon.wait_client("swapped_pages")
         killer = Killer(daemon.socket_path, 0.0, seed=3)
         for _ in range(10):
             time.sleep(0.3)  # it swaps
@@ -252,7 +222,7 @@ def test_upgrade_under_load(daemon: DaemonProcess, churn: str, upgrades: int) ->
     command = subprocess.Popen(
         [*argv, churn, "96", str(6 + upgrades * 3), "5", "2", "1"], stderr=subprocess.PIPE
     )
-    _managed_pid(daemon)
+    daemon.wait_client("swapped_pages")
     supervisors = {daemon.process.pid}
     with UpgradeWatch(daemon.socket_path) as watch:
         for _ in range(upgrades):
@@ -397,7 +367,7 @@ def _run_to_crash(argv: list[str]) -> int:
     return int(line.split()[1])
 
 
-def test_figures_are_whole_after_deaths(verify_memory: str, going_on: While) -> None:
+def test_figures_are_whole_after_deaths(verify_memory: str, going_on: GoingOn) -> None:
     """What --stats says at the end adds up over all daemons."""
     argv = [verify_memory, "--mib", "64", "--kind", "third", *going_on.options]
     with LimitedProgram("24M", argv) as program:
@@ -412,7 +382,7 @@ def test_figures_are_whole_after_deaths(verify_memory: str, going_on: While) -> 
     assert result.stats["run"]["faults"] <= counters["faults"]
 
 
-def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str, going_on: While) -> None:
+def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str, going_on: GoingOn) -> None:
     """A client that meets no daemon says so after a while, once, and waits; and says when there is one again."""
     argv = [command_path("vswapctl"), "run", "--socket", daemon.socket_path, "--limit", "32M", "--"]
     argv += [verify_memory, "--mib", "64", *going_on.options]
@@ -420,19 +390,19 @@ def test_absent_daemon_is_told_of(daemon: DaemonProcess, verify_memory: str, goi
     with subprocess.Popen(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "VSWAP_ABSENT_S": "1"}
     ) as command:
-        client = _managed_pid(daemon)
+        client = daemon.wait_client("swapped_pages")
         assert command.stderr is not None
         os.kill(pid, signal.SIGSTOP)
         try:
             first = command.stderr.readline().decode()
         finally:
             os.kill(pid, signal.SIGCONT)
-        time.sleep(1)  # it swaps, and so meets the daemon
+        second = command.stderr.readline().decode()
         going_on.end()
         _, rest = command.communicate(timeout=_SECONDS_MAX * 3)
         assert command.returncode == 0, rest.decode()
     assert first == f"vswap[{client}]: no daemon answers; what is swapped out waits for one\n"
-    assert rest.decode() == f"vswap[{client}]: a daemon is there again\n"
+    assert second + rest.decode() == f"vswap[{client}]: a daemon is there again\n"
 
 
 def test_run_without_deaths_says_nothing(verify_memory: str) -> None:

@@ -209,6 +209,19 @@ class LimitedProgram:
         self._directory.cleanup()
 
 
+class GoingOn:
+    """A verify_memory that goes on for as long as the test does, however slow that is. `options`: for it."""
+
+    def __init__(self, directory: Path, seconds_max: float) -> None:
+        self._file = directory / "going-on"
+        self._file.touch()
+        self.options = ["--seconds", f"{seconds_max:.0f}", "--while", str(self._file)]
+
+    def end(self) -> None:
+        """It ends after the pass that it is at."""
+        self._file.unlink()
+
+
 def run_limited(limit: int | str, argv: Sequence[str], **options: Any) -> LimitedResult:
     """Run to the end; arguments as LimitedProgram."""
     with LimitedProgram(limit, argv, **options) as program:
