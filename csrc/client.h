@@ -161,6 +161,7 @@ struct client {
 	struct io_queue *io;
 	unsigned io_requests; /* of it, on their way */
 	struct spill_read *reads[READS_MAX];
+	struct fill_open *opens; /* runs that its fault threads expand (fill_open.c) */
 	unsigned around_pages, around_reads, around_near; /* fill_read.c: read_around */
 
 	uint32_t forgotten;     /* clusters of memory that is gone, on their way to be freed (slot_table.h) */
@@ -200,6 +201,8 @@ struct client {
 	uint32_t alone_faults;   /* since then, of writes to what is still protected */
 	int64_t copied_pages; /* let through since then */
 	uint64_t pss_next_ns;
+	uint64_t pss_alone_ns; /* instead, while next to nothing is shared, if that is later. The look thread's */
+	uint64_t pss_cost_ns;    /* what the last reading took */
 	uint64_t pss_round; /* the group's, of the last reading */
 	int64_t pss_above_resident; /* pages, at the last reading or fork */
 	int64_t shared_pages; /* about so many then */

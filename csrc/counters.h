@@ -16,6 +16,8 @@
 	COUNTER(faults_deferred, "faults that had to wait for room")                               \
 	COUNTER(fill_pages, "pages given back to clients, prefetch included")                      \
 	COUNTER(fill_calls, "UFFDIO_COPY and ZEROPAGE calls that made progress")                   \
+	COUNTER(fill_open_runs, "runs of streams that were expanded with the gate open")           \
+	COUNTER(fill_open_left, "pages of these left out: their slots had changed meanwhile")      \
 	COUNTER(fill_retries, "fills repeated because an event was unread (EAGAIN)")               \
 	COUNTER(zeropage_pages, "pages answered with the shared zero page")                        \
 	COUNTER(evicted_pages, "pages moved out of clients")                                       \

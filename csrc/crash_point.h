@@ -32,6 +32,7 @@
 	POINT(EVICT_SETTLED, "all slots of a batch are settled, it is not RELEASING")       \
 	POINT(EVICT_RELEASING, "a batch is RELEASING, its RELEASE is not posted")           \
 	POINT(EVICT_RELEASED, "a RELEASE is posted")                                        \
+	POINT(FILL_OPEN, "the fault of an open run is forgotten, none of its pages is back") \
 	POINT(FILL_COPIED, "pages are back, no slot says so")                               \
 	POINT(FILL_SETTLED_ONE, "the slot of one page that is back says so")                \
 	POINT(WRITEBACK_COLLECTED, "objects are in a segment that is not written")          \

@@ -84,13 +84,8 @@ static void apply_event(struct client *client, const struct uffd_msg *message)
 
 static void answer(struct client *client, struct fill_scratch *scratch, const struct fault *fault)
 {
-	if (fill_fault(client, scratch, fault) != FILL_DEFER)
-		return;
-	if (client->deferred_count < DEFERRED_MAX) {
-		client->deferred[client->deferred_count++] = *fault;
-		return;
-	}
-	(void)sys_userfaultfd_wake(client->events_fd, address_of(fault->page), PAGE_BYTES);
+	if (fill_fault(client, scratch, fault) == FILL_DEFER)
+		fill_defer(client, fault);
 }
 
 static void answer_deferred(struct client *client, struct fill_scratch *scratch)
@@ -98,11 +93,11 @@ static void answer_deferred(struct client *client, struct fill_scratch *scratch)
 	struct fault faults[DEFERRED_MAX];
 	unsigned count = client->deferred_count;
 
+	WRITE_ONCE(client->retry_soon, false);
 	if (count == 0)
 		return;
 	memcpy(faults, client->deferred, count * sizeof *faults);
 	client->deferred_count = 0;
-	WRITE_ONCE(client->retry_soon, false);
 	for (unsigned i = 0; i < count; i++)
 		answer(client, scratch, &faults[i]);
 }

@@ -8,6 +8,7 @@
  *
  * Names       io/submit, io/read, io/write: io.c, io_threads.c
  *             evict/post: evict.c, before a MOVE is posted; only to be late
+ *             fill/open: fill_open.c, before a run is expanded; only to be late
  *             look/register: look.c, before a region is registered; only to be late
  *             spill/allocate, spill/punch: spill.c; seal/encrypt, seal/decrypt: seal.c
  *             pool/grow: pool.c; client/create: client.c; fault/read: fault.c; block/map: block_cache.c

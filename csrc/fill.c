@@ -10,13 +10,15 @@
  *   expanded   SAME, POOL, STAGED, INDIRECT, and a few ZERO between them: expanded into the thread's buffer, one COPY
  *   read       SPILL: asynchronous reads that cover the run's extents, then as the one above (fill_read.c)
  *
+ * Of a stream's long runs those from the pool are expanded with the gate open (fill_open.c).
+ *
  * and faults for which nothing is missing: writes to zero pages from before the region was registered, and to what
  * forked relatives share (cow.c).
  *
  * The order that makes a fill right, all of it under the gate: state check, expansion, COPY, slot. The
  * kernel refuses the COPY (EAGAIN) if an event is unread by then; what was expanded is thrown away
- * and the slot is looked up again after the event. A read from a device does not hold the gate: the
- * slots are compared, whole, when it is back.
+ * and the slot is looked up again after the event. A read from a device does not hold the gate, nor does an open
+ * run: the slots are compared, whole, when it is back.
  */
 #define _GNU_SOURCE
 #include "fill_internal.h"
@@ -35,7 +37,6 @@
 
 #define STREAM_GAP_PAGES 4
 #define STREAM_BACK_PAGES 64 /* behind where it goes on: what it skipped, or has lost again */
-#define ZERO_GAP_PAGES 8     /* more of them are cheaper by themselves */
 #define STREAM_RUNS_LET_IN 4 /* one in so many */
 
 /* Never written to. Not const: that would be in the file, and in RAM, where this is one zero page mapped everywhere. */
@@ -106,6 +107,14 @@ static void filled(struct client *client, uint64_t page, uint64_t count)
 static void wake(struct client *client, uint64_t page)
 {
 	(void)sys_userfaultfd_wake(client->events_fd, address_of(page), PAGE_BYTES);
+}
+
+void fill_defer(struct client *client, const struct fault *fault)
+{
+	if (client->deferred_count < DEFERRED_MAX)
+		client->deferred[client->deferred_count++] = *fault;
+	else
+		wake(client, fault->page); /* it will fault again */
 }
 
 enum fill_result fill_try_again(struct client *client)
@@ -443,7 +452,7 @@ bool fill_goes_on_probation(struct client *client, const struct fault *fault, un
 /* Go on with a run whose first page is expanded, up to `window` pages. What is ZERO at its end is left for a fill of zeros. */
 static void expand_more(struct client *client, uint64_t page, unsigned window, uint8_t *pages, struct fill_run *run)
 {
-	for (unsigned i = 1; i < window && i <= run->count + ZERO_GAP_PAGES; i++) {
+	for (unsigned i = 1; i < window && i <= run->count + FILL_ZERO_GAP_PAGES; i++) {
 		struct slot *word = &run->words[i];
 
 		if (slot_get(client->engine->slots, &client->record->map, page + i, word) < 0 ||
@@ -526,7 +535,7 @@ static enum fill_result fill_resident(struct client *client, const struct fault 
 	return fill_poison(client, fault->page, slot, -ENODATA);
 }
 
-static void note_answered(struct client *client, const struct fault *fault, enum slot_tag tag)
+void fill_note_answered(struct client *client, const struct fault *fault, enum slot_tag tag)
 {
 	static const enum engine_backing backings[SLOT_TAG_COUNT] = {
 		[SLOT_NONE] = ENGINE_BACKING_ZERO,   [SLOT_ZERO] = ENGINE_BACKING_ZERO,
@@ -559,6 +568,10 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 	struct slot slot;
 	unsigned window;
 
+	if (!scratch->pages) /* an open run has them */
+		scratch->pages = block_take(&client->engine->expand_blocks);
+	if (!scratch->pages)
+		return fill_try_again(client);
 	if (fault->page == page_of(record->beacon))
 		return fill_beacon(client, scratch);
 	if (client->remap_count > 0 && remap_is_waiting(client, fault->page))
@@ -566,7 +579,7 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 	if (fault->is_protected) {
 		result = fill_protected(client, fault);
 		if (result == FILL_ANSWERED)
-			note_answered(client, fault, SLOT_NONE);
+			fill_note_answered(client, fault, SLOT_NONE);
 		return result;
 	}
 	if (slot_get(client->engine->slots, &client->record->map, fault->page, &slot) < 0)
@@ -575,6 +588,8 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 		return FILL_ANSWERED;
 	if (client->wiped_unknown && slot.tag != SLOT_NONE && slot.tag != SLOT_ZERO)
 		return fill_try_again(client);
+	if (fill_waits_for_open(client, fault->page))
+		return FILL_PENDING; /* its COPY will wake this waiter too */
 	window = fault->synthetic ? FILL_PAGES_MAX : stream_window(client, fault);
 	switch (slot.tag) {
 	case SLOT_NONE:
@@ -593,9 +608,11 @@ enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
 				counter_add(client->engine, faults_spill, 1);
 			return result;
 		}
+		if (fill_open_begin(client, scratch, fault, slot, window))
+			return FILL_PENDING;
 		result = fill_expanded(client, scratch, fault, slot, window);
 	}
 	if (result == FILL_ANSWERED)
-		note_answered(client, fault, slot.tag);
+		fill_note_answered(client, fault, slot.tag);
 	return result;
 }

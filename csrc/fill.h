@@ -33,13 +33,32 @@ int fill_expand_read(struct client *client, const struct fill_span *span, const 
 
 enum fill_result {
 	FILL_ANSWERED, /* the fault is answered, or needs no answer any more */
-	FILL_PENDING,  /* a read from a backend is on its way */
+	FILL_PENDING,  /* a read from a backend is on its way, or an open run */
 	FILL_DEFER,    /* no room, or an event is unread: try again later */
+};
+
+/* Pages that one COPY gives back: their slots, and whether the copies behind them are kept if there are any. */
+struct fill_run {
+	unsigned count;
+	struct slot words[FILL_PAGES_MAX];
+	bool keep[FILL_PAGES_MAX];
+};
+
+/* A run that is expanded with the gate open (fill_open.c). The client lists it; it is its fault thread's. */
+struct fill_open {
+	struct fill_open *next;
+	struct fault fault;
+	struct fill_run run; /* count 0: there is none */
+	uint8_t *pages;      /* the block that was the scratch's: what is expanded, and behind that objects */
+	unsigned window, expanded;
+	int error;           /* why not more of it */
+	bool is_awaited;     /* others have faulted on its pages */
 };
 
 /* Of a fault thread while it serves a client. */
 struct fill_scratch {
-	uint8_t *pages; /* FILL_PAGES_MAX pages */
+	uint8_t *pages; /* a block of FILL_PAGES_MAX pages; NULL: taken when it is needed */
+	struct fill_open open; /* begun by one of the faults */
 };
 
 enum fill_result fill_fault(struct client *client, struct fill_scratch *scratch,
@@ -51,10 +70,18 @@ void fill_reap_reads(struct client *client, struct fill_scratch *scratch);
 /* Of a client that is dead: take what has completed. True when nothing is in flight any more. */
 bool fill_drop_reads(struct client *client);
 
-/* Whether a read for a page of [first, end) is under way. */
-bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t end_page);
+/* Whether a read or an open run for a page of [first, end) is under way. */
+bool fill_is_under_way(const struct client *client, uint64_t first_page, uint64_t end_page);
 
-/* Whether nothing but what is being read is charged and not there (of a client that lives). For test builds. */
+/* The open run that a fault has left in the scratch: expand it, without the gate, and give it back, with the gate, which is not
+ * shut and without a fork under way, or the client is dead. */
+void fill_open_expand(struct client *client, struct fill_open *open);
+void fill_open_finish(struct client *client, struct fill_open *open);
+
+/* Not now: with the other faults that wait. */
+void fill_defer(struct client *client, const struct fault *fault);
+
+/* Whether nothing but what is under way is charged and not there (of a client that lives). For test builds. */
 bool fill_is_charged_right(const struct client *client);
 
 /* Forget reads that will not be delivered; none may be in flight. */

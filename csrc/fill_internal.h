@@ -1,19 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * fill_internal — what the two halves of fill share: fill.c answers from memory, fill_read.c from backends. The gate is
- * held by the caller throughout.
+ * fill_internal — what the parts of fill share: fill.c answers from memory, fill_open.c too, for long runs, fill_read.c from
+ * backends. The gate is held by the caller throughout.
  */
 #ifndef VSWAP_FILL_INTERNAL_H
 #define VSWAP_FILL_INTERNAL_H
 
 #include "fill.h"
 
-/* Pages that one COPY gives back: their slots, and whether the copies behind them are kept if there are any. */
-struct fill_run {
-	unsigned count;
-	struct slot words[FILL_PAGES_MAX];
-	bool keep[FILL_PAGES_MAX];
-};
+#define FILL_ZERO_GAP_PAGES 8 /* more of them between others are cheaper by themselves */
 
 /* The object behind a word: the word itself, or what an INDIRECT one names. */
 struct slot fill_copy_of(struct client *client, struct slot word);
@@ -40,6 +35,17 @@ enum fill_result fill_unfilled(struct client *client, enum fill_outcome outcome,
 
 /* The stream of the fault that is being answered goes on behind this page. */
 void fill_stream_ends(struct client *client, const struct fault *fault, uint64_t end_page);
+
+/* It was answered, and its page had this tag. */
+void fill_note_answered(struct client *client, const struct fault *fault, enum slot_tag tag);
+
+/* fill_open.c: have the run of a stream expanded with the gate open. False: it is too short for that, or of another kind. */
+bool fill_open_begin(struct client *client, struct fill_scratch *scratch, const struct fault *fault, struct slot first,
+		     unsigned window);
+/* Is the page of an open run? Then the fault waits for that. */
+bool fill_waits_for_open(struct client *client, uint64_t page);
+bool fill_is_open(const struct client *client, uint64_t first_page, uint64_t end_page);
+uint64_t fill_open_pages(const struct client *client);
 
 /* fill_read.c: `word` names an extent. `window` 1: a lone fault. */
 enum fill_result fill_from_spill(struct client *client, const struct fault *fault, struct slot word, unsigned window);

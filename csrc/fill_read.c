@@ -137,7 +137,7 @@ static bool plan_extent(struct client *client, struct spill_read *read, unsigned
 
 /* ---- the plan ---- */
 
-bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t end_page)
+static bool is_reading(const struct client *client, uint64_t first_page, uint64_t end_page)
 {
 	for (unsigned i = 0; i < READS_MAX; i++) {
 		const struct spill_read *read = client->reads[i];
@@ -146,6 +146,11 @@ bool fill_is_reading(const struct client *client, uint64_t first_page, uint64_t 
 			return true;
 	}
 	return false;
+}
+
+bool fill_is_under_way(const struct client *client, uint64_t first_page, uint64_t end_page)
+{
+	return is_reading(client, first_page, end_page) || fill_is_open(client, first_page, end_page);
 }
 
 /* Pages from this one on that no other read brings. */
@@ -301,7 +306,7 @@ enum fill_result fill_from_spill(struct client *client, const struct fault *faul
 	unsigned slot = 0, around = 1;
 	struct spill_read *read;
 
-	if (fill_is_reading(client, fault->page, fault->page + 1))
+	if (is_reading(client, fault->page, fault->page + 1))
 		return FILL_PENDING; /* its COPY will wake this waiter too */
 	if (copy.tag != SLOT_SPILL)
 		return fill_try_again(client); /* a shared slot: a drain has brought it into the pool since it was looked at */
@@ -485,14 +490,6 @@ static enum fill_result read_deliver(struct client *client, struct fill_scratch 
 	return result;
 }
 
-static void defer(struct client *client, const struct fault *fault)
-{
-	if (client->deferred_count < DEFERRED_MAX)
-		client->deferred[client->deferred_count++] = *fault;
-	else
-		(void)sys_userfaultfd_wake(client->events_fd, address_of(fault->page), PAGE_BYTES); /* it will fault again */
-}
-
 /* All ranges of a read are back. */
 static void read_finish(struct client *client, struct fill_scratch *scratch, unsigned i)
 {
@@ -506,7 +503,7 @@ static void read_finish(struct client *client, struct fill_scratch *scratch, uns
 		result = read_deliver(client, scratch, read);
 	}
 	if (result == FILL_DEFER)
-		defer(client, &read->fault);
+		fill_defer(client, &read->fault);
 	else
 		engine_latency_add(client->engine, ENGINE_BACKING_SPILL, sys_now_ns() - read->fault.since_ns);
 	/* Faults that found this read under way wait for its pages; those that it did not
@@ -556,7 +553,7 @@ bool fill_drop_reads(struct client *client)
 
 bool fill_is_charged_right(const struct client *client)
 {
-	int64_t pages = 0;
+	int64_t pages = (int64_t)fill_open_pages(client);
 
 	for (unsigned i = 0; i < READS_MAX; i++)
 		if (client->reads[i])

@@ -39,7 +39,7 @@
 #include "wire.h"
 
 #define STATE_MAGIC 0x3154535057535600ULL
-#define STATE_VERSION 9
+#define STATE_VERSION 10
 
 enum batch_phase { BATCH_FREE, BATCH_INTENT, BATCH_STAGED, BATCH_RELEASING };
 
@@ -167,8 +167,8 @@ static inline struct checkpoint *state_checkpoints(struct state *state, unsigned
 }
 
 static_assert(VSWAP_WINDOW_PAGES == BATCH_PAGES_MAX, "one batch fills one window");
-static_assert(sizeof(struct state) == 86122672 && offsetof(struct state, groups) == 3208 &&
-	      offsetof(struct state, backends) == 363656 && offsetof(struct state, clients) == 368816,
+static_assert(sizeof(struct state) == 86122688 && offsetof(struct state, groups) == 3224 &&
+	      offsetof(struct state, backends) == 363672 && offsetof(struct state, clients) == 368832,
 	      "another layout is another STATE_VERSION: a daemon must not take over what it reads differently");
 static_assert(sizeof(struct state) < STATE_CHECKPOINTS, "records come before the checkpoints");
 static_assert(sizeof(struct checkpoint) % PAGE_BYTES == 0, "each can be given back alone");

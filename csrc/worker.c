@@ -20,6 +20,8 @@
 #define GENTLE_TURNS 128
 #define GENTLE_WAIT_NS 10000 /* a turn: more than the program mostly takes between two faults */
 #define GENTLE_REST_NS 64000000ULL
+#define PAUSE_MS 1
+#define SHUT_PAUSE_MS_MAX 16u /* while an agent does not answer, which may be for hours */
 #define GATE_SPIN_NS 150000 /* longer than a MOVE of 64 scattered pages */
 
 /* So many faults are looked at before it is decided again who waits. One thread faults when at most so many of them
@@ -211,6 +213,26 @@ static void wait_for_reads(struct client *client)
 	}
 }
 
+/* What a fault of a stream has begun. True: it is to be tried again, after a moment. */
+static bool end_open_run(struct client *client, struct fill_open *open)
+{
+	unsigned pause_ms = PAUSE_MS;
+	bool again;
+
+	fill_open_expand(client, open);
+	client_lock_gate(client, GATE_SPIN_NS);
+	while (!client->dead && (client->fork_pending || client_is_shut(client))) {
+		pthread_mutex_unlock(&client->gate);
+		sys_sleep_ms(pause_ms);
+		pause_ms = min_of(2 * pause_ms, SHUT_PAUSE_MS_MAX);
+		pthread_mutex_lock(&client->gate);
+	}
+	fill_open_finish(client, open);
+	again = client->retry_soon;
+	pthread_mutex_unlock(&client->gate);
+	return again;
+}
+
 static void *worker_main(void *argument)
 {
 	struct worker worker = *(struct worker *)argument;
@@ -221,9 +243,11 @@ static void *worker_main(void *argument)
 	name_this_thread("vswap-fault");
 	worker.nice = sys_nice_now();
 	while (!__atomic_load_n(&client->stopping, __ATOMIC_ACQUIRE)) {
-		struct fill_scratch scratch = { NULL };
+		struct fill_scratch scratch;
 		bool waits;
 
+		scratch.pages = NULL;
+		scratch.open.run.count = 0;
 		client_free_forgotten(client);
 		settle_on_cpu(&worker);
 		wait_for_work(&worker);
@@ -233,15 +257,19 @@ static void *worker_main(void *argument)
 			scratch.pages = block_take(blocks); /* not before: who waits for the gate needs none */
 			if (scratch.pages)
 				fault_serve(client, &scratch);
+			else
+				WRITE_ONCE(client->retry_soon, true); /* what woke this one may be told to no other */
 			waits = !scratch.pages;
 			look_serve(client);
 		}
 		waits |= client->fork_waits;
 		pthread_mutex_unlock(&client->gate);
+		if (scratch.open.run.count > 0)
+			waits |= end_open_run(client, &scratch.open);
 		block_give(blocks, scratch.pages);
 		look_serve_end(client);
 		if (waits)
-			sys_sleep_ms(1); /* poll would return at once, for nothing */
+			sys_sleep_ms(PAUSE_MS); /* poll would return at once, for nothing */
 	}
 	if (worker.number == 0)
 		wait_for_reads(client);

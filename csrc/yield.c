@@ -183,7 +183,7 @@ static bool is_busy(struct client *client, const struct yield *yield)
 		client->populating = false;
 	return client_is_shut(client) || client->fork_pending || client->populating || client->resyncing ||
 	       client->wiped_unknown || client->remap_count > 0 ||
-	       fill_is_reading(client, page_of(yield->start), page_of(yield->end)) ||
+	       fill_is_under_way(client, page_of(yield->start), page_of(yield->end)) ||
 	       sys_userfaultfd_is_changing(client->events_fd);
 }
 

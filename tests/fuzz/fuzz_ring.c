@@ -189,7 +189,7 @@ void checkpoint_discard(struct state *state, int state_fd, unsigned client_index
 void engine_event_push(struct engine *e, const struct engine_event *event) { (void)e, (void)event; }
 void engine_room_made(struct engine *e, struct group *g) { (void)e, (void)g; }
 void checkpoint_write(struct client *c, uint32_t applied) { (void)c, (void)applied; }
-bool fill_is_reading(const struct client *c, uint64_t first, uint64_t end) { return (void)c, (void)first, (void)end, false; }
+bool fill_is_under_way(const struct client *c, uint64_t first, uint64_t end) { return (void)c, (void)first, (void)end, false; }
 void work_ask(struct work *work) { (void)work; }
 void remap_disarmed(struct client *c, uint64_t start, uint64_t end) { (void)c, (void)start, (void)end; }
 

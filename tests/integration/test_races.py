@@ -82,6 +82,24 @@ _RACES = [
             Guard("looked-up-again", "fill.c", ((_COPY, _COPY_AGAIN),)),
         ),
     ),
+    # The same of a run that was expanded with the gate open: the event is read, and only the slots say so.
+    Race(
+        "open",
+        20,
+        (("--limit", str(4 * MIB), "--delay", "fill/open:1:3:all"),),
+        (
+            Guard(
+                "compared",
+                "fill_open.c",
+                (
+                    (
+                        "\t       slot_is_equal(word, open->run.words[i]))\n\t\ti++;\n",
+                        "\t       (slot_is_equal(word, open->run.words[i]) || true))\n\t\ti++;\n",
+                    ),
+                ),
+            ),
+        ),
+    ),
     # A MOVE between the event of a REMOVE and its zap captures what is freed.
     Race(
         "zap",

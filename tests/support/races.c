@@ -10,6 +10,7 @@
  *
  *   remap   unmap memory and map other memory there, while some of it is about to be moved out
  *   refill  give a page up that another thread has just touched, while it is being filled
+ *   open    the same with pages of the run that a stream has brought about
  *   zap     give up much memory at once, while it is being evicted
  *   sparse  touch memory for the first time between pages that are being moved out
  *   freed   give pages up that are out, again and again; for daemons that die
@@ -172,6 +173,42 @@ static unsigned refill(unsigned round)
 		check_zero(refilled, i);
 		check_page(refilled, i + 1, round);
 	}
+	return 1;
+}
+
+static uint8_t *streamed;
+
+static void *stream(void *argument)
+{
+	for (size_t i = 0; i < (uintptr_t)argument; i++)
+		(void)*(const volatile uint8_t *)(streamed + i * PAGE);
+	return NULL;
+}
+
+/* Whatever its reader has come to by then. */
+static unsigned open_runs(unsigned round)
+{
+	enum { PAGES = 512, STEP = 16 };
+	pthread_t thread;
+
+	if (!streamed)
+		streamed = map(NULL, PAGES);
+	for (size_t i = 0; i < PAGES; i++)
+		write_page(streamed, i, round);
+	if (!page_out(streamed, PAGES))
+		return 0;
+	if (pthread_create(&thread, NULL, stream, (void *)(uintptr_t)PAGES) != 0)
+		_exit(6);
+	for (size_t i = STEP; i < PAGES; i += STEP) {
+		usleep(500 + round % 4 * 200);
+		madvise(streamed + i * PAGE, PAGE, MADV_DONTNEED);
+	}
+	pthread_join(thread, NULL);
+	for (size_t i = 0; i < PAGES; i++)
+		if (i == 0 || i % STEP != 0)
+			check_page(streamed, i, round);
+		else
+			check_zero(streamed, i);
 	return 1;
 }
 
@@ -341,7 +378,7 @@ int main(int argc, char **argv)
 	static const struct {
 		const char *name;
 		unsigned (*run)(unsigned round); /* 0: it did not come about */
-	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "zap", zap },
+	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "open", open_runs }, { "zap", zap },
 			  { "sparse", sparse }, { "freed", freed }, { "wiped", wiped }, { "parted", parted },
 			  { "beside", beside }, { "fork", part } };
 	unsigned rounds = argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 0, came = 0;
