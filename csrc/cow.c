@@ -11,6 +11,8 @@
 #define PSS_INTERVAL_NS 5000000ULL
 #define PSS_COST_MIN 4u /* times what a reading took, while there is growth that no fault told of */
 #define PSS_COST_MAX 16u /* without */
+#define PSS_COST_ALONE 32u /* times what all of its group take, where next to nothing is shared ... */
+#define PSS_ALONE_NS_MAX 1000000000ULL /* ... but no later */
 #define PSS_COST_PART 4u /* of a whole round: many relatives are read more rarely, or readings would be all that is done */
 #define PSS_GROWTH_BYTES (256ULL << 10)
 #define PSS_PAGE_NS 100u /* what a reading takes, about */
@@ -54,15 +56,27 @@ static uint64_t round_cost_ns(struct group *group, uint64_t cost_ns)
 	return max_of(cost_ns, max_of(group->pss_round_ns, group->pss_round_before_ns) / PSS_COST_PART);
 }
 
+static void note_cost(struct client *client, uint64_t cost_ns)
+{
+	__atomic_fetch_add(&client->group->pss_costs_ns, cost_ns - client->pss_cost_ns, __ATOMIC_RELAXED);
+	client->pss_cost_ns = cost_ns;
+}
+
 /* Growth since the last reading that neither statm nor a fault has told of. */
 static void note_growth(struct client *client, int64_t pages, uint64_t cost_ns)
 {
+	uint64_t now_ns = sys_now_ns(), costs_ns;
+
 	if ((uint64_t)pages * PAGE_BYTES >= PSS_GROWTH_BYTES)
 		client->pss_cost_factor = PSS_COST_MIN;
 	else
 		client->pss_cost_factor = min_of(max_of(client->pss_cost_factor * 2, PSS_COST_MIN), PSS_COST_MAX);
-	WRITE_ONCE(client->pss_next_ns, sys_now_ns() + PSS_INTERVAL_NS +
-						round_cost_ns(client->group, cost_ns) * client->pss_cost_factor);
+	note_cost(client, cost_ns);
+	costs_ns = READ_ONCE(client->group->pss_costs_ns);
+	cost_ns = round_cost_ns(client->group, cost_ns);
+	WRITE_ONCE(client->pss_next_ns, now_ns + PSS_INTERVAL_NS + cost_ns * client->pss_cost_factor);
+	client->pss_alone_ns = client->pss_cost_factor < PSS_COST_MAX
+				       ? 0 : now_ns + min_of(costs_ns * PSS_COST_ALONE, PSS_ALONE_NS_MAX);
 }
 
 /* A child counts itself from now on. Who counted it until now, 0 if it did. */
@@ -149,21 +163,25 @@ static bool must_wait(const struct client *client, uint64_t now)
 	       now < READ_ONCE(client->pss_next_ns) + UNCOUNTED_NS;
 }
 
-/* A copy counts half with each of two relatives: one is read with the other. */
+/* A copy counts half with each of two relatives: one is read with the other. But who shares next to nothing has no such
+ * copies, and cannot grow by much unseen. */
 static bool is_reading_due(struct client *client)
 {
 	struct group *group = client->group;
-	uint64_t now = sys_now_ns();
-	bool due = now >= READ_ONCE(client->pss_next_ns);
+	uint64_t now = sys_now_ns(), next_ns = READ_ONCE(client->pss_next_ns);
+	bool is_alone = READ_ONCE(client->is_alone), due;
 
 	if (must_wait(client, now))
 		return false;
+	if (is_alone)
+		next_ns = max_of(next_ns, client->pss_alone_ns);
+	due = now >= next_ns;
 	if (due && READ_ONCE(client->pss_round) == group->pss_round) {
 		WRITE_ONCE(group->pss_round, group->pss_round + 1);
 		group->pss_round_before_ns = group->pss_round_ns;
 		group->pss_round_ns = 0;
 	}
-	due |= READ_ONCE(client->pss_round) != group->pss_round;
+	due |= READ_ONCE(client->pss_round) != group->pss_round && !is_alone;
 	WRITE_ONCE(client->pss_round, group->pss_round);
 	return due;
 }
@@ -171,6 +189,7 @@ static bool is_reading_due(struct client *client)
 /* All that is there is its own. */
 static void look_alone(struct client *client, uint64_t resident)
 {
+	note_cost(client, 0);
 	WRITE_ONCE(client->pss_above_resident, 0);
 	WRITE_ONCE(client->shared_pages, 0);
 	__atomic_store_n(&client->copied_pages, 0, __ATOMIC_RELAXED);
@@ -368,6 +387,7 @@ void cow_note_end(struct client *client)
 
 void cow_forget(struct client *client)
 {
+	note_cost(client, 0);
 	if (client->family && __atomic_sub_fetch(&client->family->references, 1, __ATOMIC_ACQ_REL) == 0)
 		free(client->family);
 }

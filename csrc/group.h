@@ -77,6 +77,7 @@ struct group {
 	bool writes_back;          /* its pool is being brought below the accept threshold */
 	/* Of readings of Pss (cow.c); the look thread's. A round is one reading of each client that has relatives. */
 	uint64_t pss_round;
+	uint64_t pss_costs_ns; /* what the last readings of all clients took */
 	uint64_t pss_round_ns, pss_round_before_ns; /* what this round took so far, and the one before */
 	bool kept_exhausted;       /* the last evictor at the cap found no kept copy to give up */
 	uint64_t recompress_marks[2]; /* ghosts.clock half an age ago or more, and later (recompress.c) */
