@@ -255,11 +255,11 @@ static void *worker_main(void *argument)
 		waits = client->fork_pending || client_is_shut(client);
 		if (!waits && !client->stopping) {
 			scratch.pages = block_take(blocks); /* not before: who waits for the gate needs none */
-			if (scratch.pages)
-				fault_serve(client, &scratch);
-			else
-				WRITE_ONCE(client->retry_soon, true); /* what woke this one may be told to no other */
 			waits = !scratch.pages;
+			if (waits)
+				WRITE_ONCE(client->retry_soon, true); /* what woke this one may be told to no other */
+			else
+				fault_serve(client, &scratch);
 			look_serve(client);
 		}
 		waits |= client->fork_waits;
