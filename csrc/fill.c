@@ -10,10 +10,8 @@
  *   expanded   SAME, POOL, STAGED, INDIRECT, and a few ZERO between them: expanded into the thread's buffer, one COPY
  *   read       SPILL: asynchronous reads that cover the run's extents, then as the one above (fill_read.c)
  *
- * Of a stream's long runs those from the pool are expanded with the gate open (fill_open.c).
- *
  * and faults for which nothing is missing: writes to zero pages from before the region was registered, and to what
- * forked relatives share (cow.c).
+ * forked relatives share (cow.c). Of a stream's long runs those from the pool are expanded with the gate open (fill_open.c).
  *
  * The order that makes a fill right, all of it under the gate: state check, expansion, COPY, slot. The
  * kernel refuses the COPY (EAGAIN) if an event is unread by then; what was expanded is thrown away
@@ -432,6 +430,18 @@ uint64_t fill_copy_run(struct client *client, const uint8_t *pages, uint64_t pag
 	return done;
 }
 
+enum fill_result fill_give_back(struct client *client, const struct fault *fault, const uint8_t *pages, struct fill_run *run,
+				bool on_probation)
+{
+	enum fill_outcome outcome;
+
+	/* Who writes to the first of them will write to the others of a stream, too. */
+	memset(run->keep, on_probation && !fault->write && group_keeps_copies(client->group), run->count);
+	if (fill_copy_run(client, pages, fault->page, run, on_probation, &outcome) == 0)
+		return fill_unfilled(client, outcome, fault->page);
+	return FILL_ANSWERED;
+}
+
 /*
  * Pages that come back go on probation, but those that were evicted too soon. A scan over a little more than
  * fits would have all of its pages change places for nothing: of a stream's runs only some are let in, enough
@@ -471,7 +481,6 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 				      const struct fault *fault, struct slot first, unsigned window)
 {
 	bool on_probation = fill_goes_on_probation(client, fault, window);
-	enum fill_outcome outcome;
 	struct fill_run run;
 	int result;
 
@@ -494,11 +503,7 @@ static enum fill_result fill_expanded(struct client *client, struct fill_scratch
 	expand_more(client, fault->page, window, scratch->pages, &run);
 	fill_uncharge(client, window - run.count);
 	fill_stream_ends(client, fault, fault->page + run.count);
-	/* Who writes to the first of them will write to the others of a stream, too. */
-	memset(run.keep, on_probation && !fault->write && group_keeps_copies(client->group), run.count);
-	if (fill_copy_run(client, scratch->pages, fault->page, &run, on_probation, &outcome) == 0)
-		return fill_unfilled(client, outcome, fault->page);
-	return FILL_ANSWERED;
+	return fill_give_back(client, fault, scratch->pages, &run, on_probation);
 }
 
 struct slot fill_copy_of(struct client *client, struct slot word)

@@ -33,6 +33,10 @@ uint64_t fill_copy_run(struct client *client, const uint8_t *pages, uint64_t pag
 		       bool on_probation, enum fill_outcome *ret_outcome);
 enum fill_result fill_unfilled(struct client *client, enum fill_outcome outcome, uint64_t page);
 
+/* The same for a run that begins with the page that faulted, all of it from memory; which copies are kept is decided here. */
+enum fill_result fill_give_back(struct client *client, const struct fault *fault, const uint8_t *pages, struct fill_run *run,
+				bool on_probation);
+
 /* The stream of the fault that is being answered goes on behind this page. */
 void fill_stream_ends(struct client *client, const struct fault *fault, uint64_t end_page);
 

@@ -202,18 +202,13 @@ static enum fill_result deliver(struct client *client, struct fill_open *open)
 {
 	bool on_probation = fill_goes_on_probation(client, &open->fault, open->window);
 	unsigned count = unchanged_pages(client, open);
-	enum fill_outcome outcome;
 
 	fill_uncharge(client, open->run.count - count);
 	counter_add(client->engine, fill_open_left, open->run.count - count);
 	if (count == 0)
 		return open_failed(client, open);
 	open->run.count = count;
-	/* Who writes to the first of them will write to the others of a stream, too. */
-	memset(open->run.keep, on_probation && !open->fault.write && group_keeps_copies(client->group), count);
-	if (fill_copy_run(client, open->pages, open->fault.page, &open->run, on_probation, &outcome) == 0)
-		return fill_unfilled(client, outcome, open->fault.page);
-	return FILL_ANSWERED;
+	return fill_give_back(client, &open->fault, open->pages, &open->run, on_probation);
 }
 
 static void answer(struct client *client, struct fill_open *open)

@@ -100,6 +100,13 @@ _RACES = [
             ),
         ),
     ),
+    # Who faults on a page of such a run waits for its COPY, which may end before that.
+    Race(
+        "awaited",
+        40,
+        (("--limit", str(4 * MIB), "--delay", "fill/open:1:10:all"),),
+        (Guard("woken", "fill_open.c", (("\tif (open->is_awaited)\n", "\tif (open->is_awaited && false)\n"),)),),
+    ),
     # A MOVE between the event of a REMOVE and its zap captures what is freed.
     Race(
         "zap",

@@ -11,6 +11,7 @@
  *   remap   unmap memory and map other memory there, while some of it is about to be moved out
  *   refill  give a page up that another thread has just touched, while it is being filled
  *   open    the same with pages of the run that a stream has brought about
+ *   awaited touch a page of such a run behind one that was given up: the run brings neither, and no other fault does
  *   zap     give up much memory at once, while it is being evicted
  *   sparse  touch memory for the first time between pages that are being moved out
  *   freed   give pages up that are out, again and again; for daemons that die
@@ -118,6 +119,16 @@ static bool page_out(const uint8_t *area, size_t pages)
 	return wait_until_out(area, pages, 0);
 }
 
+/* Memory that is mapped at its first use. */
+static bool write_and_page_out(uint8_t **area, size_t pages, unsigned round)
+{
+	if (!*area)
+		*area = map(NULL, pages);
+	for (size_t i = 0; i < pages; i++)
+		write_page(*area, i, round);
+	return page_out(*area, pages);
+}
+
 static unsigned remap(unsigned round)
 {
 	enum { PAGES = 64 };
@@ -158,11 +169,7 @@ static unsigned refill(unsigned round)
 	enum { PAGES = 64 };
 	pthread_t thread;
 
-	if (!refilled)
-		refilled = map(NULL, PAGES);
-	for (size_t i = 0; i < PAGES; i++)
-		write_page(refilled, i, round);
-	if (!page_out(refilled, PAGES))
+	if (!write_and_page_out(&refilled, PAGES, round))
 		return 0;
 	for (size_t i = 0; i < PAGES; i += 8) {
 		if (pthread_create(&thread, NULL, touch, (void *)i) != 0)
@@ -191,11 +198,7 @@ static unsigned open_runs(unsigned round)
 	enum { PAGES = 512, STEP = 16 };
 	pthread_t thread;
 
-	if (!streamed)
-		streamed = map(NULL, PAGES);
-	for (size_t i = 0; i < PAGES; i++)
-		write_page(streamed, i, round);
-	if (!page_out(streamed, PAGES))
+	if (!write_and_page_out(&streamed, PAGES, round))
 		return 0;
 	if (pthread_create(&thread, NULL, stream, (void *)(uintptr_t)PAGES) != 0)
 		_exit(6);
@@ -209,6 +212,34 @@ static unsigned open_runs(unsigned round)
 			check_page(streamed, i, round);
 		else
 			check_zero(streamed, i);
+	return 1;
+}
+
+static void lost(int signal)
+{
+	(void)signal;
+	(void)!write(STDERR_FILENO, "races: a fault is answered by nobody\n", 37);
+	_exit(3);
+}
+
+/* The reader's windows double: its touch of the last page has begun a run of 32. */
+static unsigned awaited(unsigned round)
+{
+	enum { PAGES = 64, READ = 32, GIVEN_UP = 40, TOUCHED = 50 };
+	pthread_t thread;
+
+	if (!write_and_page_out(&streamed, PAGES, round))
+		return 0;
+	signal(SIGALRM, lost);
+	alarm(20);
+	if (pthread_create(&thread, NULL, stream, (void *)(uintptr_t)READ) != 0)
+		_exit(6);
+	usleep(round % 20 * 1500);
+	madvise(streamed + GIVEN_UP * PAGE, PAGE, MADV_DONTNEED);
+	check_page(streamed, TOUCHED, round);
+	check_zero(streamed, GIVEN_UP);
+	pthread_join(thread, NULL);
+	alarm(0);
 	return 1;
 }
 
@@ -378,7 +409,8 @@ int main(int argc, char **argv)
 	static const struct {
 		const char *name;
 		unsigned (*run)(unsigned round); /* 0: it did not come about */
-	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "open", open_runs }, { "zap", zap },
+	} scenarios[] = { { "remap", remap }, { "refill", refill }, { "open", open_runs },
+			  { "awaited", awaited }, { "zap", zap },
 			  { "sparse", sparse }, { "freed", freed }, { "wiped", wiped }, { "parted", parted },
 			  { "beside", beside }, { "fork", part } };
 	unsigned rounds = argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 0, came = 0;
